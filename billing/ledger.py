@@ -126,6 +126,7 @@ class Operation:
     content_id: int | None = None
     chat_id: int | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    is_free: bool = False  # billing is switched off: the operation is recorded and nothing is held or charged
 
     @property
     def charge_type(self) -> str:
@@ -134,6 +135,8 @@ class Operation:
 
     def billable_tokens(self, pools: TokenPools) -> int:
         """What the user pays for `pools` (text) or for the images, before the quote's ceiling."""
+        if self.is_free:
+            return 0
         if self.fixed_cost_tokens is not None:
             return calculate_image_billable_tokens(
                 self.model, self.image_size, self.image_count, self.fixed_cost_tokens
@@ -299,13 +302,14 @@ _NEW_USAGE_COLUMNS = (
     "status", "operation_type", "provider", "model", "input_tokens", "cached_input_tokens", "cache_write_tokens",
     "output_tokens", "reasoning_tokens", "image_count", "image_size", "image_quality", "actual_tokens",
     "billable_tokens", "reserved_tokens", "charge_type", "multiplier", "fixed_cost_tokens", "provider_cost_microusd",
-    "is_estimated", "duration_ms", "idempotency_key", "request_fingerprint", "project_id", "content_id", "chat_id",
+    "is_estimated", "is_free", "duration_ms", "idempotency_key", "request_fingerprint", "project_id", "content_id",
+    "chat_id",
 )  # fmt: skip
 _TEXT_COLUMNS = {
     "status", "operation_type", "provider", "model", "image_size", "image_quality", "charge_type", "idempotency_key",
     "request_fingerprint",
 }  # fmt: skip
-_OTHER_COLUMN_TYPES = {"multiplier": "numeric", "is_estimated": "boolean", "image_count": "int"}
+_OTHER_COLUMN_TYPES = {"multiplier": "numeric", "is_estimated": "boolean", "is_free": "boolean", "image_count": "int"}
 
 
 def _cast(column: str) -> str:
@@ -347,7 +351,9 @@ _RESERVE = _Statement.of(
     """, allowed AS MATERIALIZED (
     SELECT *, 0::bigint AS amount, %(reserved_tokens)s::bigint AS reserved_change
       FROM account
-     WHERE status = 'active' AND balance - reserved >= %(reserved_tokens)s::bigint
+     WHERE (status = 'active' AND balance - reserved >= %(reserved_tokens)s::bigint)
+        -- what costs nothing needs no balance, and no debt stands in its way
+        OR (%(is_free)s::boolean AND (status = 'active' OR status_reason = 'debt'))
 )""",
     _NEW_USAGE,
     """, posting AS MATERIALIZED (
@@ -396,6 +402,25 @@ _HOLD = """, hold AS MATERIALIZED (
        FOR UPDATE OF usage
 )"""
 
+_EXTEND = _Statement.of(
+    _LOCKED_ACCOUNT,
+    _HOLD,
+    """, posting AS MATERIALIZED (
+    SELECT account.*, 0::bigint AS amount, %(tokens)s::bigint AS reserved_change, hold.id AS usage_id
+      FROM account, hold
+     WHERE account.status = 'active' AND account.balance - account.reserved >= %(tokens)s::bigint
+), extended AS (
+    UPDATE billing_tokenusage AS usage
+       SET reserved_tokens = usage.reserved_tokens + %(tokens)s::bigint
+      FROM posting
+     WHERE usage.id = posting.usage_id
+), entry AS (
+    SELECT NULL::bigint AS id
+)""",
+    _UPDATED_ACCOUNT,
+    _OUTCOME,
+)
+
 _SETTLE = _Statement.of(
     _LOCKED_ACCOUNT,
     _HOLD,
@@ -411,6 +436,7 @@ _SETTLE = _Statement.of(
            cache_write_tokens = %(cache_write_tokens)s::bigint,
            output_tokens = %(output_tokens)s::bigint,
            reasoning_tokens = %(reasoning_tokens)s::bigint,
+           image_count = %(image_count)s::int,
            actual_tokens = %(actual_tokens)s::bigint,
            billable_tokens = -posting.amount,
            unbilled_tokens = %(billable_tokens)s::bigint + posting.amount,
@@ -547,9 +573,12 @@ def reserve_tokens(
     the first reservation is returned with `is_replay`: do not run the operation again.
 
     `request` is what the person or service asked for, when tokens and prices were worked out from it: a retry after
-    a change of price is still the same request.
+    a change of price is still the same request. A free operation holds nothing, whatever `tokens` says.
     """
-    _require_amount(tokens)
+    if operation.is_free:
+        tokens = 0
+    else:
+        _require_amount(tokens)
     fingerprint = _fingerprint(kind="reserve", request=request or {"tokens": tokens, "operation": _fields(operation)})
     parameters = _usage_parameters(operation, TokenPools(), idempotency_key, fingerprint) | {
         "user_id": user_id,
@@ -568,10 +597,34 @@ def reserve_tokens(
     )
 
 
+def extend_reservation(*, usage_id: int, tokens: int) -> Posting:
+    """Hold `tokens` more for an operation that is running and needs more than was held at first.
+
+    No balance moves, so there is no ledger row (laws 1 and 4 hold as with `reserve_tokens`); whoever dies afterwards
+    leaves a larger hold, which expires as the smaller one would have. Raises InsufficientTokens, AccountNotActive,
+    UsageAlreadyClosed, UsageNotFound; then the hold is as it was.
+    """
+    _require_amount(tokens)
+    usage = _get_usage(usage_id)
+    parameters = {
+        "user_id": usage.account.user_id,
+        "usage_id": usage_id,
+        "tokens": tokens,
+        "type": "",
+        "paid_cents": None,
+    }
+    try:
+        return _post(_EXTEND, parameters, needed_tokens=tokens)
+    except (InsufficientTokens, AccountNotActive):
+        _require_open(_get_usage(usage_id))
+        raise
+
+
 def settle_usage(
     *,
     usage_id: int,
     pools: TokenPools,
+    image_count: int | None = None,
     is_estimated: bool = False,
     provider_cost_microusd: int = 0,
     duration_ms: int | None = None,
@@ -579,16 +632,20 @@ def settle_usage(
 ) -> Posting:
     """Charge what the operation cost, at most what was reserved (law 5), and give the rest of the hold back.
 
-    What was used beyond the quote is kept as `unbilled_tokens`. Settling twice changes nothing and returns the first
-    outcome. Raises UsageAlreadyClosed after a release or an expiry, UsageNotFound.
+    What was used beyond the quote is kept as `unbilled_tokens`. `image_count` is how many images came, when they are
+    fewer than were asked for. Settling twice changes nothing and returns the first outcome. Raises
+    UsageAlreadyClosed after a release or an expiry, UsageNotFound.
     """
     usage = _get_usage(usage_id)
+    if image_count is not None:
+        usage.image_count = min(image_count, usage.image_count)
     parameters = (
         dict(_NO_ENTRY)
         | _fields(pools)
         | {
             "user_id": usage.account.user_id,
             "usage_id": usage_id,
+            "image_count": usage.image_count,
             "actual_tokens": pools.actual_tokens,
             "billable_tokens": _operation_of(usage).billable_tokens(pools),
             "provider_cost_microusd": provider_cost_microusd,
@@ -659,6 +716,12 @@ def _close(statement: _Statement, parameters: Mapping[str, Any], *, closed_as: s
         usage = _get_usage(parameters["usage_id"])
         if usage.status == closed_as:
             return _replay(usage)
+        _require_open(usage)
+        raise
+
+
+def _require_open(usage: TokenUsage) -> None:
+    if usage.status != TokenUsage.Status.RESERVED:
         raise UsageAlreadyClosed(
             f"This operation was already closed as {usage.get_status_display().lower()}."
         ) from None
@@ -817,6 +880,7 @@ def _usage_parameters(
         "fixed_cost_tokens": operation.fixed_cost_tokens,
         "provider_cost_microusd": 0,
         "is_estimated": False,
+        "is_free": operation.is_free,
         "duration_ms": None,
         "idempotency_key": idempotency_key,
         "request_fingerprint": fingerprint,
@@ -838,6 +902,7 @@ def _operation_of(usage: TokenUsage) -> Operation:
         image_count=usage.image_count,
         image_size=usage.image_size,
         image_quality=usage.image_quality,
+        is_free=usage.is_free,
     )
 
 

@@ -42,6 +42,16 @@ class TokenPools:
     def actual_tokens(self) -> int:
         return self.input_tokens + self.cached_input_tokens + self.cache_write_tokens + self.output_tokens
 
+    def __add__(self, other: "TokenPools") -> "TokenPools":
+        """The pools of two calls that one operation made."""
+        return TokenPools(
+            input_tokens=self.input_tokens + other.input_tokens,
+            cached_input_tokens=self.cached_input_tokens + other.cached_input_tokens,
+            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class BillableTokens:

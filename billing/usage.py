@@ -87,6 +87,7 @@ def price_operation(
         content_id=content_id,
         chat_id=chat_id,
         metadata=metadata or {},
+        is_free=not settings.billing_enabled,
     )
     return PricedOperation(operation, price)
 
@@ -203,6 +204,7 @@ def record_usage(
                     charge_type=operation.charge_type,
                     multiplier=operation.multiplier,
                     fixed_cost_tokens=operation.fixed_cost_tokens,
+                    is_free=operation.is_free,
                     provider_cost_microusd=provider_cost_microusd,
                     idempotency_key=idempotency_key,
                     completed_at=ClockTimestamp(),

@@ -320,8 +320,9 @@ def checks() -> list[Check]:
                       cost.tokens AS cost, usage.billable_tokens, usage.unbilled_tokens
                  FROM billing_tokenusage AS usage
                 CROSS JOIN LATERAL (
-                  SELECT CASE usage.charge_type
-                         WHEN 'fixed' THEN usage.fixed_cost_tokens * usage.image_count
+                  SELECT CASE
+                         WHEN usage.is_free THEN 0
+                         WHEN usage.charge_type = 'fixed' THEN usage.fixed_cost_tokens * usage.image_count
                          ELSE ceil(usage.actual_tokens * usage.multiplier) END AS tokens
                 ) AS cost
                 WHERE usage.status = 'succeeded' AND usage.reserved_tokens IS NOT NULL

@@ -11,6 +11,11 @@ class SystemSettings(models.Model):
     """What applies to the whole installation: one row, `key="global"`. The defaults are the product's."""
 
     key = models.CharField(max_length=20, unique=True, default="global", editable=False)
+    billing_enabled = models.BooleanField(
+        "charge for operations",
+        default=True,
+        help_text="Switched off, AI operations run and are recorded, and cost nothing.",
+    )
     token_multiplier = models.DecimalField(max_digits=8, decimal_places=4, default=Decimal("1.5"))
     dalle3_cost_tokens = models.BigIntegerField("DALL-E 3 (tokens per image)", default=6_000)
     dalle2_cost_tokens = models.BigIntegerField("DALL-E 2 (tokens per image)", default=3_000)

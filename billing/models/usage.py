@@ -68,6 +68,7 @@ class TokenUsage(models.Model):
 
     provider_cost_microusd = models.BigIntegerField(db_default=0)
     is_estimated = models.BooleanField("counted by us, the provider sent no usage", db_default=False)
+    is_free = models.BooleanField("billing was switched off, nothing was charged", db_default=False)
     error_message = models.TextField(blank=True, db_default="")
     duration_ms = models.BigIntegerField(null=True, blank=True)
 
@@ -117,8 +118,13 @@ class TokenUsage(models.Model):
                 name="usage_counts_not_negative",
             ),
             models.CheckConstraint(
-                condition=Q(reserved_tokens=None) | Q(reserved_tokens__gt=0, billable_tokens__lte=F("reserved_tokens")),
+                condition=Q(reserved_tokens=None)
+                | Q(reserved_tokens__gt=0, billable_tokens__lte=F("reserved_tokens"))
+                | Q(is_free=True, reserved_tokens=0),
                 name="usage_never_above_its_quote",
+            ),
+            models.CheckConstraint(
+                condition=Q(is_free=False) | Q(billable_tokens=0, unbilled_tokens=0), name="usage_free_costs_nothing"
             ),
             models.CheckConstraint(
                 condition=Q(status="succeeded") | Q(billable_tokens=0), name="usage_only_success_costs"
