@@ -348,11 +348,11 @@ class _Statement:
 
 _RESERVE = _Statement.of(
     _LOCKED_ACCOUNT,
+    # What costs nothing needs no balance, and no debt stands in its way.
     """, allowed AS MATERIALIZED (
     SELECT *, 0::bigint AS amount, %(reserved_tokens)s::bigint AS reserved_change
       FROM account
      WHERE (status = 'active' AND balance - reserved >= %(reserved_tokens)s::bigint)
-        -- what costs nothing needs no balance, and no debt stands in its way
         OR (%(is_free)s::boolean AND (status = 'active' OR status_reason = 'debt'))
 )""",
     _NEW_USAGE,

@@ -58,6 +58,7 @@ ANTHROPIC_BASE_URL = env.str("ANTHROPIC_BASE_URL", "")
 GOOGLE_API_KEY = env.str("GOOGLE_API_KEY", "")
 GOOGLE_GEMINI_BASE_URL = env.str("GOOGLE_GEMINI_BASE_URL", "")
 AI_TIMEOUT_SECONDS = env.float("AI_TIMEOUT_SECONDS", 60.0)  # between two chunks
+AI_IMAGE_TIMEOUT_SECONDS = env.float("AI_IMAGE_TIMEOUT_SECONDS", 180.0)  # for images, which come all at once
 # No operation runs longer; a reservation outlives it, so that a live stream is never expired under its reader.
 AI_MAX_DURATION_SECONDS = env.int("AI_MAX_DURATION_SECONDS", 300)
 RESERVATION_SECONDS = env.int("RESERVATION_SECONDS", 600)

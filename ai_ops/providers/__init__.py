@@ -1,7 +1,8 @@
-"""The one way this project asks an AI model for text, whoever runs the model.
+"""The one way this project asks an AI model for text or images, whoever runs the model.
 
-Each provider has a file of its own here, the only importer of its SDK, with a `stream_text` that speaks the
-types below. Nothing in this package knows about balances, and nothing in it opens a database transaction.
+Each provider has a file of its own here, the only importer of its SDK, with a `stream_text` and, where it has
+image models, a `generate_images` that speak the types below. Nothing in this package knows about balances, and
+nothing in it opens a database transaction.
 """
 
 import importlib
@@ -50,6 +51,25 @@ class TextEnd:
 
 
 TextStream: TypeAlias = AsyncGenerator[TextDelta | TextEnd, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """One image as a file: `media_type` is image/png, image/jpeg or image/webp, and true of the bytes."""
+
+    data: bytes
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Images:
+    """What an image call delivered: at least one image, fewer than asked for when the provider made fewer.
+
+    `usage` is what the provider counted (the prompt as input, the images as output), or None when it reported none.
+    """
+
+    images: tuple[Image, ...]
+    usage: TokenPools | None
 
 
 class ProviderError(Exception):
@@ -130,6 +150,21 @@ def stream_text(
         model=model, system=system, messages=messages, max_output_tokens=max_output_tokens
     )
     return stream
+
+
+async def generate_images(*, provider: str, model: str, prompt: str, size: str, quality: str, count: int) -> Images:
+    """Ask `model` for `count` images of `prompt`.
+
+    `size` is "1024x1024", "1536x1024" or "1024x1536"; `quality` is "low", "medium", "high" or "" for the model's own
+    choice. Raises a `ProviderError` when not a single image came. Nothing is retried, as with `stream_text`.
+
+    Cancelling closes the connection, which stops the provider.
+    """
+    if provider not in _MODULES:
+        raise ProviderMisconfigured(provider)
+    module = importlib.import_module(_MODULES[provider])
+    images: Images = await module.generate_images(model=model, prompt=prompt, size=size, quality=quality, count=count)
+    return images
 
 
 def error_class_for_status(status: int) -> type[ProviderError]:
