@@ -10,7 +10,7 @@ RUN env DEBUG=false SECRET_KEY=build SITE_URL=https://build DATABASE_URL=postgre
     /venv/bin/python manage.py collectstatic --noinput
 
 FROM python:3.11-slim
-RUN useradd --system --create-home postmate
+RUN useradd --system --create-home postmate && install --directory --owner postmate /media
 COPY --from=build /venv /venv
 COPY --from=build /app /app
 WORKDIR /app

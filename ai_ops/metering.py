@@ -1,6 +1,6 @@
 """Quote → reserve → run → settle or release: the one way an AI operation is paid for.
 
-The hold is committed before the provider is called, no transaction is open while it answers, and the text is kept in
+The hold is committed before the provider is called, no transaction is open while it answers, and the result is kept in
 the same transaction that charges for it. Killed anywhere in between, the hold expires and nothing is charged.
 """
 
@@ -9,20 +9,20 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from django.conf import settings
 from django.db import transaction
 
 from ai_ops import providers
 from ai_ops.prompts import Prompt
-from ai_ops.providers import ProviderError, ProviderTimedOut, TextDelta, TextEnd
-from billing import catalogue, ledger, pricing, system_settings, tasks
+from ai_ops.providers import Images, ProviderError, ProviderTimedOut, TextDelta, TextEnd
+from billing import catalogue, ledger, pricing, tasks, usage
 from billing.database import in_thread
-from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting
-from billing.models import ModelPrice, TokenAccount, TokenUsage
+from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
+from billing.models import ModelPrice, TokenAccount
 from billing.pricing import TokenPools
 
 logger = logging.getLogger(__name__)
@@ -34,18 +34,58 @@ QUOTE_MARGIN = Decimal("1.5")
 MESSAGE_OVERHEAD_TOKENS = 16
 MIN_OUTPUT_TOKENS = 100  # less is no text: refuse rather than write half a sentence
 
+StoppedBy: TypeAlias = Literal["", "reader", "length", "balance", "provider"]
+"""What ended a text before the model had finished it: "balance" when no more tokens could be held."""
+
+STOP_NOTES: Mapping[StoppedBy, str] = {
+    "reader": "It was stopped by the reader.",
+    "balance": "The balance ran out before the text was finished.",
+    "provider": "The provider broke off before the text was finished.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """An operation before it is paid for: what the model is asked, and what the usage row says of it."""
+
+    operation_type: str
+    provider: str
+    model: str
+    prompt: Prompt
+    wanted_output_tokens: int = 0  # text
+    image_count: int = 0  # images
+    image_size: str = ""
+    image_quality: str = ""
+    project_id: int | None = None
+    content_id: int | None = None
+    chat_id: int | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
 
 @dataclass(frozen=True, slots=True)
 class Quote:
-    """The most a text operation can cost, and how much text that allows."""
+    """The most an operation can cost, and what is held for it at first.
 
+    The hold is smaller than the quote when the balance is small (`is_reduced`): then less text is asked for, and when
+    that is written and more has become available, the hold is extended, up to the quote.
+    """
+
+    user_id: int
+    ask: Ask
     price: ModelPrice
-    multiplier: Decimal
+    multiplier: Decimal | None  # text; None for images
+    fixed_cost_tokens: int | None  # images, for each; None for text
+    is_free: bool  # billing is switched off
     input_tokens: int
-    output_limit_tokens: int
+    wanted_output_tokens: int
+    output_limit_tokens: int  # what is affordable of it now
     max_billable_tokens: int
+    held_tokens: int
     available_tokens: int
-    is_reduced: bool  # less text than asked for, because the balance is small
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.held_tokens < self.max_billable_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +93,14 @@ class Finished:
     """The operation ended and was charged. It is the last item of a stream."""
 
     usage_id: int
+    stopped_by: StoppedBy = ""
 
 
 KeepText = Callable[[str, bool], None]
 """Keeps the text of an operation; told whether it is complete. Runs in the transaction that closes the hold."""
+
+KeepImages = Callable[[Images | None], None]
+"""Keeps the images of an operation, None when there are none. Runs in the transaction that closes the hold."""
 
 
 def count_tokens(text: str) -> int:
@@ -64,63 +108,116 @@ def count_tokens(text: str) -> int:
     return -(-len(text.encode()) // BYTES_PER_TOKEN)
 
 
-def quote_text(*, user_id: int, provider: str, model: str, prompt: Prompt, wanted_output_tokens: int) -> Quote:
-    """What the operation costs at most, with the output limit lowered to what the user can afford.
+# --- Quotes -----------------------------------------------------------------------------------------------------------
+
+
+def quote_text(*, user_id: int, ask: Ask) -> Quote:
+    """What the text costs at most, and how much of it the user can afford now.
 
     Reserves nothing. Raises CatalogueError for a model that cannot be used, AccountNotActive, and InsufficientTokens
     when not even MIN_OUTPUT_TOKENS of text are affordable.
     """
-    price = catalogue.get_active_model(provider=provider, model=model)
-    multiplier = catalogue.multiplier(price, system_settings.get_system_settings())
-    account = ledger.get_account(user_id=user_id)
-    if account.status != TokenAccount.Status.ACTIVE:
-        raise AccountNotActive(status=account.status, reason=account.status_reason)
-    input_tokens = (
-        pricing.ceil_multiply(count_tokens(prompt.text), QUOTE_MARGIN) + len(prompt.messages) * MESSAGE_OVERHEAD_TOKENS
-    )
-    wanted_tokens = min(wanted_output_tokens, price.max_output_tokens)
-    output_limit_tokens = min(
-        wanted_tokens,
-        pricing.affordable_output_tokens(
+    priced, account = _price(user_id, ask)
+    price, operation = priced.price, priced.operation
+    multiplier = operation.multiplier or Decimal(1)
+    input_tokens = _quoted_input_tokens(ask.prompt)
+    wanted_tokens = min(ask.wanted_output_tokens, price.max_output_tokens)
+    most = pricing.calculate_llm_billable_tokens(input_tokens, wanted_tokens, multiplier)
+    output_limit_tokens, held_tokens = wanted_tokens, most.billable_tokens
+    if operation.is_free:
+        held_tokens = 0
+    elif most.billable_tokens > account.available:
+        output_limit_tokens = pricing.affordable_output_tokens(
             available_tokens=account.available, input_tokens=input_tokens, multiplier=multiplier
-        ),
-    )
-    if output_limit_tokens < min(MIN_OUTPUT_TOKENS, wanted_tokens):
-        least = pricing.calculate_llm_billable_tokens(input_tokens, min(MIN_OUTPUT_TOKENS, wanted_tokens), multiplier)
-        raise InsufficientTokens(needed_tokens=least.billable_tokens, available_tokens=account.available)
-    most = pricing.calculate_llm_billable_tokens(input_tokens, output_limit_tokens, multiplier)
+        )
+        least_tokens = min(MIN_OUTPUT_TOKENS, wanted_tokens)
+        if output_limit_tokens < least_tokens:
+            least = pricing.calculate_llm_billable_tokens(input_tokens, least_tokens, multiplier)
+            raise InsufficientTokens(needed_tokens=least.billable_tokens, available_tokens=account.available)
+        held_tokens = pricing.calculate_llm_billable_tokens(
+            input_tokens, output_limit_tokens, multiplier
+        ).billable_tokens
     return Quote(
+        user_id=user_id,
+        ask=ask,
         price=price,
         multiplier=multiplier,
+        fixed_cost_tokens=None,
+        is_free=operation.is_free,
         input_tokens=input_tokens,
+        wanted_output_tokens=wanted_tokens,
         output_limit_tokens=output_limit_tokens,
-        max_billable_tokens=most.billable_tokens,
+        max_billable_tokens=0 if operation.is_free else most.billable_tokens,
+        held_tokens=held_tokens,
         available_tokens=account.available,
-        is_reduced=output_limit_tokens < wanted_tokens,
     )
 
 
-def reserve_quote(
-    quote: Quote,
-    *,
-    user_id: int,
-    operation_type: str,
-    idempotency_key: str,
-    request: Mapping[str, Any],
-    project_id: int | None = None,
-    content_id: int | None = None,
-) -> Posting:
-    """Hold the quote. Raises what `ledger.reserve_tokens` raises."""
-    return ledger.reserve_tokens(
+def quote_images(*, user_id: int, ask: Ask) -> Quote:
+    """What the images cost. Reserves nothing. Raises CatalogueError, InvalidUsage, AccountNotActive,
+    InsufficientTokens."""
+    priced, account = _price(user_id, ask)
+    operation = priced.operation
+    tokens = operation.billable_tokens(TokenPools())
+    if tokens > account.available and not operation.is_free:
+        raise InsufficientTokens(needed_tokens=tokens, available_tokens=account.available)
+    return Quote(
         user_id=user_id,
-        tokens=quote.max_billable_tokens,
+        ask=ask,
+        price=priced.price,
+        multiplier=None,
+        fixed_cost_tokens=operation.fixed_cost_tokens,
+        is_free=operation.is_free,
+        input_tokens=0,
+        wanted_output_tokens=0,
+        output_limit_tokens=0,
+        max_billable_tokens=tokens,
+        held_tokens=tokens,
+        available_tokens=account.available,
+    )
+
+
+def _price(user_id: int, ask: Ask) -> tuple[usage.PricedOperation, TokenAccount]:
+    priced = usage.price_operation(
+        operation_type=ask.operation_type,
+        provider=ask.provider,
+        model=ask.model,
+        image_count=ask.image_count,
+        image_size=ask.image_size,
+        image_quality=ask.image_quality,
+    )
+    account = ledger.get_account(user_id=user_id)
+    is_in_debt = account.status_reason == TokenAccount.DEBT
+    if account.status != TokenAccount.Status.ACTIVE and not (priced.operation.is_free and is_in_debt):
+        raise AccountNotActive(status=account.status, reason=account.status_reason)
+    return priced, account
+
+
+def _quoted_input_tokens(prompt: Prompt) -> int:
+    counted_tokens = pricing.ceil_multiply(count_tokens(prompt.text), QUOTE_MARGIN)
+    return counted_tokens + len(prompt.messages) * MESSAGE_OVERHEAD_TOKENS
+
+
+def reserve_quote(quote: Quote, *, idempotency_key: str, request: Mapping[str, Any]) -> Posting:
+    """Hold what the quote says. Raises what `ledger.reserve_tokens` raises."""
+    ask = quote.ask
+    return ledger.reserve_tokens(
+        user_id=quote.user_id,
+        tokens=quote.held_tokens,
         operation=Operation(
-            operation_type=operation_type,
-            provider=quote.price.provider,
-            model=quote.price.model,
+            operation_type=ask.operation_type,
+            provider=ask.provider,
+            model=ask.model,
             multiplier=quote.multiplier,
-            project_id=project_id,
-            content_id=content_id,
+            fixed_cost_tokens=quote.fixed_cost_tokens,
+            image_count=ask.image_count,
+            image_size=ask.image_size,
+            image_quality=ask.image_quality,
+            project_id=ask.project_id,
+            content_id=ask.content_id,
+            chat_id=ask.chat_id,
+            metadata=ask.metadata,
+            is_free=quote.is_free,
         ),
         idempotency_key=idempotency_key,
         lifetime_seconds=settings.RESERVATION_SECONDS,
@@ -128,115 +225,284 @@ def reserve_quote(
     )
 
 
-async def stream_text(
-    *, quote: Quote, usage_id: int, prompt: Prompt, keep: KeepText
-) -> AsyncGenerator[TextDelta | Finished, None]:
+# --- Text -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _TextRun:
+    """What a text operation has asked, read and held so far. One call of the provider, or several when extended."""
+
+    quote: Quote
+    usage_id: int
+    prompt: Prompt  # of the call under way
+    held_tokens: int
+    output_limit_tokens: int  # of the call under way
+    started_at: float = field(default_factory=time.monotonic)
+    written: list[str] = field(default_factory=list)
+    call_begins_at: int = 0  # in `written`
+    is_call_under_way: bool = True
+    counted: TokenPools = field(default_factory=TokenPools)  # by the calls that ended
+    is_estimated: bool = False
+    stopped_by: StoppedBy = "reader"  # until it is known better
+    failure: Exception | None = None
+
+    @property
+    def text(self) -> str:
+        # What PostgreSQL cannot keep must not keep the hold open.
+        return "".join(self.written).encode(errors="replace").decode().replace("\0", "")
+
+    @property
+    def pools(self) -> TokenPools:
+        """What has been used: counted by the provider, and by us for a call that it did not end or report."""
+        return self.counted + self._estimated_pools() if self.is_call_under_way else self.counted
+
+    @property
+    def duration_ms(self) -> int:
+        return int((time.monotonic() - self.started_at) * 1_000)
+
+    def end_call(self, end: TextEnd) -> None:
+        """Note what the provider counted."""
+        if end.usage is None:
+            self.is_estimated = True
+        self.counted += end.usage or self._estimated_pools()
+        self.is_call_under_way = False
+        self.stopped_by = "length" if end.finish_reason == "length" else ""
+
+    def begin_call(self, call: "_NextCall") -> None:
+        self.prompt, self.output_limit_tokens, self.held_tokens = (
+            call.prompt,
+            call.output_limit_tokens,
+            call.held_tokens,
+        )
+        self.call_begins_at = len(self.written)
+        self.is_call_under_way = True
+        self.stopped_by = "reader"
+
+    def fail(self, error: Exception) -> None:
+        """A first call that fails fails the operation (law 9); a later one only ends it."""
+        if self.call_begins_at == 0:
+            self.failure = error
+            return
+        logger.warning("Operation %s could not go on: %r", self.usage_id, error.__cause__ or error)
+        self.is_call_under_way = False
+        self.stopped_by = "provider"
+
+    def close(self, keep: KeepText) -> Posting:
+        """Keep the text and charge for it, or give the hold back, in one transaction."""
+        text = self.text
+        with transaction.atomic(durable=True):
+            keep(text, self.stopped_by == "" and self.failure is None)
+            posting = self._settle_or_release(text)
+            tasks.follow_debit(posting)
+            return posting
+
+    def _settle_or_release(self, text: str) -> Posting:
+        failure = self.failure
+        if failure is not None:
+            # We may have to pay for it all the same; the user does not (law 9).
+            reported = failure.usage if isinstance(failure, ProviderError) else None
+            pools = reported or (self.pools if text else TokenPools())
+            return ledger.release_usage(
+                usage_id=self.usage_id,
+                error_message=failure.message if isinstance(failure, ProviderError) else "The operation failed.",
+                provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, pools),
+                duration_ms=self.duration_ms,
+            )
+        if not text and (self.is_call_under_way or self.is_estimated):
+            return ledger.release_usage(
+                usage_id=self.usage_id,
+                error_message="It was stopped before anything was written.",
+                duration_ms=self.duration_ms,
+            )
+        return ledger.settle_usage(
+            usage_id=self.usage_id,
+            pools=self.pools,
+            is_estimated=self.is_estimated or self.is_call_under_way,
+            provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, self.pools),
+            duration_ms=self.duration_ms,
+            error_message=STOP_NOTES.get(self.stopped_by, ""),
+        )
+
+    def _estimated_pools(self) -> TokenPools:
+        return TokenPools(
+            input_tokens=count_tokens(self.prompt.text),
+            output_tokens=count_tokens("".join(self.written[self.call_begins_at :])),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _NextCall:
+    prompt: Prompt
+    output_limit_tokens: int
+    held_tokens: int
+
+
+def _hold_more(run: _TextRun) -> _NextCall | StoppedBy:
+    """After the provider stopped at a limit that the balance had set: hold more and ask for the rest, if there is any.
+
+    Law 5: never more than the quote. Law 1: the ledger alone decides whether there is more. Killed right after it, the
+    larger hold expires as the smaller one would have. Changes nothing of the run, which may be closed meanwhile.
+    """
+    quote, multiplier = run.quote, run.quote.multiplier or Decimal(1)
+    wanted_tokens = quote.wanted_output_tokens - run.counted.output_tokens
+    wrote_something = len(run.written) > run.call_begins_at
+    if run.stopped_by != "length" or not quote.is_reduced or wanted_tokens <= 0 or not wrote_something:
+        return run.stopped_by
+    prompt = quote.ask.prompt.continued(run.text)
+    input_tokens = run.counted.actual_tokens + _quoted_input_tokens(prompt)
+    account = ledger.get_account(user_id=quote.user_id)
+    limit_tokens = min(quote.max_billable_tokens, run.held_tokens + max(0, account.available))
+    output_limit_tokens = min(
+        wanted_tokens,
+        pricing.affordable_output_tokens(
+            available_tokens=limit_tokens, input_tokens=input_tokens, multiplier=multiplier
+        ),
+    )
+    if output_limit_tokens < min(MIN_OUTPUT_TOKENS, wanted_tokens):
+        # Where the quote itself is used up, by what had to be read twice, no top-up would have helped.
+        return "balance" if limit_tokens < quote.max_billable_tokens else "length"
+    needed_tokens = pricing.calculate_llm_billable_tokens(input_tokens, output_limit_tokens, multiplier).billable_tokens
+    if needed_tokens > run.held_tokens:
+        try:
+            ledger.extend_reservation(usage_id=run.usage_id, tokens=needed_tokens - run.held_tokens)
+        except (InsufficientTokens, AccountNotActive, UsageAlreadyClosed):
+            return "balance"  # another operation was faster
+    return _NextCall(prompt, output_limit_tokens, max(needed_tokens, run.held_tokens))
+
+
+async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGenerator[TextDelta | Finished, None]:
     """Run a reserved text operation: yield its text as it comes, then `Finished`.
 
     - It ended: the provider's usage is charged, or our own count, marked as estimated, when it sent none.
+    - It reached a limit that the balance had set: the hold is extended if more is available by now, and the model
+      goes on; else the text ends there.
     - It failed: the hold is released, nothing is charged, and ProviderError is raised.
     - The reader left (the generator was closed or its task cancelled), or kept it waiting for too long: the provider
       is stopped and what it had written is charged, by our own count.
     """
-    started_at = time.monotonic()
-    written: list[str] = []
-    end: TextEnd | None = None
-    failure: Exception | None = None
-
-    def close() -> Posting:
-        # What PostgreSQL cannot keep must not keep the hold open.
-        text = "".join(written).encode(errors="replace").decode().replace("\0", "")
-        with transaction.atomic(durable=True):
-            keep(text, end is not None and failure is None)
-            posting = _close(
-                quote=quote,
-                usage_id=usage_id,
-                prompt=prompt,
-                text=text,
-                end=end,
-                failure=failure,
-                duration_ms=int((time.monotonic() - started_at) * 1_000),
-            )
-            tasks.follow_debit(posting)
-            return posting
-
-    stream = providers.stream_text(
-        provider=quote.price.provider,
-        model=quote.price.model,
-        system=prompt.system,
-        messages=prompt.messages,
-        max_output_tokens=quote.output_limit_tokens,
+    run = _TextRun(
+        quote=quote,
+        usage_id=usage_id,
+        prompt=quote.ask.prompt,
+        held_tokens=quote.held_tokens,
+        output_limit_tokens=quote.output_limit_tokens,
     )
     clock = asyncio.get_running_loop().time
     deadline = clock() + settings.AI_MAX_DURATION_SECONDS
     # Who reads so slowly that the hold would expire first is cut off while it can still be charged.
     patience_seconds = (settings.RESERVATION_SECONDS - settings.AI_MAX_DURATION_SECONDS) / 2
     try:
-        async with aclosing(stream):
-            while end is None and patience_seconds >= 0:
-                # Around the provider's time alone: a time-out must not hit whoever is reading us.
-                async with asyncio.timeout_at(deadline):
-                    item = await anext(stream)
-                if isinstance(item, TextDelta):
-                    written.append(item.text)
-                    handed_over_at = clock()
-                    yield item
-                    reading_seconds = clock() - handed_over_at
-                    deadline += reading_seconds
-                    patience_seconds -= reading_seconds
+        while run.is_call_under_way and patience_seconds >= 0:
+            stream = providers.stream_text(
+                provider=quote.ask.provider,
+                model=quote.ask.model,
+                system=run.prompt.system,
+                messages=run.prompt.messages,
+                max_output_tokens=run.output_limit_tokens,
+            )
+            async with aclosing(stream):
+                while run.is_call_under_way and patience_seconds >= 0:
+                    # Around the provider's time alone: a time-out must not hit whoever is reading us.
+                    async with asyncio.timeout_at(deadline):
+                        item = await anext(stream)
+                    if isinstance(item, TextDelta):
+                        run.written.append(item.text)
+                        handed_over_at = clock()
+                        yield item
+                        reading_seconds = clock() - handed_over_at
+                        deadline += reading_seconds
+                        patience_seconds -= reading_seconds
+                    else:
+                        run.end_call(item)
+            if not run.is_call_under_way:
+                more = await in_thread(_hold_more)(run)
+                if isinstance(more, _NextCall):
+                    run.begin_call(more)
                 else:
-                    end = item
+                    run.stopped_by = more
+    except TimeoutError:
+        run.fail(ProviderTimedOut(quote.price.get_provider_display()))
+    except Exception as error:
+        run.fail(error)
+    finally:
+        # Also when the reader has gone: shielded, so that a second cancellation cannot leave the hold open.
+        await asyncio.shield(asyncio.ensure_future(in_thread(run.close)(keep)))
+    if run.failure is not None:
+        logger.warning("Operation %s failed: %r", usage_id, run.failure.__cause__ or run.failure)
+        raise run.failure
+    yield Finished(usage_id, run.stopped_by)
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+
+
+async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finished:
+    """Run a reserved image operation. What came is charged, at the price of an image each.
+
+    It failed: the hold is released, nothing is charged, and ProviderError is raised. Its task is cancelled because
+    the reader left: the provider is stopped, and nothing is charged, for nothing had come.
+    """
+    ask = quote.ask
+    started_at = time.monotonic()
+    images: Images | None = None
+    failure: Exception | None = None
+
+    def close() -> Posting:
+        duration_ms = int((time.monotonic() - started_at) * 1_000)
+        with transaction.atomic(durable=True):
+            keep(images)
+            if images is not None:
+                pools = images.usage or TokenPools()
+                posting = ledger.settle_usage(
+                    usage_id=usage_id,
+                    pools=pools,
+                    image_count=len(images.images),
+                    provider_cost_microusd=_images_cost_microusd(quote, pools, len(images.images)),
+                    duration_ms=duration_ms,
+                )
+                tasks.follow_debit(posting)
+                return posting
+            reported = failure.usage if isinstance(failure, ProviderError) else None
+            return ledger.release_usage(
+                usage_id=usage_id,
+                error_message=_images_error(failure),
+                provider_cost_microusd=_images_cost_microusd(quote, reported, 0) if reported else 0,
+                duration_ms=duration_ms,
+            )
+
+    try:
+        async with asyncio.timeout(settings.AI_MAX_DURATION_SECONDS):
+            images = await providers.generate_images(
+                provider=ask.provider,
+                model=ask.model,
+                prompt=ask.prompt.messages[-1].text,
+                size=ask.image_size,
+                quality=ask.image_quality,
+                count=ask.image_count,
+            )
     except TimeoutError:
         failure = ProviderTimedOut(quote.price.get_provider_display())
     except Exception as error:
         failure = error
     finally:
-        # Also when the reader has gone: shielded, so that a second cancellation cannot leave the hold open.
         await asyncio.shield(asyncio.ensure_future(in_thread(close)()))
     if failure is not None:
         logger.warning("Operation %s failed: %r", usage_id, failure.__cause__ or failure)
         raise failure
-    yield Finished(usage_id)
+    return Finished(usage_id)
 
 
-def _close(
-    *,
-    quote: Quote,
-    usage_id: int,
-    prompt: Prompt,
-    text: str,
-    end: TextEnd | None,
-    failure: Exception | None,
-    duration_ms: int,
-) -> Posting:
-    if failure is not None:
-        # We may have to pay for it all the same; the user does not (law 9).
-        reported = failure.usage if isinstance(failure, ProviderError) else None
-        pools = reported or (_estimated_pools(prompt, text) if text else TokenPools())
-        return ledger.release_usage(
-            usage_id=usage_id,
-            error_message=failure.message if isinstance(failure, ProviderError) else "The operation failed.",
-            provider_cost_microusd=catalogue.provider_cost_microusd(quote.price, pools),
-            duration_ms=duration_ms,
-        )
-    reported = end.usage if end else None
-    if reported is None and not text:
-        return ledger.release_usage(
-            usage_id=usage_id,
-            status=TokenUsage.Status.FAILED,
-            error_message="It was stopped before anything was written.",
-            duration_ms=duration_ms,
-        )
-    pools = reported or _estimated_pools(prompt, text)
-    return ledger.settle_usage(
-        usage_id=usage_id,
-        pools=pools,
-        is_estimated=reported is None,
-        provider_cost_microusd=catalogue.provider_cost_microusd(quote.price, pools),
-        duration_ms=duration_ms,
-        error_message="" if end is not None else "It was stopped by the reader.",
+def _images_cost_microusd(quote: Quote, pools: TokenPools, image_count: int) -> int:
+    return catalogue.provider_cost_microusd(
+        quote.price,
+        pools,
+        image_count=image_count,
+        image_size=quote.ask.image_size,
+        image_quality=quote.ask.image_quality,
     )
 
 
-def _estimated_pools(prompt: Prompt, text: str) -> TokenPools:
-    return TokenPools(input_tokens=count_tokens(prompt.text), output_tokens=count_tokens(text))
+def _images_error(failure: Exception | None) -> str:
+    if failure is None:
+        return "It was stopped before an image was made."
+    return failure.message if isinstance(failure, ProviderError) else "The operation failed."

@@ -1,31 +1,118 @@
-"""The AI operations, one function each."""
+"""The AI operations, one function each. A request says what the model is asked; the function, where the answer goes.
+
+Each yields `Started`, for texts their text as it comes, then `Finished`; or only `Replayed` when the key was used for
+the same request before. Each raises, before anything is yielded or written, OperationError, CatalogueError,
+InvalidUsage, InsufficientTokens, AccountNotActive or IdempotencyConflict; after `Started`, ProviderError (nothing is
+charged). Close the generator to stop the provider: what was written is kept and charged.
+"""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import dataclasses
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TypeAlias, cast
+from typing import Any, ClassVar, Protocol, TypeAlias, cast
 
 from django.conf import settings
+from django.core.files.base import ContentFile
 from django.db import transaction
 from django.utils import timezone
 
 from accounts.models import Workspace
 from ai_ops import metering, prompts
-from ai_ops.metering import Finished, Quote
-from ai_ops.models import ContentPiece, Project
-from ai_ops.providers import TextDelta
+from ai_ops.metering import Ask, Finished, Quote
+from ai_ops.models import (
+    Chat,
+    ChatTurn,
+    ContentPiece,
+    ContentVersion,
+    GeneratedImage,
+    ImageBatch,
+    ImagePrompt,
+    Project,
+    ResultState,
+)
+from ai_ops.providers import Images, Message, TextDelta
 from billing import ledger
 from billing.database import in_thread
 from billing.models import TokenUsage
 
+CHAT_ANSWER_TOKENS = 1_200
+CHAT_HISTORY_TOKENS = 6_000  # of what was said before; older turns are left out
+CONTINUATION_TOKENS = 1_200
+REPURPOSED_TOKENS = 1_200
+IMAGE_PROMPT_TOKENS = 300
+MIN_REVISION_TOKENS = 300
+FILE_ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+
+Type = TokenUsage.OperationType
+Origin = ContentVersion.Origin
+Result: TypeAlias = ContentPiece | ChatTurn | ImagePrompt | ImageBatch
+
+
+class OperationError(Exception):
+    """Refused; nothing was written and nobody was asked. `message` is for the person."""
+
+    http_status: ClassVar[int] = 400
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class NotYours(OperationError):
+    """There is no such thing among what the user has made (row 63)."""
+
+    http_status = 404
+
+
+class TextChanged(OperationError):
+    """The text that a request is about is not the one that is stored."""
+
+    http_status = 409
+
+
+class NothingToDo(OperationError):
+    """A text is needed and there is none."""
+
+    http_status = 422
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The hold is there and the provider is about to be asked."""
+
+    usage_id: int
+    result: Result
+    held_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """The same request came before: here is what became of it. Nothing was run."""
+
+    usage: TokenUsage
+    result: Result | None
+
+
+Event: TypeAlias = Started | Replayed | TextDelta | Finished
+Events: TypeAlias = AsyncGenerator[Event, None]
+
+
+class Request(Protocol):
+    """What a person asks for in the Studio: a dataclass whose fields are what they entered."""
+
+    def ask(self, user_id: int) -> Ask:
+        """What the model is asked. Reads, writes nothing; raises OperationError."""
+
+
+# --- Requests ---------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """What a person asks for in the Studio."""
-
     title: str
     topic: str
     project: str
@@ -34,113 +121,638 @@ class DraftRequest:
     tone: str
     length: str
 
+    def ask(self, user_id: int) -> Ask:
+        return Ask(
+            operation_type=Type.GENERATION,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.draft_prompt(title=self.title, topic=self.topic, tone=self.tone, length=self.length),
+            wanted_output_tokens=prompts.LENGTHS[self.length].output_limit_tokens,
+            metadata={"operation": "generate_draft", "tone": self.tone, "length": self.length},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ContinuationRequest:
+    """The rest of a text that was cut short."""
+
+    content_id: int
+    provider: str
+    model: str
+
+    def ask(self, user_id: int) -> Ask:
+        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        if not piece.body:
+            raise NothingToDo("There is no text to continue yet.")
+        return Ask(
+            operation_type=Type.GENERATION,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.continuation_prompt(title=piece.title, topic=piece.topic, written=piece.body),
+            wanted_output_tokens=CONTINUATION_TOKENS,
+            project_id=piece.project_id,
+            content_id=piece.pk,
+            metadata={"operation": "generate_draft", "continues": True},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """`chat_id` None opens a chat in the project."""
+
+    chat_id: int | None
+    project: str
+    question: str
+    provider: str
+    model: str
+
+    def ask(self, user_id: int) -> Ask:
+        chat = None if self.chat_id is None else get_chat(user_id=user_id, chat_id=self.chat_id)
+        history = _history(chat) if chat else []
+        return Ask(
+            operation_type=Type.CHAT,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.chat_prompt(history=history, question=self.question),
+            wanted_output_tokens=CHAT_ANSWER_TOKENS,
+            project_id=chat.project_id if chat else None,
+            chat_id=chat.pk if chat else None,
+            metadata={"operation": "generate_chat_response", "history_turns": len(history)},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RefinementRequest:
+    """`body` is the text as it stands in the editor, written over version `base_number`."""
+
+    content_id: int
+    base_number: int
+    body: str
+    refinement: str
+    wishes: str
+    provider: str
+    model: str
+
+    def ask(self, user_id: int) -> Ask:
+        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        _require_text(self.body)
+        _require_newest(piece, self.base_number)
+        return Ask(
+            operation_type=Type.REFINEMENT,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.refinement_prompt(text=self.body, refinement=self.refinement, wishes=self.wishes),
+            wanted_output_tokens=_revision_tokens(self.body),
+            project_id=piece.project_id,
+            content_id=piece.pk,
+            metadata={"operation": "refine_content", "refinement": self.refinement},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionRequest:
+    """A passage of `body`, from its character `start` on; without `start` it must occur once."""
+
+    content_id: int
+    base_number: int
+    body: str
+    selection: str
+    start: int | None
+    instruction: str
+    provider: str
+    model: str
+
     @property
-    def prompt(self) -> prompts.Prompt:
-        return prompts.draft_prompt(title=self.title, topic=self.topic, tone=self.tone, length=self.length)
+    def begins_at(self) -> int:
+        """Where the passage begins. Raises TextChanged when it is not there, or not known which one is meant."""
+        if self.start is not None and self.body.startswith(self.selection, self.start):
+            return self.start
+        if self.body.count(self.selection) == 1:
+            return self.body.index(self.selection)
+        if self.selection in self.body:
+            raise TextChanged("This passage occurs more than once. Add a few words, so that it is clear which one.")
+        raise TextChanged("This passage is not in the text any more. Select it again.")
+
+    def ask(self, user_id: int) -> Ask:
+        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        _require_text(self.selection)
+        _require_newest(piece, self.base_number)
+        before, after = self.around
+        return Ask(
+            operation_type=Type.REFINEMENT,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.selection_prompt(
+                before=before, selection=self.selection, after=after, instruction=self.instruction
+            ),
+            wanted_output_tokens=_revision_tokens(self.selection),
+            project_id=piece.project_id,
+            content_id=piece.pk,
+            metadata={
+                "operation": "refine_selection",
+                "selection_characters": len(self.selection),
+                "text_characters": len(self.body),
+            },
+        )
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """What stands before and after the passage."""
+        start = self.begins_at
+        return self.body[:start], self.body[start + len(self.selection) :]
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
-    """The hold is there and the provider is about to be asked."""
+class RepurposeRequest:
+    content_id: int
+    transformation: str
+    wishes: str
+    provider: str
+    model: str
 
-    usage_id: int
-    piece: ContentPiece
-    quoted_tokens: int
+    def ask(self, user_id: int) -> Ask:
+        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        _require_text(piece.body)
+        return Ask(
+            operation_type=Type.REPURPOSE,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.repurpose_prompt(
+                title=piece.title, text=piece.body, transformation=self.transformation, wishes=self.wishes
+            ),
+            wanted_output_tokens=REPURPOSED_TOKENS,
+            project_id=piece.project_id,
+            metadata={
+                "operation": "repurpose_content",
+                "transformation": self.transformation,
+                "source_content_id": piece.pk,
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Replayed:
-    """The same request came before: here is what became of it. Nothing was run."""
+class ImagePromptRequest:
+    idea: str
+    style: str
+    project: str
+    provider: str
+    model: str
 
-    usage: TokenUsage
-    piece: ContentPiece | None
+    def ask(self, user_id: int) -> Ask:
+        return Ask(
+            operation_type=Type.PROMPT,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.image_prompt_prompt(idea=self.idea, style=self.style),
+            wanted_output_tokens=IMAGE_PROMPT_TOKENS,
+            metadata={
+                "operation": "generate_image_prompt",
+                "template": self.style or "plain",
+                "idea_characters": len(self.idea),
+            },
+        )
 
 
-DraftEvent: TypeAlias = Started | Replayed | TextDelta | Finished
+@dataclass(frozen=True, slots=True)
+class ImageRequest:
+    prompt: str
+    style: str
+    project: str
+    provider: str
+    model: str
+    size: str
+    quality: str
+    count: int
+
+    def ask(self, user_id: int) -> Ask:
+        text = prompts.image_text(prompt=self.prompt, style=self.style)
+        return Ask(
+            operation_type=Type.IMAGE,
+            provider=self.provider,
+            model=self.model,
+            prompt=prompts.Prompt(system="", messages=(Message("user", text),)),
+            image_count=self.count,
+            image_size=self.size,
+            image_quality=self.quality,
+            metadata={"operation": "generate_images", "style": self.style or "plain"},
+        )
 
 
-def quote_draft(*, user_id: int, request: DraftRequest) -> Quote:
-    """What a draft costs at most. Raises what `metering.quote_text` raises."""
-    return metering.quote_text(
-        user_id=user_id,
-        provider=request.provider,
-        model=request.model,
-        prompt=request.prompt,
-        wanted_output_tokens=prompts.LENGTHS[request.length].output_limit_tokens,
-    )
+def quote_text(*, user_id: int, request: Request) -> Quote:
+    """What a text costs at most. Raises OperationError and what `metering.quote_text` raises."""
+    return metering.quote_text(user_id=user_id, ask=request.ask(user_id))
 
 
-async def generate_draft(
-    *, user_id: int, request: DraftRequest, idempotency_key: str
-) -> AsyncGenerator[DraftEvent, None]:
-    """Write a draft into a new content piece of the user's project, and charge for it.
+def quote_images(*, user_id: int, request: ImageRequest) -> Quote:
+    """What the images cost. Raises what `metering.quote_images` raises."""
+    return metering.quote_images(user_id=user_id, ask=request.ask(user_id))
 
-    Yields `Started`, the text as it comes, then `Finished`; or only `Replayed` when the key was used for the same
-    request before. Raises, before anything is yielded or written, CatalogueError, InsufficientTokens,
-    AccountNotActive or IdempotencyConflict; after `Started`, ProviderError (nothing charged). Close the generator to
-    stop the provider: what was written is kept and charged.
-    """
-    begun = await in_thread(_begin_draft)(user_id=user_id, request=request, idempotency_key=idempotency_key)
+
+# --- The operations ---------------------------------------------------------------------------------------------------
+
+
+def generate_draft(*, user_id: int, request: DraftRequest, idempotency_key: str) -> Events:
+    """Write a draft into a new content piece of the user's project."""
+
+    def open_piece() -> ContentPiece:
+        return ContentPiece.objects.create(
+            project=get_project(user_id=user_id, name=request.project),
+            author_id=user_id,
+            title=request.title,
+            topic=request.topic,
+        )
+
+    return _run_text(user_id, request, idempotency_key, open_piece, partial(_keep_new_piece, Origin.DRAFT, ""))
+
+
+def continue_draft(*, user_id: int, request: ContinuationRequest, idempotency_key: str) -> Events:
+    """Write on where a text was cut short, for instance because the balance had run out."""
+
+    def open_piece() -> ContentPiece:
+        return get_piece(user_id=user_id, content_id=request.content_id)
+
+    def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
+        piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
+        if text:
+            state = ResultState.READY if is_complete else ResultState.CUT_SHORT
+            _add_version(piece, piece.body + text, Origin.CONTINUATION, usage_id=usage_id, state=state)
+
+    return _run_text(user_id, request, idempotency_key, open_piece, keep)
+
+
+def generate_chat_response(*, user_id: int, request: ChatRequest, idempotency_key: str) -> Events:
+    """Answer a question, knowing what was said before in the chat; the first one opens it."""
+
+    def open_turn() -> ChatTurn:
+        if request.chat_id is None:
+            project = get_project(user_id=user_id, name=request.project)
+            title = " ".join(request.question.split())
+            chat = Chat.objects.create(project=project, author_id=user_id, title=_shortened(title, 80))
+        else:
+            chat = get_chat(user_id=user_id, chat_id=request.chat_id)
+            chat.save(update_fields=["updated_at"])
+        return ChatTurn.objects.create(chat=chat, question=request.question)
+
+    def keep(turn: ChatTurn, usage_id: int, text: str, is_complete: bool) -> None:
+        turn.answer, turn.state = text, _state_of(text, is_complete)
+        turn.save(update_fields=["answer", "state", "updated_at"])
+
+    return _run_text(user_id, request, idempotency_key, open_turn, keep)
+
+
+def refine_content(*, user_id: int, request: RefinementRequest, idempotency_key: str) -> Events:
+    """Rewrite a piece as the refinement says; the result is its next version."""
+    note = prompts.REFINEMENTS[request.refinement].label
+
+    def open_piece() -> ContentPiece:
+        return _save_edit(user_id, request.content_id, request.base_number, request.body)
+
+    def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
+        _keep_revision(piece, request.body, text, is_complete, Origin.REFINEMENT, note, usage_id)
+
+    return _run_text(user_id, request, idempotency_key, open_piece, keep)
+
+
+def refine_selection(*, user_id: int, request: SelectionRequest, idempotency_key: str) -> Events:
+    """Rewrite one passage of a piece as the instruction says; the piece with the new passage is its next version."""
+
+    def open_piece() -> ContentPiece:
+        return _save_edit(user_id, request.content_id, request.base_number, request.body)
+
+    def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
+        before, after = request.around
+        revised = f"{before}{text.strip() if is_complete else text}{after}" if text else ""
+        note = _shortened(request.instruction, 300)
+        _keep_revision(piece, request.body, revised, is_complete, Origin.SELECTION, note, usage_id)
+
+    return _run_text(user_id, request, idempotency_key, open_piece, keep)
+
+
+def repurpose_content(*, user_id: int, request: RepurposeRequest, idempotency_key: str) -> Events:
+    """Turn a piece into another format, as a new piece that names its source."""
+    label = prompts.TRANSFORMATIONS[request.transformation].label
+
+    def open_piece() -> ContentPiece:
+        source = get_piece(user_id=user_id, content_id=request.content_id)
+        return ContentPiece.objects.create(
+            project_id=source.project_id,
+            author_id=user_id,
+            source=source,
+            title=_shortened(f"{label}: {source.title}", 200),
+            topic=source.topic,
+        )
+
+    return _run_text(user_id, request, idempotency_key, open_piece, partial(_keep_new_piece, Origin.REPURPOSE, label))
+
+
+def generate_image_prompt(*, user_id: int, request: ImagePromptRequest, idempotency_key: str) -> Events:
+    """Turn an idea into a description that a model can make an image of."""
+
+    def open_prompt() -> ImagePrompt:
+        project = get_project(user_id=user_id, name=request.project)
+        return ImagePrompt.objects.create(project=project, author_id=user_id, idea=request.idea, style=request.style)
+
+    def keep(prompt: ImagePrompt, usage_id: int, text: str, is_complete: bool) -> None:
+        prompt.text, prompt.state = text, _state_of(text, is_complete)
+        prompt.save(update_fields=["text", "state", "updated_at"])
+
+    return _run_text(user_id, request, idempotency_key, open_prompt, keep)
+
+
+async def generate_images(*, user_id: int, request: ImageRequest, idempotency_key: str) -> Events:
+    """Make images, with a model of OpenAI's or Google's. Those that come are charged for, each at the same price."""
+
+    def open_batch() -> ImageBatch:
+        return ImageBatch.objects.create(
+            project=get_project(user_id=user_id, name=request.project),
+            author_id=user_id,
+            prompt=request.prompt,
+            style=request.style,
+            size=request.size,
+            quality=request.quality,
+            count=request.count,
+        )
+
+    def keep(batch: ImageBatch, images: Images | None) -> None:
+        batch.state = ResultState.READY if images else ResultState.FAILED
+        batch.save(update_fields=["state", "updated_at"])
+        for position, image in enumerate(images.images if images else (), start=1):
+            # A file is written before the commit: a crash leaves a file that nothing names, never a row without one.
+            name = f"{batch.pk}-{position}.{FILE_ENDINGS[image.media_type]}"
+            file = ContentFile(image.data, name=name)
+            GeneratedImage.objects.create(batch=batch, position=position, file=file, media_type=image.media_type)
+
+    begun = await in_thread(_begin)(user_id, request, idempotency_key, metering.quote_images, open_batch)
     if isinstance(begun, Replayed):
         yield begun
         return
     started, quote = begun
+    async with aclosing(_hand_over(started)) as hand_over:
+        async for item in hand_over:
+            yield item
+    yield await metering.make_images(
+        quote=quote, usage_id=started.usage_id, keep=partial(keep, cast(ImageBatch, started.result))
+    )
+
+
+# --- What they share --------------------------------------------------------------------------------------------------
+
+
+async def _run_text(
+    user_id: int,
+    request: Request,
+    idempotency_key: str,
+    open_result: Callable[[], Any],
+    keep: Callable[[Any, int, str, bool], None],
+) -> Events:
+    """`open_result` makes or finds the row that the text goes to, in the transaction of the hold; `keep(result,
+    usage_id, text, is_complete)` puts it there, in the transaction that charges for it."""
+    begun = await in_thread(_begin)(user_id, request, idempotency_key, metering.quote_text, open_result)
+    if isinstance(begun, Replayed):
+        yield begun
+        return
+    started, quote = begun
+    text = metering.stream_text(
+        quote=quote, usage_id=started.usage_id, keep=partial(keep, started.result, started.usage_id)
+    )
+    for stream in (_hand_over(started), text):
+        async with aclosing(stream):
+            async for item in stream:
+                yield item
+
+
+async def _hand_over(started: Started) -> AsyncGenerator[Event, None]:
     try:
         yield started
     except BaseException:
         # The reader left before the provider was asked: nothing was produced.
-        await asyncio.shield(asyncio.ensure_future(in_thread(ledger.release_usage)(usage_id=started.usage_id)))
-        raise
-    text = metering.stream_text(
-        quote=quote,
-        usage_id=started.usage_id,
-        prompt=request.prompt,
-        keep=partial(_keep_draft, started.piece.pk),
-    )
-    async with aclosing(text):
-        async for item in text:
-            yield item
-
-
-def _begin_draft(*, user_id: int, request: DraftRequest, idempotency_key: str) -> tuple[Started, Quote] | Replayed:
-    quote = quote_draft(user_id=user_id, request=request)
-    with transaction.atomic(durable=True):
-        workspace = Workspace.objects.filter(owner_id=user_id).earliest("id")
-        project, _ = Project.objects.get_or_create(workspace=workspace, name=request.project)
-        piece = ContentPiece.objects.create(
-            project=project, author_id=user_id, title=request.title, topic=request.topic
+        release = in_thread(ledger.release_usage)(
+            usage_id=started.usage_id, error_message="It was stopped before anything was written."
         )
+        await asyncio.shield(asyncio.ensure_future(release))
+        raise
+
+
+def _begin(
+    user_id: int,
+    request: Request,
+    idempotency_key: str,
+    quote_operation: Callable[..., Quote],
+    open_result: Callable[[], Result],
+) -> tuple[Started, Quote] | Replayed:
+    asked_for = {"request": type(request).__name__} | dataclasses.asdict(cast(Any, request))
+    # First of all: a retry must not fail because its first time spent the balance or changed the text.
+    replay = ledger.find_reservation(user_id=user_id, idempotency_key=idempotency_key, request=asked_for)
+    if replay is not None:
+        return _replayed(replay)
+    quote = quote_operation(user_id=user_id, ask=request.ask(user_id))
+    with transaction.atomic(durable=True):
+        result = open_result()
+        ask = dataclasses.replace(quote.ask, **_links(result))
         posting = metering.reserve_quote(
-            quote,
-            user_id=user_id,
-            operation_type=TokenUsage.OperationType.GENERATION,
-            idempotency_key=idempotency_key,
-            request={name: getattr(request, name) for name in request.__slots__},
-            project_id=project.pk,
-            content_id=piece.pk,
+            dataclasses.replace(quote, ask=ask), idempotency_key=idempotency_key, request=asked_for
         )
         if posting.is_replay:
             transaction.set_rollback(True)
-    usage_id = cast(int, posting.usage_id)  # a reservation always has one
+        elif not isinstance(result, ContentPiece):
+            result.usage_id = posting.usage_id
+            result.save(update_fields=["usage_id"])
     if posting.is_replay:
-        usage = TokenUsage.objects.get(pk=usage_id)
-        return Replayed(usage, ContentPiece.objects.filter(pk=usage.content_id or 0).first())
-    return Started(usage_id, piece, quote.max_billable_tokens), quote
+        return _replayed(posting)
+    return Started(cast(int, posting.usage_id), result, quote.held_tokens), quote  # a reservation always has one
 
 
-def close_abandoned_pieces() -> int:
-    """Mark as failed the pieces whose operation died with its process. Returns how many."""
-    abandoned_before = timezone.now() - timedelta(seconds=settings.RESERVATION_SECONDS)
-    return ContentPiece.objects.filter(state=ContentPiece.State.WRITING, updated_at__lt=abandoned_before).update(
-        state=ContentPiece.State.FAILED
-    )
+def _links(result: Result) -> dict[str, Any]:
+    """What the usage row says of where the result is."""
+    if isinstance(result, ChatTurn):
+        return {"chat_id": result.chat_id, "project_id": result.chat.project_id}
+    if isinstance(result, ContentPiece):
+        return {"content_id": result.pk, "project_id": result.project_id}
+    return {"project_id": result.project_id}
 
 
-def _keep_draft(piece_id: int, text: str, is_complete: bool) -> None:
-    if is_complete:
-        state = ContentPiece.State.READY
+def _replayed(posting: ledger.Posting) -> Replayed:
+    usage = TokenUsage.objects.get(pk=cast(int, posting.usage_id))
+    return Replayed(usage, find_result(usage))
+
+
+def find_result(usage: TokenUsage) -> Result | None:
+    """What the operation made or changed, if it still exists."""
+    if usage.operation_type == Type.CHAT:
+        return ChatTurn.objects.select_related("chat").filter(usage_id=usage.pk).first()
+    if usage.operation_type == Type.PROMPT:
+        return ImagePrompt.objects.filter(usage_id=usage.pk).first()
+    if usage.operation_type == Type.IMAGE:
+        return ImageBatch.objects.filter(usage_id=usage.pk).first()
+    return ContentPiece.objects.filter(pk=usage.content_id or 0).first()
+
+
+def text_of(result: Result | None) -> str:
+    """The text that an operation wrote, '' for images."""
+    if isinstance(result, ContentPiece):
+        return result.body
+    if isinstance(result, ChatTurn):
+        return result.answer
+    return result.text if isinstance(result, ImagePrompt) else ""
+
+
+# --- Texts and their versions -----------------------------------------------------------------------------------------
+
+
+def get_project(*, user_id: int, name: str) -> Project:
+    """The user's project of that name; made if there is none."""
+    workspace = Workspace.objects.filter(owner_id=user_id).earliest("id")
+    return Project.objects.get_or_create(workspace=workspace, name=name)[0]
+
+
+def get_piece(*, user_id: int, content_id: int) -> ContentPiece:
+    """Raises NotYours."""
+    piece = ContentPiece.objects.filter(pk=content_id, author_id=user_id).first()
+    if piece is None:
+        raise NotYours("There is no such piece. It may have been deleted.")
+    return piece
+
+
+def get_chat(*, user_id: int, chat_id: int) -> Chat:
+    """Raises NotYours."""
+    chat = Chat.objects.filter(pk=chat_id, author_id=user_id).first()
+    if chat is None:
+        raise NotYours("There is no such chat. It may have been deleted.")
+    return chat
+
+
+def newest_number(piece: ContentPiece) -> int:
+    """The number of the piece's newest version, 0 when there is none."""
+    return piece.versions.values_list("number", flat=True).first() or 0
+
+
+@transaction.atomic
+def save_edit(*, user_id: int, content_id: int, base_number: int, body: str) -> ContentPiece:
+    """Keep what the author typed as the piece's next version. Raises NotYours, TextChanged."""
+    return _save_edit(user_id, content_id, base_number, body)
+
+
+@transaction.atomic
+def restore_version(*, user_id: int, content_id: int, number: int) -> ContentPiece:
+    """Make an older version, or one that was kept aside, the piece's text again, as a new version."""
+    piece = _locked_piece(user_id, content_id)
+    version = piece.versions.filter(number=number).first()
+    if version is None:
+        raise NotYours("There is no such version.")
+    if version.body != piece.body:
+        _add_version(piece, version.body, Origin.RESTORED, note=f"Version {number}")
+    return piece
+
+
+def _save_edit(user_id: int, content_id: int, base_number: int, body: str) -> ContentPiece:
+    piece = _locked_piece(user_id, content_id)
+    if body != piece.body:
+        _require_newest(piece, base_number)
+        _add_version(piece, body, Origin.EDIT)
+    return piece
+
+
+def _locked_piece(user_id: int, content_id: int) -> ContentPiece:
+    piece = ContentPiece.objects.select_for_update().filter(pk=content_id, author_id=user_id).first()
+    if piece is None:
+        raise NotYours("There is no such piece. It may have been deleted.")
+    return piece
+
+
+def _keep_new_piece(origin: str, note: str, piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
+    piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
+    state = _state_of(text, is_complete)
+    if text:
+        _add_version(piece, text, origin, note=note, usage_id=usage_id, state=state)
     else:
-        state = ContentPiece.State.CUT_SHORT if text else ContentPiece.State.FAILED
-    piece = ContentPiece.objects.get(pk=piece_id)
-    piece.body, piece.state = text, state
-    piece.save(update_fields=["body", "state", "updated_at"])
+        piece.state = state
+        piece.save(update_fields=["state", "updated_at"])
+
+
+def _keep_revision(
+    piece: ContentPiece, base: str, text: str, is_complete: bool, origin: str, note: str, usage_id: int
+) -> None:
+    """A revision becomes the text, unless it is unfinished or its base was changed meanwhile: then it is kept aside."""
+    piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
+    if text:
+        is_used = is_complete and piece.body == base
+        _add_version(piece, text, origin, note=note, usage_id=usage_id, is_used=is_used)
+
+
+def _add_version(
+    piece: ContentPiece,
+    body: str,
+    origin: str,
+    *,
+    note: str = "",
+    usage_id: int | None = None,
+    is_used: bool = True,
+    state: str = ResultState.READY,
+) -> None:
+    """The piece must be locked: version numbers have no gaps."""
+    ContentVersion.objects.create(
+        piece=piece,
+        number=newest_number(piece) + 1,
+        body=body,
+        origin=origin,
+        note=note,
+        is_used=is_used,
+        usage_id=usage_id,
+    )
+    if is_used:
+        piece.body, piece.state = body, state
+        piece.save(update_fields=["body", "state", "updated_at"])
+
+
+def _require_newest(piece: ContentPiece, base_number: int) -> None:
+    if newest_number(piece) != base_number:
+        raise TextChanged(
+            "This text was changed in another window or by another operation. Copy what you typed, "
+            "reload the page and put it in again."
+        )
+
+
+def _require_text(text: str) -> None:
+    if not text.strip():
+        raise NothingToDo("There is no text to work on yet.")
+
+
+def _revision_tokens(text: str) -> int:
+    # Twice the text: "make it longer" asks for half as much again, and our count is not the provider's.
+    return max(MIN_REVISION_TOKENS, 2 * metering.count_tokens(text))
+
+
+def _history(chat: Chat) -> list[tuple[str, str]]:
+    """The newest answered turns that fit, oldest first."""
+    history: list[tuple[str, str]] = []
+    tokens = 0
+    for turn in chat.turns.exclude(answer="").order_by("-id")[:100]:
+        tokens += metering.count_tokens(turn.question) + metering.count_tokens(turn.answer)
+        if tokens > CHAT_HISTORY_TOKENS:
+            break
+        history.append((turn.question, turn.answer))
+    return history[::-1]
+
+
+def _state_of(text: str, is_complete: bool) -> str:
+    if not text:
+        return ResultState.FAILED
+    return ResultState.READY if is_complete else ResultState.CUT_SHORT
+
+
+def _shortened(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1].rstrip()}…"
+
+
+# --- Tidying up -------------------------------------------------------------------------------------------------------
+
+
+def close_abandoned_results() -> int:
+    """Mark as failed what an operation was writing when its process died. Returns how many."""
+    abandoned_before = timezone.now() - timedelta(seconds=settings.RESERVATION_SECONDS)
+    return sum(
+        model.objects.filter(state=ResultState.WRITING, updated_at__lt=abandoned_before).update(
+            state=ResultState.FAILED
+        )
+        for model in (ContentPiece, ChatTurn, ImagePrompt, ImageBatch)
+    )

@@ -4,5 +4,5 @@ from ai_ops import operations
 
 
 @shared_task
-def close_abandoned_pieces() -> int:
-    return operations.close_abandoned_pieces()
+def close_abandoned_results() -> int:
+    return operations.close_abandoned_results()

@@ -1,53 +1,371 @@
 """The Studio."""
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, cast
 from uuid import uuid4
 
+from django.contrib import messages
 from django.contrib.auth.decorators import login_required
-from django.http import HttpResponse, JsonResponse, StreamingHttpResponse
+from django.core.paginator import Paginator
+from django.db.models import Count
+from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
+from django.views.decorators.cache import cache_control
 from django.views.decorators.http import require_GET, require_POST
 
 from accounts.permissions import SignedInRequest
-from ai_ops import operations
-from ai_ops.forms import DraftForm, DraftKeyForm, QuoteForm
-from ai_ops.metering import Finished
-from ai_ops.models import ContentPiece
-from ai_ops.operations import DraftEvent, Replayed, Started
+from ai_ops import operations, prompts, providers
+from ai_ops.forms import (
+    IMAGE_SIZES,
+    ChatForm,
+    ContinuationForm,
+    DraftForm,
+    EditForm,
+    ImageForm,
+    ImagePromptForm,
+    KeyForm,
+    OperationForm,
+    RefinementForm,
+    RepurposeForm,
+    SelectionForm,
+)
+from ai_ops.metering import STOP_NOTES, Finished, Quote, StoppedBy
+from ai_ops.models import (
+    Chat,
+    ContentPiece,
+    ContentVersion,
+    GeneratedImage,
+    ImageBatch,
+    ImagePrompt,
+    Project,
+    ResultState,
+)
+from ai_ops.operations import Event, Events, OperationError, Replayed, Result, Started
 from ai_ops.providers import ProviderError, TextDelta
+from billing import catalogue, system_settings
 from billing.catalogue import CatalogueError
 from billing.database import in_thread
 from billing.ledger import InsufficientTokens, LedgerError
-from billing.models import TokenUsage
+from billing.models import ModelPrice, TokenUsage
 
-REFUSALS = (LedgerError, CatalogueError)
+REFUSALS = (LedgerError, CatalogueError, OperationError)
+PAGE_SIZE = 24
+
+
+# --- Pages ------------------------------------------------------------------------------------------------------------
 
 
 @require_GET
 @login_required
 def home(request: SignedInRequest) -> HttpResponse:
-    return _render_studio(request, DraftForm())
+    return _render_home(request)
 
 
-def _render_studio(request: SignedInRequest, form: DraftForm, *, status: int = 200) -> HttpResponse:
+def _render_home(request: SignedInRequest, form: OperationForm | None = None, status: int = 200) -> HttpResponse:
     pieces = ContentPiece.objects.filter(author=request.user).select_related("project").order_by("-updated_at")
-    context = {"form": form, "draft_key": uuid4().hex, "pieces": pieces[:8]}
+    context = {"form": form or DraftForm(), "key": _new_key(), "pieces": pieces[:8]}
     return render(request, "ai_ops/studio.html", context, status=status)
+
+
+@require_GET
+@login_required
+def projects(request: SignedInRequest) -> HttpResponse:
+    rows = (
+        Project.objects.filter(workspace__owner=request.user)
+        .annotate(
+            piece_count=Count("pieces", distinct=True),
+            chat_count=Count("chats", distinct=True),
+            batch_count=Count("image_batches", distinct=True),
+        )
+        .order_by("name")
+    )
+    return render(request, "ai_ops/projects.html", {"page": _page(request, rows)})
+
+
+@require_GET
+@login_required
+def project(request: SignedInRequest, pk: int) -> HttpResponse:
+    row = get_object_or_404(Project, pk=pk, workspace__owner=request.user)
+    context = {
+        "project": row,
+        "page": _page(request, row.pieces.order_by("-updated_at")),
+        "chats": row.chats.order_by("-updated_at")[:PAGE_SIZE],
+        "batches": row.image_batches.order_by("-id").prefetch_related("images")[:PAGE_SIZE],
+    }
+    return render(request, "ai_ops/project.html", context)
+
+
+@require_GET
+@login_required
+def content(request: SignedInRequest, pk: int) -> HttpResponse:
+    return _render_content(request, content_id=pk)
+
+
+def _render_content(
+    request: SignedInRequest, form: Any = None, status: int = 200, content_id: int | None = None
+) -> HttpResponse:
+    """The piece with its forms; `form` is the one that was refused, and shows why."""
+    if content_id is None:
+        content_id = _number(form.data.get("content_id"))
+    piece = get_object_or_404(
+        ContentPiece.objects.select_related("project", "source"), pk=content_id, author=request.user
+    )
+    number = operations.newest_number(piece)
+    about = {"content_id": piece.pk, "base_number": number, "body": piece.body}
+    forms = {
+        "edit": EditForm(initial=about),
+        "refinement": RefinementForm(initial=about),
+        "selection": SelectionForm(initial=about),
+        "repurpose": RepurposeForm(initial=about),
+        "continuation": ContinuationForm(initial=about),
+    }
+    for name, initial in forms.items():
+        if type(form) is type(initial):
+            forms[name] = form
+    # What stood in the editor when it was refused; nothing typed is lost.
+    body = form.data.get("body") if form is not None else None
+    if body is not None and form is not forms["edit"]:
+        forms["edit"] = EditForm(initial=about | {"body": body})
+    for name, shown in forms.items():
+        shown.auto_id = f"{name}_%s"  # they stand on one page, and share names of fields
+    usages = TokenUsage.objects.filter(content_id=piece.pk, user=request.user).in_bulk()
+    context = {
+        "piece": piece,
+        "forms": forms,
+        "open_form": next(
+            (name for name, shown in forms.items() if shown.is_bound and name != "edit"),
+            "continuation" if piece.state == ResultState.CUT_SHORT else "refinement",
+        ),
+        "key": _new_key(),
+        "newest_number": number,
+        "versions": [(version, usages.get(version.usage_id or 0)) for version in piece.versions.all()[:50]],
+        "derived": piece.derived.order_by("-id")[:20],
+        "usages": sorted(usages.values(), key=lambda usage: -usage.pk),
+        "is_running": any(usage.status == TokenUsage.Status.RESERVED for usage in usages.values()),
+    }
+    return render(request, "ai_ops/content.html", context, status=status)
 
 
 @require_POST
 @login_required
-def quote(request: SignedInRequest) -> HttpResponse:
-    """The quote for the form as it stands, as a partial. Posted, since a topic has no place in an address."""
-    form = QuoteForm(request.POST)
-    context: dict[str, Any] = {}
+def save_content(request: SignedInRequest, pk: int) -> HttpResponse:
+    form = EditForm(request.POST)
+    if not form.is_valid():
+        return _render_content(request, form, 400, content_id=pk)
+    try:
+        operations.save_edit(user_id=request.user.pk, content_id=pk, **form.cleaned_data)
+    except operations.NotYours as error:
+        raise Http404 from error
+    except OperationError as error:
+        form.add_error(None, error.message)
+        return _render_content(request, form, error.http_status, content_id=pk)
+    messages.success(request, "Your changes are saved.")
+    return redirect("studio:content", pk)
+
+
+@require_GET
+@login_required
+def version(request: SignedInRequest, pk: int, number: int) -> HttpResponse:
+    row = get_object_or_404(
+        ContentVersion.objects.select_related("piece"), piece_id=pk, number=number, piece__author=request.user
+    )
+    usage = TokenUsage.objects.filter(pk=row.usage_id or 0, user=request.user).first()
+    newest_number = operations.newest_number(row.piece)
+    context = {"version": row, "piece": row.piece, "usage": usage, "newest_number": newest_number}
+    return render(request, "ai_ops/version.html", context)
+
+
+@require_POST
+@login_required
+def restore(request: SignedInRequest, pk: int, number: int) -> HttpResponse:
+    try:
+        operations.restore_version(user_id=request.user.pk, content_id=pk, number=number)
+    except operations.NotYours as error:
+        raise Http404 from error
+    messages.success(request, f"Version {number} is the text again.")
+    return redirect("studio:content", pk)
+
+
+@require_GET
+@login_required
+def chats(request: SignedInRequest) -> HttpResponse:
+    return _render_chat(request)
+
+
+@require_GET
+@login_required
+def chat(request: SignedInRequest, pk: int) -> HttpResponse:
+    return _render_chat(request, chat_id=pk)
+
+
+def _render_chat(
+    request: SignedInRequest, form: Any = None, status: int = 200, chat_id: int | None = None
+) -> HttpResponse:
+    """A chat, or the page that opens one, beside the list of all."""
+    if form is not None:
+        chat_id = _number(form.data.get("chat_id"))
+    row = get_object_or_404(Chat, pk=chat_id, author=request.user) if chat_id else None
+    turns = list(row.turns.all()) if row else []
+    usages = TokenUsage.objects.in_bulk([turn.usage_id for turn in turns if turn.usage_id])
+    last = usages.get(turns[-1].usage_id or 0) if turns else None
+    initial = {"chat_id": chat_id, "model": f"{last.provider}:{last.model}" if last else None}
+    context = {
+        "chat": row,
+        "turns": [(turn, usages.get(turn.usage_id or 0)) for turn in turns],
+        "chats": Chat.objects.filter(author=request.user).select_related("project").order_by("-updated_at")[:30],
+        "form": form or ChatForm(initial={key: value for key, value in initial.items() if value}),
+        "key": _new_key(),
+        "paid_tokens": sum(usage.billable_tokens for usage in usages.values()),
+        "can_go_on": bool(turns) and turns[-1].state == ResultState.CUT_SHORT,
+        "has_run_out": last is not None and last.error_message == STOP_NOTES["balance"],
+    }
+    return render(request, "ai_ops/chat.html", context, status=status)
+
+
+@require_GET
+@login_required
+def images(request: SignedInRequest) -> HttpResponse:
+    return _render_images(request)
+
+
+def _render_images(request: SignedInRequest, form: Any = None, status: int = 200) -> HttpResponse:
+    """The gallery, with the forms for an image prompt and for images."""
+    prompt_form = form if isinstance(form, ImagePromptForm) else ImagePromptForm()
+    prompt_form.auto_id = "id_prompt_%s"  # both forms have a model, a style and a project
+    written = list(ImagePrompt.objects.filter(author=request.user).exclude(text="").order_by("-id")[:5])
+    usages = TokenUsage.objects.in_bulk([row.usage_id for row in written if row.usage_id])
+    batches = ImageBatch.objects.filter(author=request.user).prefetch_related("images").order_by("-id")
+    context = {
+        "image_form": form if isinstance(form, ImageForm) else ImageForm(initial=_image_initial(request)),
+        "prompt_form": prompt_form,
+        "key": _new_key(),
+        "prompts": [(row, usages.get(row.usage_id or 0)) for row in written],
+        "image_prices": _image_prices(),
+        "image_size_labels": [label.partition(",")[0] for _, label in IMAGE_SIZES],
+        "page": _page(request, batches),
+    }
+    return render(request, "ai_ops/images.html", context, status=status)
+
+
+def _image_initial(request: SignedInRequest) -> dict[str, Any]:
+    """What the form begins with: a description that a model wrote (`?prompt=`), or images made before (`?like=`)."""
+    prompt = ImagePrompt.objects.filter(pk=_number(request.GET.get("prompt")) or 0, author=request.user).first()
+    if prompt:
+        return {"prompt": prompt.text, "style": prompt.style, "project": prompt.project.name}
+    batch = ImageBatch.objects.filter(pk=_number(request.GET.get("like")) or 0, author=request.user).first()
+    if batch is None:
+        return {}
+    usage = TokenUsage.objects.filter(pk=batch.usage_id or 0).first()
+    fields = ("prompt", "style", "size", "count") + (("quality",) if batch.quality else ())
+    initial: dict[str, Any] = {name: getattr(batch, name) for name in fields} | {"project": batch.project.name}
+    return initial | ({"model": f"{usage.provider}:{usage.model}"} if usage else {})
+
+
+def _image_prices() -> list[dict[str, Any]]:
+    """What an image costs in tokens: a row for each model and quality, the sizes of the form beside each other."""
+    settings = system_settings.get_system_settings()
+    rows = []
+    for price in catalogue.list_active_models(ModelPrice.Kind.IMAGE):
+        costs: dict[str, dict[str, int]] = {}
+        for option in catalogue.image_options(price, settings):
+            costs.setdefault(option.quality, {})[option.size] = option.cost_tokens
+        if providers.is_configured(price.provider):
+            rows += [
+                {
+                    "model": price.display_name,
+                    "quality": quality,
+                    "costs": [tokens.get(size) for size, _ in IMAGE_SIZES],
+                }
+                for quality, tokens in costs.items()
+            ]
+    return rows
+
+
+@require_GET
+@login_required
+def image_batch(request: SignedInRequest, pk: int) -> HttpResponse:
+    batch = get_object_or_404(
+        ImageBatch.objects.select_related("project").prefetch_related("images"), pk=pk, author=request.user
+    )
+    usage = TokenUsage.objects.filter(pk=batch.usage_id or 0, user=request.user).first()
+    style = prompts.IMAGE_STYLES.get(batch.style)
+    context = {"batch": batch, "usage": usage, "style": style.label if style and batch.style else ""}
+    return render(request, "ai_ops/image_batch.html", context)
+
+
+@require_GET
+@login_required
+@cache_control(private=True, max_age=31_536_000, immutable=True)
+def image_file(request: SignedInRequest, pk: int) -> FileResponse:
+    """The file of an image, to its author alone. It never changes."""
+    image = get_object_or_404(GeneratedImage, pk=pk, batch__author=request.user)
+    try:
+        file = image.file.open("rb")
+    except FileNotFoundError as error:
+        raise Http404 from error
+    name = f"postmate-{image.batch_id}-{image.position}.{operations.FILE_ENDINGS[image.media_type]}"
+    return FileResponse(file, content_type=image.media_type, filename=name, as_attachment="download" in request.GET)
+
+
+def _page(request: HttpRequest, rows: Any) -> Any:
+    return Paginator(rows, PAGE_SIZE).get_page(request.GET.get("page"))
+
+
+def _number(value: Any) -> int | None:
+    """An id out of an address or a form, None when it is none."""
+    text = str(value or "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+
+
+def _new_key() -> str:
+    return uuid4().hex
+
+
+# --- Operations -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """How an operation is asked for: its form, its function, what it would cost, and the page that the form is on."""
+
+    form: type[OperationForm]
+    run: Callable[..., Events]
+    quote: Callable[..., Quote]
+    render_page: Callable[[SignedInRequest, Any, int], HttpResponse]
+
+
+OPERATIONS: Mapping[str, Operation] = {
+    "draft": Operation(DraftForm, operations.generate_draft, operations.quote_text, _render_home),
+    "continuation": Operation(ContinuationForm, operations.continue_draft, operations.quote_text, _render_content),
+    "chat": Operation(ChatForm, operations.generate_chat_response, operations.quote_text, _render_chat),
+    "refinement": Operation(RefinementForm, operations.refine_content, operations.quote_text, _render_content),
+    "selection": Operation(SelectionForm, operations.refine_selection, operations.quote_text, _render_content),
+    "repurpose": Operation(RepurposeForm, operations.repurpose_content, operations.quote_text, _render_content),
+    "image-prompt": Operation(ImagePromptForm, operations.generate_image_prompt, operations.quote_text, _render_images),
+    "images": Operation(ImageForm, operations.generate_images, operations.quote_images, _render_images),
+}
+
+
+def _operation(name: str) -> Operation:
+    if name not in OPERATIONS:
+        raise Http404
+    return OPERATIONS[name]
+
+
+@require_POST
+@login_required
+def quote(request: SignedInRequest, name: str) -> HttpResponse:
+    """The quote for the form as it stands, as a partial. Posted, since a text has no place in an address."""
+    operation = _operation(name)
+    form = operation.form.for_quote(request.POST)
+    context: dict[str, Any] = {"operation": name}
     if form.is_valid():
         try:
-            context["quote"] = operations.quote_draft(user_id=request.user.pk, request=form.request)
+            context["quote"] = operation.quote(user_id=request.user.pk, request=form.request)
         except InsufficientTokens as error:
             context["shortfall_tokens"] = error.missing_tokens
         except REFUSALS as error:
@@ -55,53 +373,65 @@ def quote(request: SignedInRequest) -> HttpResponse:
     return render(request, "ai_ops/_quote.html", context)
 
 
-@require_GET
-@login_required
-def content(request: SignedInRequest, pk: int) -> HttpResponse:
-    piece = get_object_or_404(ContentPiece.objects.select_related("project"), pk=pk, author=request.user)
-    usages = TokenUsage.objects.filter(content_id=piece.pk, user=request.user).order_by("-id")
-    return render(request, "ai_ops/content.html", {"piece": piece, "usages": usages})
-
-
 @require_POST
 @login_required
-async def draft(request: SignedInRequest) -> HttpResponse | StreamingHttpResponse:
-    """Write a draft. A script gets it as server-sent events; a plain form gets the finished piece's page."""
+async def operate(request: SignedInRequest, name: str) -> HttpResponse | StreamingHttpResponse:
+    """Run an operation. A script gets it as server-sent events; a plain form gets the page of the result."""
+    operation = _operation(name)
     user_id = await in_thread(lambda: request.user.pk)()
-    form = DraftForm(request.POST)
-    key_form = DraftKeyForm(request.POST)
+    form, key_form = operation.form(request.POST), KeyForm(request.POST)
     wants_stream = "text/event-stream" in request.headers.get("Accept", "")
     if not await in_thread(form.is_valid)() or not key_form.is_valid():
         message = "" if form.errors else "This form is out of date. Reload the page and try again."
-        return await _refuse(request, form, wants_stream, message, 400)
-    events = operations.generate_draft(
+        return await _refuse(request, operation, form, wants_stream, message, 400)
+    events = operation.run(
         user_id=user_id, request=form.request, idempotency_key=key_form.cleaned_data["idempotency_key"]
     )
     try:
         # The first item says whether the operation may run at all; only then is the answer a stream.
         first = cast(Started | Replayed, await anext(events))
     except REFUSALS as error:
-        return await _refuse(request, form, wants_stream, error.message, error.http_status)
+        return await _refuse(request, operation, form, wants_stream, error.message, error.http_status)
     if wants_stream:
         return StreamingHttpResponse(
             _stream(first, events),
             content_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
-    return await _run_to_the_end(request, form, first, events)
+    return await _run_to_the_end(request, operation, form, first, events)
 
 
 async def _refuse(
-    request: SignedInRequest, form: DraftForm, wants_stream: bool, message: str, status: int
+    request: SignedInRequest, operation: Operation, form: OperationForm, wants_stream: bool, message: str, status: int
 ) -> HttpResponse:
     if wants_stream:
         return JsonResponse({"message": message or "Please correct the form.", "fields": form.errors}, status=status)
     if message:
         form.add_error(None, message)
-    return await in_thread(_render_studio)(request, form, status=status)
+    return await in_thread(operation.render_page)(request, form, status)
 
 
-async def _stream(first: Started | Replayed, events: AsyncGenerator[DraftEvent, None]) -> AsyncIterator[str]:
+async def _run_to_the_end(
+    request: SignedInRequest,
+    operation: Operation,
+    form: OperationForm,
+    first: Started | Replayed,
+    events: AsyncGenerator[Event, None],
+) -> HttpResponse:
+    try:
+        async for _ in events:
+            pass
+    except ProviderError as error:
+        return await _refuse(request, operation, form, False, error.message, error.http_status)
+    if first.result is None:
+        return redirect("studio:home")
+    return redirect(first.result)
+
+
+# --- Streams ----------------------------------------------------------------------------------------------------------
+
+
+async def _stream(first: Started | Replayed, events: AsyncGenerator[Event, None]) -> AsyncIterator[str]:
     async with aclosing(events):
         try:
             yield await in_thread(_first_event)(first)
@@ -109,14 +439,9 @@ async def _stream(first: Started | Replayed, events: AsyncGenerator[DraftEvent, 
                 if isinstance(item, TextDelta):
                     yield _event("text", text=item.text)
                 elif isinstance(item, Finished):
-                    yield await in_thread(_done_event)(item, first.piece)
+                    yield await in_thread(_done_event)(item.usage_id, first.result, item.stopped_by)
         except ProviderError as error:
-            yield await in_thread(_failed_event)(error, first)
-
-
-def _failed_event(error: ProviderError, first: Started | Replayed) -> str:
-    usage = first.usage if isinstance(first, Replayed) else TokenUsage.objects.get(pk=first.usage_id)
-    return _event("failed", message=error.message, html=_result(usage, first.piece))
+            yield await in_thread(_failed_event)(error.message, first)
 
 
 def _first_event(first: Started | Replayed) -> str:
@@ -125,46 +450,54 @@ def _first_event(first: Started | Replayed) -> str:
     return _event(
         "started",
         usage_id=first.usage_id,
-        content_url=first.piece.get_absolute_url(),
-        quoted_tokens=first.quoted_tokens,
+        result_url=first.result.get_absolute_url(),
+        held_tokens=first.held_tokens,
     )
 
 
-def _done_event(finished: Finished, piece: ContentPiece | None) -> str:
-    usage = TokenUsage.objects.get(pk=finished.usage_id)
-    return _event("done", billable_tokens=usage.billable_tokens, html=_result(usage, piece))
+def _done_event(usage_id: int, result: Result | None, stopped_by: StoppedBy) -> str:
+    usage = TokenUsage.objects.get(pk=usage_id)
+    return _event(
+        "done",
+        billable_tokens=usage.billable_tokens,
+        result_url=result.get_absolute_url() if result else "",
+        stopped_by=stopped_by,
+        html=_result(usage, result, stopped_by),
+    )
+
+
+def _failed_event(message: str, first: Started | Replayed) -> str:
+    usage_id = first.usage.pk if isinstance(first, Replayed) else first.usage_id
+    return _event("failed", message=message, html=_result(TokenUsage.objects.get(pk=usage_id), first.result))
 
 
 def _replayed_events(item: Replayed) -> str:
     """What a form that was sent twice is answered: the outcome of the first time, or that it is still running."""
-    usage, piece = item.usage, item.piece
+    usage, result = item.usage, item.result
     if usage.status == TokenUsage.Status.RESERVED:
-        return _event("failed", message="This draft is already being written. You find it under your recent pieces.")
-    text = _event("text", text=piece.body) if piece and piece.body else ""
+        return _event("failed", message="This is already under way. Reload the page in a moment to see the result.")
+    text = _event("text", text=operations.text_of(result)) if operations.text_of(result) else ""
     if usage.status == TokenUsage.Status.SUCCEEDED:
-        return text + _event("done", billable_tokens=usage.billable_tokens, html=_result(usage, piece))
-    return text + _event("failed", message=usage.error_message, html=_result(usage, piece))
+        return text + _done_event(usage.pk, result, "")
+    return text + _failed_event(usage.error_message, item)
 
 
 def _event(name: str, **data: Any) -> str:
     return f"event: {name}\ndata: {json.dumps(data)}\n\n"
 
 
-def _result(usage: TokenUsage | None, piece: ContentPiece | None) -> str:
-    if usage is None or piece is None:
+def _result(usage: TokenUsage, result: Result | None, stopped_by: StoppedBy = "") -> str:
+    """What became of the operation, for the page that it was started from."""
+    if result is None:
         return ""
-    piece.refresh_from_db()
-    return render_to_string("ai_ops/_draft_result.html", {"usage": usage, "piece": piece})
-
-
-async def _run_to_the_end(
-    request: SignedInRequest, form: DraftForm, first: Started | Replayed, events: AsyncGenerator[DraftEvent, None]
-) -> HttpResponse:
-    try:
-        async for _ in events:
-            pass
-    except ProviderError as error:
-        return await _refuse(request, form, False, error.message, error.http_status)
-    if first.piece is None:
-        return redirect("studio:home")
-    return redirect(first.piece)
+    result.refresh_from_db()
+    context = {
+        "usage": usage,
+        "result": result,
+        "stopped_by": stopped_by,
+        "version": result.versions.filter(usage_id=usage.pk).first() if isinstance(result, ContentPiece) else None,
+        "images": list(result.images.all()) if isinstance(result, ImageBatch) else [],
+        "has_text": bool(operations.text_of(result)),
+        "is_cut_short": result.state == ResultState.CUT_SHORT,
+    }
+    return render_to_string("ai_ops/_operation_result.html", context)

@@ -579,7 +579,7 @@ def reserve_tokens(
         tokens = 0
     else:
         _require_amount(tokens)
-    fingerprint = _fingerprint(kind="reserve", request=request or {"tokens": tokens, "operation": _fields(operation)})
+    fingerprint = _request_fingerprint(request or {"tokens": tokens, "operation": _fields(operation)})
     parameters = _usage_parameters(operation, TokenPools(), idempotency_key, fingerprint) | {
         "user_id": user_id,
         "status": TokenUsage.Status.RESERVED,
@@ -595,6 +595,15 @@ def reserve_tokens(
         partial(_replayed_usage, user_id, idempotency_key, fingerprint),
         needed_tokens=tokens,
     )
+
+
+def find_reservation(*, user_id: int, idempotency_key: str, request: Mapping[str, Any]) -> Posting | None:
+    """What `reserve_tokens` did with this key and `request` before, or None.
+
+    To be asked before prices are worked out anew: a retry must not fail because its model was retired or the balance
+    spent in the meantime. Raises IdempotencyConflict when the key stands for something else.
+    """
+    return _replayed_usage(user_id, idempotency_key, _request_fingerprint(request))
 
 
 def extend_reservation(*, usage_id: int, tokens: int) -> Posting:
@@ -862,6 +871,10 @@ def _metadata(value: Mapping[str, Any] | None) -> str:
 
 def _fingerprint(**request: Any) -> str:
     return sha256(_json(request).encode()).hexdigest()
+
+
+def _request_fingerprint(request: Mapping[str, Any]) -> str:
+    return _fingerprint(kind="reserve", request=request)
 
 
 def _usage_parameters(

@@ -113,13 +113,16 @@ def affordable_output_tokens(*, available_tokens: int, input_tokens: int, multip
 def provider_cost_microusd(pools: TokenPools, *, usd_per_million: Mapping[str, Decimal]) -> int:
     """What the provider charges us for `pools`, in micro-dollars (1 USD = 1,000,000), rounded up.
 
-    `usd_per_million` gives the price of each pool in USD per million tokens, which is micro-dollars per token.
+    `usd_per_million` gives the price of each pool in USD per million tokens, which is micro-dollars per token. Reasoning
+    costs what output does, unless it has a price of its own.
     """
+    output_usd = usd_per_million.get("output", Decimal(0))
     total = (
         pools.input_tokens * usd_per_million.get("input", Decimal(0))
         + pools.cached_input_tokens * usd_per_million.get("cached_input", Decimal(0))
         + pools.cache_write_tokens * usd_per_million.get("cache_write", Decimal(0))
-        + pools.output_tokens * usd_per_million.get("output", Decimal(0))
+        + (pools.output_tokens - pools.reasoning_tokens) * output_usd
+        + pools.reasoning_tokens * usd_per_million.get("reasoning", output_usd)
     )
     return int(Decimal(total).to_integral_value(rounding=ROUND_CEILING))
 

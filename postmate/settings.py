@@ -65,6 +65,17 @@ RESERVATION_SECONDS = env.int("RESERVATION_SECONDS", 600)
 
 # Shared with the platform's other servers. More than one, comma separated, while it is being rotated. None: closed.
 BILLING_SECRETS = _listed("BILLING_SECRET")
+# The API's limits: for each secret, for each personal key, and for each address that shows neither.
+API_SERVICE_CALLS_PER_MINUTE = env.int("API_SERVICE_CALLS_PER_MINUTE", 60_000)
+API_USER_CALLS_PER_MINUTE = env.int("API_USER_CALLS_PER_MINUTE", 120)
+API_ANONYMOUS_CALLS_PER_MINUTE = env.int("API_ANONYMOUS_CALLS_PER_MINUTE", 30)
+
+# How many proxies stand in front and name the caller in X-Forwarded-For. Where there is none, anybody could name
+# any address there; where there is one that is not counted, all callers look like one.
+TRUSTED_PROXY_COUNT = env.int("TRUSTED_PROXY_COUNT", 0 if DEBUG else 1)
+
+# The files of generated images. Several machines share them: a common volume, or another storage.
+MEDIA_ROOT = env.str("MEDIA_ROOT", str(DATA_DIR / "media"))
 
 # --- Django ---------------------------------------------------------------------------------------------------------
 
@@ -193,6 +204,7 @@ AUTH_PASSWORD_VALIDATORS = [
 LOGIN_URL = reverse_lazy("account_login")
 LOGIN_REDIRECT_URL = reverse_lazy("studio:home")
 
+ALLAUTH_TRUSTED_PROXY_COUNT = TRUSTED_PROXY_COUNT
 ACCOUNT_USER_MODEL_USERNAME_FIELD = None
 ACCOUNT_LOGIN_METHODS = {"email"}
 ACCOUNT_FORMS = {"signup": "accounts.forms.SignupForm"}
@@ -244,7 +256,7 @@ CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 CELERY_TIMEZONE = "UTC"
 CELERY_BEAT_SCHEDULE = {
     "expire stale reservations": {"task": "billing.tasks.expire_reservations", "schedule": 30.0},
-    "close pieces whose operation died": {"task": "ai_ops.tasks.close_abandoned_pieces", "schedule": 60.0},
+    "close results whose operation died": {"task": "ai_ops.tasks.close_abandoned_results", "schedule": 60.0},
     "finish purchases whose webhook never came": {"task": "billing.tasks.sweep_purchases", "schedule": 60.0},
     "finish and start auto-recharges": {"task": "billing.tasks.sweep_auto_recharges", "schedule": 60.0},
     "finish refunds that Stripe did not answer": {"task": "billing.tasks.resume_refunds", "schedule": 60.0},

@@ -2,18 +2,29 @@ from allauth.account.views import SignupView
 from django.contrib import admin
 from django.urls import include, path
 
+import accounts.views
 import ai_ops.views
 import billing.views.live
 from billing.views import dashboard, notifications, tokens, webhook
 from postmate import views
-from postmate.api import api, docs_urlpatterns
+from postmate.api import api_urls, docs_urlpatterns
 
 admin.site.site_header = admin.site.site_title = "Postmate token billing"
 
 studio_urls = [
     path("", ai_ops.views.home, name="home"),
-    path("quote/", ai_ops.views.quote, name="quote"),
+    path("quote/<slug:name>/", ai_ops.views.quote, name="quote"),
+    path("projects/", ai_ops.views.projects, name="projects"),
+    path("projects/<int:pk>/", ai_ops.views.project, name="project"),
     path("content/<int:pk>/", ai_ops.views.content, name="content"),
+    path("content/<int:pk>/save/", ai_ops.views.save_content, name="save-content"),
+    path("content/<int:pk>/versions/<int:number>/", ai_ops.views.version, name="version"),
+    path("content/<int:pk>/versions/<int:number>/restore/", ai_ops.views.restore, name="restore"),
+    path("chats/", ai_ops.views.chats, name="chats"),
+    path("chats/<int:pk>/", ai_ops.views.chat, name="chat"),
+    path("images/", ai_ops.views.images, name="images"),
+    path("images/<int:pk>/", ai_ops.views.image_batch, name="image-batch"),
+    path("images/files/<int:pk>/", ai_ops.views.image_file, name="image-file"),
 ]
 
 tokens_urls = [
@@ -42,19 +53,21 @@ dashboard_urls = [
 # All that holds a connection open. In production the proxy sends this prefix to the `live` process.
 live_urls = [
     path("balance/", billing.views.live.balance, name="balance"),
-    path("draft/", ai_ops.views.draft, name="draft"),
+    path("<slug:name>/", ai_ops.views.operate, name="operate"),
 ]
 
 urlpatterns = [
     path("", views.home, name="home"),
     # The page names the bonus of today: a template calls what can be called.
     path("accounts/signup/", SignupView.as_view(extra_context={"welcome_bonus_tokens": views.welcome_bonus_tokens})),
+    path("accounts/api-keys/", accounts.views.keys, name="api-keys"),
+    path("accounts/api-keys/<int:pk>/revoke/", accounts.views.revoke_key, name="api-key-revoke"),
     path("accounts/", include("allauth.urls")),
     path("studio/", include((studio_urls, "studio"))),
     path("tokens/", include((tokens_urls, "tokens"))),
     path("live/", include((live_urls, "live"))),
     path("stripe/webhook/", webhook.stripe_webhook, name="stripe-webhook"),
-    path("api/v1/", api.urls),
+    path("api/v1/", api_urls),
     path("api/", include(docs_urlpatterns)),
     path("admin/tokens/", include((dashboard_urls, "dashboard"))),
     path("admin/", admin.site.urls),

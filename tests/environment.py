@@ -4,8 +4,11 @@ PostgreSQL and Redis are the embedded ones unless DATABASE_URL and REDIS_URL nam
 the AI providers get free ports of the loopback interface and are started by the fixtures that need them.
 """
 
+import atexit
 import os
+import shutil
 import socket
+import tempfile
 from urllib.parse import urlsplit
 
 from postmate import embedded
@@ -32,8 +35,13 @@ STRIPE_PORT, AI_PORT, WEB_PORT = free_port(), free_port(), free_port()
 WEBHOOK_SECRET = "whsec_tests"  # noqa: S105
 BILLING_SECRET = "tests-billing-secret-0123456789abcdef0123456789abcdef"  # noqa: S105
 
+# Images that tests make are gone after them.
+MEDIA_ROOT = tempfile.mkdtemp(prefix="postmate-tests-")
+atexit.register(shutil.rmtree, MEDIA_ROOT, ignore_errors=True)
+
 os.environ |= {
     "DEBUG": "true",
+    "MEDIA_ROOT": MEDIA_ROOT,
     "SECRET_KEY": "tests",
     "PORT": str(WEB_PORT),
     "SITE_URL": f"http://127.0.0.1:{WEB_PORT}",

@@ -115,13 +115,16 @@ class ProviderRefused(ProviderError):
 
 
 class ProviderUnavailable(ProviderError):
-    """An error on the provider's side, no connection, a stream that broke off, or nonsense."""
+    """An error on the provider's side, no connection, a stream that broke off, an image that is none, or nonsense."""
 
     template = "{name} is not answering properly. Please try again in a moment, or choose another model."
 
 
 class ProviderTimedOut(ProviderError):
-    """No connection, or no further piece of the answer, within `AI_TIMEOUT_SECONDS`."""
+    """No connection, or no further piece of the answer, within `AI_TIMEOUT_SECONDS`.
+
+    Images come in one piece, and within `AI_IMAGE_TIMEOUT_SECONDS`.
+    """
 
     http_status = 504
     template = "{name} took too long to answer. Please try again in a moment, or choose another model."
@@ -165,6 +168,19 @@ async def generate_images(*, provider: str, model: str, prompt: str, size: str, 
     module = importlib.import_module(_MODULES[provider])
     images: Images = await module.generate_images(model=model, prompt=prompt, size=size, quality=quality, count=count)
     return images
+
+
+def image_file(data: bytes | None) -> Image | None:
+    """`data` as an image, by what it is and not by what it was said to be; None when it is no image we can show."""
+    if not data:
+        return None
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return Image(data, "image/png")
+    if data.startswith(b"\xff\xd8\xff"):
+        return Image(data, "image/jpeg")
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return Image(data, "image/webp")
+    return None
 
 
 def error_class_for_status(status: int) -> type[ProviderError]:

@@ -10,6 +10,7 @@ from django.conf import settings
 
 from ai_ops.providers import (
     FinishReason,
+    Images,
     Message,
     ProviderBusy,
     ProviderError,
@@ -66,6 +67,11 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
     if not complete or finish_reason is None:
         raise ProviderUnavailable(NAME, usage=usage)
     yield TextEnd(usage, finish_reason)
+
+
+async def generate_images(*, model: str, prompt: str, size: str, quality: str, count: int) -> Images:
+    """Anthropic has no image models."""
+    raise ProviderMisconfigured(NAME)
 
 
 def _client() -> anthropic.AsyncAnthropic:

@@ -1,14 +1,20 @@
-"""Text from Google's Gemini API: the only importer of `google.genai`."""
+"""Text and images from Google's Gemini API: the only importer of `google.genai`."""
 
+import asyncio
 from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
 import httpx2
 from django.conf import settings
 from google import genai
 from google.genai import errors, types
+from google.genai.client import AsyncClient
 
 from ai_ops.providers import (
     FinishReason,
+    Image,
+    Images,
     Message,
     ProviderError,
     ProviderMisconfigured,
@@ -19,6 +25,7 @@ from ai_ops.providers import (
     TextEnd,
     TextStream,
     error_class_for_status,
+    image_file,
     tls_context,
 )
 from billing.pricing import TokenPools
@@ -31,6 +38,7 @@ FINISH_REASONS: dict[str, FinishReason] = {
     "MAX_TOKENS": "length",
     "CONTINUATION": "length",
     **dict.fromkeys(("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "ESCALATION"), "refused"),
+    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "refused"),
 }
 
 
@@ -39,14 +47,15 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
     usage: TokenPools | None = None
     finish_reason: FinishReason | None = None
     blocked = False
-    client, contents, config = _client(), _contents(messages), _config(system, max_output_tokens)
+    client, contents = _client(settings.AI_TIMEOUT_SECONDS), _contents(messages)
+    config = _config(system_instruction=system or None, max_output_tokens=max_output_tokens)
     try:
         # The SDK's stream cannot be closed, its client can: that closes the connection at once.
         async with client.aio as aio:
             stream = await aio.models.generate_content_stream(model=model, contents=contents, config=config)
             async for chunk in stream:
                 usage = _pools(chunk.usage_metadata) or usage
-                blocked = blocked or bool(chunk.prompt_feedback and chunk.prompt_feedback.block_reason)
+                blocked = blocked or _is_blocked(chunk)
                 for candidate in chunk.candidates or ():
                     if text := _text(candidate):
                         yield TextDelta(text)
@@ -61,12 +70,55 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
     yield TextEnd(usage, finish_reason)
 
 
-def _client() -> genai.Client:
+async def generate_images(*, model: str, prompt: str, size: str, quality: str, count: int) -> Images:
+    """See `ai_ops.providers.generate_images`. Gemini makes one image for each request, so `count` run at once.
+
+    It knows the shape of an image and no levels of quality: `quality` has no effect.
+    """
+    width, height = map(int, size.split("x"))
+    shape = Fraction(width, height)
+    client = _client(settings.AI_IMAGE_TIMEOUT_SECONDS)
+    config = _config(
+        response_modalities=["IMAGE"],
+        image_config=types.ImageConfig(aspect_ratio=f"{shape.numerator}:{shape.denominator}"),
+    )
+    async with client.aio as aio:
+        # One failure must not cost the user the images of the other requests, so all are waited for.
+        outcomes = await asyncio.gather(
+            *(_generate_image(aio, model, prompt, config) for _ in range(count)), return_exceptions=True
+        )
+    delivered = [outcome for outcome in outcomes if isinstance(outcome, Images)]
+    failures = [outcome for outcome in outcomes if isinstance(outcome, ProviderError)]
+    if not delivered:
+        failures[0].usage = _sum([failure.usage for failure in failures if failure.usage])
+        raise failures[0]
+    # Of a failure that was not counted nothing is known to be charged. An image that was not counted has a cost, and
+    # a sum without it would pass for the whole.
+    counted = [outcome.usage for outcome in delivered if outcome.usage]
+    complete = len(counted) == len(delivered)
+    usage = _sum(counted + [failure.usage for failure in failures if failure.usage]) if complete else None
+    return Images(tuple(image for outcome in delivered for image in outcome.images), usage)
+
+
+async def _generate_image(aio: AsyncClient, model: str, prompt: str, config: types.GenerateContentConfig) -> Images:
+    usage: TokenPools | None = None
+    try:
+        answer = await aio.models.generate_content(model=model, contents=prompt, config=config)
+        usage = _pools(answer.usage_metadata)
+        image, refused = _image(answer), _is_refused(answer)
+    except Exception as error:
+        raise _translate(error, usage) from error
+    if image is None:
+        raise (ProviderRefused if refused else ProviderUnavailable)(NAME, usage=usage)
+    return Images((image,), usage)
+
+
+def _client(timeout_seconds: float) -> genai.Client:
     if not settings.GOOGLE_API_KEY:
         raise ProviderMisconfigured(NAME)
     options = types.HttpOptions(
         base_url=settings.GOOGLE_GEMINI_BASE_URL or None,
-        timeout=int(settings.AI_TIMEOUT_SECONDS * 1000),  # to connect, and between two chunks
+        timeout=int(timeout_seconds * 1000),  # to connect, and between two chunks
         headers={"X-Server-Timeout": str(WHOLE_ANSWER_SECONDS)},
         # One attempt: a retry is the user's decision, see `ai_ops.providers.stream_text`.
         retry_options=types.HttpRetryOptions(attempts=1),
@@ -76,10 +128,9 @@ def _client() -> genai.Client:
     return genai.Client(vertexai=False, api_key=settings.GOOGLE_API_KEY, http_options=options)
 
 
-def _config(system: str, max_output_tokens: int) -> types.GenerateContentConfig:
+def _config(**fields: Any) -> types.GenerateContentConfig:
     return types.GenerateContentConfig(
-        system_instruction=system or None,
-        max_output_tokens=max_output_tokens,
+        **fields,
         # One quote pays for one request: no further ones behind our back.
         automatic_continuation=False,
         automatic_function_calling=types.AutomaticFunctionCallingConfig(disable=True),
@@ -96,6 +147,24 @@ def _text(candidate: types.Candidate) -> str:
     return "".join(part.text for part in parts if part.text and not part.thought)
 
 
+def _image(answer: types.GenerateContentResponse) -> Image | None:
+    """The first usable image of an answer that is not a sketch made while thinking."""
+    candidates = answer.candidates or ()
+    parts = (part for candidate in candidates for part in (candidate.content and candidate.content.parts) or ())
+    files = (image_file(part.inline_data.data) for part in parts if part.inline_data and not part.thought)
+    return next((file for file in files if file), None)
+
+
+def _is_refused(answer: types.GenerateContentResponse) -> bool:
+    reasons = (candidate.finish_reason for candidate in answer.candidates or ())
+    return _is_blocked(answer) or any(reason and FINISH_REASONS.get(reason.value) == "refused" for reason in reasons)
+
+
+def _is_blocked(answer: types.GenerateContentResponse) -> bool:
+    """The prompt itself was refused, so there are no candidates."""
+    return bool(answer.prompt_feedback and answer.prompt_feedback.block_reason)
+
+
 def _pools(usage: types.GenerateContentResponseUsageMetadata | None) -> TokenPools | None:
     """Google counts what came from its cache as prompt, and thoughts apart from the candidates."""
     if usage is None or usage.prompt_token_count is None:
@@ -107,6 +176,11 @@ def _pools(usage: types.GenerateContentResponseUsageMetadata | None) -> TokenPoo
         output_tokens=(usage.candidates_token_count or 0) + thoughts,
         reasoning_tokens=thoughts,
     )
+
+
+def _sum(pools: list[TokenPools]) -> TokenPools | None:
+    """All pools together, None when nothing was counted."""
+    return sum(pools, TokenPools()) if pools else None
 
 
 def _translate(error: Exception, usage: TokenPools | None) -> ProviderError:

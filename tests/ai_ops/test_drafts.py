@@ -1,21 +1,15 @@
 """A draft over HTTP, from the form to the ledger, with each provider and each way to fail (rows 49–53, 55–60)."""
 
 import asyncio
-import json
 import signal
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from datetime import timedelta
 from decimal import Decimal
-from itertools import count
 from typing import Any
 
 import httpx2
 import pytest
 from django.db import connection
-from django.test import Client
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
@@ -23,140 +17,18 @@ from accounts.models import User
 from ai_ops import operations
 from ai_ops.metering import Finished
 from ai_ops.models import ContentPiece, Project
-from ai_ops.operations import DraftEvent, DraftRequest, Started
+from ai_ops.operations import DraftRequest, Started
 from ai_ops.providers import TextDelta
 from billing import ledger, system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import ceil_multiply
-from billing.verification import verify
 from tests import servers
+from tests.ai_ops.studio import GOOGLE, Writer, asked, each_provider, events_of, until
 from tests.conftest import MakeUser
 from tests.environment import free_port
 from tests.servers import Server
 
-OPENAI, ANTHROPIC, GOOGLE = "openai:gpt-6-luna", "anthropic:claude-haiku-5-5", "google:gemini-2.5-flash"
-each_provider = pytest.mark.parametrize("model", [OPENAI, ANTHROPIC, GOOGLE])
-
-# What has no length yet: the stand-in tells a request by its title, the keys of one run differ.
-_numbers = count(1)
-
-
-@pytest.fixture(autouse=True)
-def _books_stay_in_order(web: Server, ai: Server) -> Iterator[None]:
-    """Whatever a test did, all laws hold after it and nothing is reserved any more."""
-    yield
-    assert [finding for finding in verify() if finding.violations] == []
-    assert not TokenAccount.objects.exclude(reserved=0).exists()
-
-
-def until(condition: Callable[[], Any], *, seconds: float = 10) -> Any:
-    """The first true value of `condition`; fails when there is none in time."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "It did not happen in time."
-        time.sleep(0.02)
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    name: str
-    data: dict[str, Any]
-
-
-def events_of(lines: Iterator[str]) -> Iterator[Event]:
-    """The server-sent events in the lines of an answer."""
-    name = ""
-    for line in lines:
-        key, _, value = line.partition(": ")
-        if key == "event":
-            name = value
-        elif key == "data":
-            yield Event(name, json.loads(value))
-
-
-@dataclass(slots=True)
-class Answer:
-    status_code: int
-    events: list[Event] = field(default_factory=list)
-    refusal: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """The events in their order, a run of texts named once."""
-        return list(dict.fromkeys(event.name for event in self.events))
-
-    @property
-    def text(self) -> str:
-        return "".join(event.data["text"] for event in self.events if event.name == "text")
-
-    @property
-    def last(self) -> Event:
-        return self.events[-1]
-
-
-class Writer:
-    """Somebody at the Studio's form, signed in, with a script in front of it."""
-
-    def __init__(self, user: User, server: Server) -> None:
-        self.user = user
-        session = Client()
-        session.force_login(user)
-        self.http = httpx2.Client(
-            base_url=server.url, cookies={"sessionid": session.cookies["sessionid"].value}, timeout=30
-        )
-        page = self.http.get("/studio/")
-        assert page.status_code == 200
-        self.http.headers["X-CSRFToken"] = self.http.cookies["csrftoken"]
-
-    def form(self, **changes: Any) -> dict[str, Any]:
-        number = next(_numbers)
-        return {
-            "idempotency_key": f"tests-key-{number:08}",
-            "title": f"Green tea {number}",
-            "topic": "A letter about green tea to people who drink coffee.",
-            "project": "Tea shop",
-            "model": OPENAI,
-            "tone": "friendly",
-            "length": "medium",
-        } | changes
-
-    @contextmanager
-    def open_draft(self, **form: Any) -> Iterator[httpx2.Response]:
-        headers = {"Accept": "text/event-stream"}
-        with self.http.stream("POST", "/live/draft/", data=self.form(**form), headers=headers) as response:
-            yield response
-
-    def draft(self, **form: Any) -> Answer:
-        with self.open_draft(**form) as response:
-            if response.headers["Content-Type"].startswith("text/event-stream"):
-                return Answer(response.status_code, list(events_of(response.iter_lines())))
-            response.read()
-            return Answer(response.status_code, refusal=response.json())
-
-    @property
-    def account(self) -> TokenAccount:
-        return ledger.get_account(user_id=self.user.pk)
-
-    @property
-    def usage(self) -> TokenUsage:
-        """The newest operation."""
-        return TokenUsage.objects.filter(user=self.user).latest("id")
-
-    @property
-    def piece(self) -> ContentPiece:
-        return ContentPiece.objects.filter(author=self.user).latest("id")
-
-
-@pytest.fixture
-def writer(alice: User, web: Server) -> Writer:
-    return Writer(alice, web)
-
-
-def asked(ai: Server, title: str) -> list[dict[str, Any]]:
-    """What the providers were asked for under this title."""
-    requests = ai.get("/control/requests").raise_for_status().json()["requests"]
-    return [request for request in requests if f"Title: {title}\n" in request["prompt"]]
+pytestmark = pytest.mark.usefixtures("books_stay_in_order")
 
 
 def nothing_was_written(before: tuple[int, ...]) -> bool:
@@ -184,7 +56,7 @@ def test_draft_is_streamed_and_charged_as_counted(writer: Writer, ai: Server, mo
     assert usage.status == TokenUsage.Status.SUCCEEDED
     assert not usage.is_estimated
     assert usage.billable_tokens == ceil_multiply(usage.actual_tokens, Decimal("1.5"))
-    assert answer.last.data["billable_tokens"] == usage.billable_tokens < answer.events[0].data["quoted_tokens"]
+    assert answer.last.data["billable_tokens"] == usage.billable_tokens < answer.events[0].data["held_tokens"]
     assert usage.provider_cost_microusd > 0
     assert usage.duration_ms is not None
 
@@ -201,7 +73,7 @@ def test_draft_is_streamed_and_charged_as_counted(writer: Writer, ai: Server, mo
     assert piece.project.name == "Tea shop"
     assert piece.project.workspace.owner == writer.user
     assert (usage.content_id, usage.project_id) == (piece.pk, piece.project_id)
-    assert answer.events[0].data["content_url"] == piece.get_absolute_url()
+    assert answer.events[0].data["result_url"] == piece.get_absolute_url()
     page = writer.http.get(piece.get_absolute_url())
     assert page.status_code == 200
     assert f"{usage.billable_tokens:,}" in page.text
@@ -235,7 +107,7 @@ def test_plain_form_leads_to_the_finished_piece(writer: Writer) -> None:
 
 def test_output_limit_fits_a_small_balance(make_user: MakeUser, web: Server, ai: Server) -> None:
     writer = Writer(make_user("carol", tokens=600), web)
-    quote = writer.http.post("/studio/quote/", data=writer.form()).text
+    quote = writer.http.post("/studio/quote/draft/", data=writer.form()).text
     assert "Your balance is small" in quote
     assert writer.draft(title="Small balance").last.name == "done"
     usage = writer.usage
@@ -252,7 +124,7 @@ def test_too_small_balance_says_what_is_missing(make_user: MakeUser, web: Server
     answer = writer.draft(title="Too small")
     assert answer.status_code == 402
     assert "are missing" in answer.refusal["message"]
-    assert "tokens are missing" in writer.http.post("/studio/quote/", data=writer.form()).text
+    assert "tokens are missing" in writer.http.post("/studio/quote/draft/", data=writer.form()).text
     page = writer.http.post("/live/draft/", data=writer.form(title="Kept as typed"))
     assert page.status_code == 402
     assert "Kept as typed" in page.text
@@ -268,7 +140,7 @@ def test_usage_above_the_quote_is_not_billed(writer: Writer, model: str) -> None
     """Row 49: the quote is charged, the rest is kept as unbilled."""
     answer = writer.draft(topic="Tea. [[fault:overrun]]", model=model)
     usage = writer.usage
-    assert usage.billable_tokens == usage.reserved_tokens == answer.events[0].data["quoted_tokens"]
+    assert usage.billable_tokens == usage.reserved_tokens == answer.events[0].data["held_tokens"]
     assert usage.unbilled_tokens == ceil_multiply(usage.actual_tokens, Decimal("1.5")) - usage.billable_tokens > 0
     assert writer.account.balance == 10_000 - usage.billable_tokens
     assert "limited to the quote" in writer.http.get(writer.piece.get_absolute_url()).text
@@ -381,7 +253,7 @@ def test_reader_who_stalls_pays_for_what_was_written(alice: User, ai: Server, se
     settings.AI_MAX_DURATION_SECONDS = settings.RESERVATION_SECONDS
     request = DraftRequest("Stalled", "Tea.", "Letters", "openai", "gpt-6-luna", "neutral", "long")
 
-    async def read() -> list[DraftEvent]:
+    async def read() -> list[operations.Event]:
         draft = operations.generate_draft(user_id=alice.pk, request=request, idempotency_key="stalled-reader")
         return [event async for event in draft]
 
@@ -430,9 +302,9 @@ def test_killed_process_charges_nothing(alice: User, web: Server, ai: Server) ->
     assert writer.usage.status == TokenUsage.Status.EXPIRED
     assert TokenTransaction.objects.filter(account__user=alice).count() == 1  # the bonus
 
-    assert operations.close_abandoned_pieces() == 0
+    assert operations.close_abandoned_results() == 0
     ContentPiece.objects.update(updated_at=timezone.now() - timedelta(hours=1))
-    assert operations.close_abandoned_pieces() == 1
+    assert operations.close_abandoned_results() == 1
     assert writer.piece.state == ContentPiece.State.FAILED
 
 
@@ -466,7 +338,7 @@ def test_same_key_while_it_runs(writer: Writer, ai: Server) -> None:
         assert next(events).name == "started"
         second = writer.draft(**form)
         assert second.names == ["failed"]
-        assert "already being written" in second.last.data["message"]
+        assert "already under way" in second.last.data["message"]
     until(lambda: writer.usage.status != TokenUsage.Status.RESERVED)
     assert TokenUsage.objects.count() == ContentPiece.objects.count() == 1
     assert len(asked(ai, "Double click")) <= 1
@@ -537,7 +409,7 @@ def test_wrong_field_is_named(writer: Writer, ai: Server, name: str, value: str)
     page = writer.http.post("/live/draft/", data=form)
     assert page.status_code == 400
     assert f'id="id_{name}_error"' in page.text
-    assert writer.http.post("/studio/quote/", data=form).status_code == 200
+    assert writer.http.post("/studio/quote/draft/", data=form).status_code == 200
     assert nothing_was_written(before)
     assert asked(ai, form["title"]) == []
 
@@ -558,7 +430,7 @@ def test_half_a_character_is_no_fault_of_ours(writer: Writer) -> None:
     for raw in (b"%ED%A0%80", b"%FF"):
         body = b"&".join(f"{name}={value}".encode() for name, value in form.items() if name != "title")
         response = writer.http.post(
-            "/studio/quote/",
+            "/studio/quote/draft/",
             content=body + b"&title=" + raw,
             headers={"Content-Type": "application/x-www-form-urlencoded"},
         )
@@ -612,7 +484,7 @@ def test_account_that_is_not_active_starts_nothing(writer: Writer, ai: Server, s
         answer = writer.draft(title=title)
         assert answer.status_code == 403
         assert f"This account is {status}" in answer.refusal["message"]
-        assert f"This account is {status}" in writer.http.post("/studio/quote/", data=writer.form()).text
+        assert f"This account is {status}" in writer.http.post("/studio/quote/draft/", data=writer.form()).text
         assert asked(ai, title) == []
 
         assert list(events)[-1].name == "done"
@@ -632,7 +504,7 @@ def test_content_is_its_authors(writer: Writer, bob: User, web: Server) -> None:
     assert web.get(address).status_code == 302
 
 
-@pytest.mark.parametrize("path", ["/live/draft/", "/studio/quote/"])
+@pytest.mark.parametrize("path", ["/live/draft/", "/studio/quote/draft/"])
 def test_form_of_another_site_is_refused(writer: Writer, path: str) -> None:
     """Row 62: 403 without the token, nothing written."""
     before = rows()
@@ -641,6 +513,6 @@ def test_form_of_another_site_is_refused(writer: Writer, path: str) -> None:
     assert nothing_was_written(before)
 
 
-@pytest.mark.parametrize("path", ["/live/draft/", "/studio/quote/"])
+@pytest.mark.parametrize("path", ["/live/draft/", "/studio/quote/draft/"])
 def test_draft_is_posted(writer: Writer, path: str) -> None:
     assert writer.http.get(path).status_code == 405

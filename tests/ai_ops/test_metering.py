@@ -6,7 +6,7 @@ import pytest
 
 from accounts.models import User
 from ai_ops import metering, prompts
-from ai_ops.metering import MIN_OUTPUT_TOKENS, Quote
+from ai_ops.metering import MIN_OUTPUT_TOKENS, Ask, Quote
 from ai_ops.prompts import LENGTHS, TONES, Prompt, draft_prompt
 from billing import ledger, system_settings
 from billing.catalogue import RetiredModel, UnknownModel
@@ -24,7 +24,14 @@ def quote(
     user: User, *, prompt: Prompt = PROMPT, wanted: int = 1_200, model: str = "gpt-6-luna", provider: str = "openai"
 ) -> Quote:
     return metering.quote_text(
-        user_id=user.pk, provider=provider, model=model, prompt=prompt, wanted_output_tokens=wanted
+        user_id=user.pk,
+        ask=Ask(
+            operation_type=TokenUsage.OperationType.GENERATION,
+            provider=provider,
+            model=model,
+            prompt=prompt,
+            wanted_output_tokens=wanted,
+        ),
     )
 
 
@@ -82,14 +89,13 @@ def test_small_balance_lowers_the_limit_and_never_below_the_least(make_user: Mak
         answer = quote(nora)
         assert answer.is_reduced
         assert MIN_OUTPUT_TOKENS <= answer.output_limit_tokens < 1_200
-        assert answer.max_billable_tokens <= tokens < answer.max_billable_tokens + 3  # one token more would not fit
+        assert answer.held_tokens <= tokens < answer.held_tokens + 3  # one token more would not fit
+        assert answer.max_billable_tokens == full.max_billable_tokens  # the quote stays the quote
 
 
 def test_what_is_reserved_is_not_offered_twice(alice: User) -> None:
     before = quote(alice)
-    metering.reserve_quote(
-        before, user_id=alice.pk, operation_type="generation", idempotency_key="first-one", request={"n": 1}
-    )
+    metering.reserve_quote(before, idempotency_key="first-one", request={"n": 1})
     assert quote(alice).available_tokens == 10_000 - before.max_billable_tokens
 
 

@@ -5,22 +5,42 @@ Rows of the list of faults: 51 (the call is stopped when the reader leaves), 52 
 
 import asyncio
 import socket
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from pytest_django.fixtures import Settings
 
 from ai_ops import providers
-from ai_ops.providers import Message, TextDelta, TextEnd, TextStream
+from ai_ops.providers import Images, Message, TextDelta, TextEnd, TextStream
 from billing.pricing import TokenPools
-from postmate.standins.ai import count_tokens, write_article
+from postmate.standins.ai import count_tokens
+from postmate.standins.ai.writing import write_article
 from tests.standins.ai_server import AiServer, running_ai_standin
 
 MODELS = {"openai": "gpt-5-mini", "anthropic": "claude-haiku-5", "google": "gemini-3-flash"}
 SYSTEM = "You write for a tea shop. Be brief, be kind."
 each_provider = pytest.mark.parametrize("provider", MODELS)
+IMAGE_MODELS = {"openai": "gpt-image-2", "google": "gemini-3.1-flash-image"}
+each_image_provider = pytest.mark.parametrize("provider", IMAGE_MODELS)
+each_fault = pytest.mark.parametrize(
+    ("fault", "expected", "http_status"),
+    [
+        ("400", providers.ProviderRefused, 422),
+        ("401", providers.ProviderMisconfigured, 502),
+        ("403", providers.ProviderMisconfigured, 502),
+        ("404", providers.ProviderMisconfigured, 502),
+        ("413", providers.ProviderRefused, 422),
+        ("429", providers.ProviderBusy, 503),
+        ("500", providers.ProviderUnavailable, 502),
+        ("503", providers.ProviderUnavailable, 502),
+        ("504", providers.ProviderTimedOut, 504),
+        ("garbage", providers.ProviderUnavailable, 502),
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +55,7 @@ def standin_settings(settings: Settings, server: AiServer) -> None:
     settings.OPENAI_BASE_URL = f"{server.address}/openai/v1"
     settings.ANTHROPIC_BASE_URL = f"{server.address}/anthropic"
     settings.GOOGLE_GEMINI_BASE_URL = f"{server.address}/google"
-    settings.AI_TIMEOUT_SECONDS = 10.0
+    settings.AI_TIMEOUT_SECONDS = settings.AI_IMAGE_TIMEOUT_SECONDS = 10.0
 
 
 @dataclass(slots=True)
@@ -148,21 +168,7 @@ def test_refusal_ends_the_stream(provider: str) -> None:
 
 
 @each_provider
-@pytest.mark.parametrize(
-    ("fault", "expected", "http_status"),
-    [
-        ("400", providers.ProviderRefused, 422),
-        ("401", providers.ProviderMisconfigured, 502),
-        ("403", providers.ProviderMisconfigured, 502),
-        ("404", providers.ProviderMisconfigured, 502),
-        ("413", providers.ProviderRefused, 422),
-        ("429", providers.ProviderBusy, 503),
-        ("500", providers.ProviderUnavailable, 502),
-        ("503", providers.ProviderUnavailable, 502),
-        ("504", providers.ProviderTimedOut, 504),
-        ("garbage", providers.ProviderUnavailable, 502),
-    ],
-)
+@each_fault
 def test_fault_becomes_its_error_and_is_not_retried(
     server: AiServer, provider: str, fault: str, expected: type[providers.ProviderError], http_status: int
 ) -> None:
@@ -299,3 +305,220 @@ def test_without_a_key_nothing_is_sent(server: AiServer, settings: Settings, pro
 def test_unknown_provider_is_our_mistake() -> None:
     with pytest.raises(providers.ProviderMisconfigured):
         providers.stream_text(provider="nobody", model="x", system="", messages=[], max_output_tokens=1)
+
+
+# Images
+
+
+async def ask_for_images(
+    provider: str, prompt: str, *, size: str = "1024x1024", quality: str = "", count: int = 1, model: str = ""
+) -> Images:
+    return await providers.generate_images(
+        provider=provider,
+        model=model or IMAGE_MODELS[provider],
+        prompt=prompt,
+        size=size,
+        quality=quality,
+        count=count,
+    )
+
+
+def make_images(provider: str, prompt: str, **options: Any) -> Images:
+    return asyncio.run(ask_for_images(provider, prompt, **options))
+
+
+def image_error(provider: str, prompt: str, **options: Any) -> providers.ProviderError:
+    with pytest.raises(providers.ProviderError) as caught:
+        make_images(provider, prompt, **options)
+    return caught.value
+
+
+def png_size(data: bytes) -> tuple[int, int]:
+    """Width and height in pixels, as the file says."""
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+@pytest.mark.parametrize(
+    ("provider", "size", "quality", "expected_size", "tokens_per_image"),
+    [
+        ("openai", "1024x1024", "", (1024, 1024), 1767),
+        ("openai", "1536x1024", "low", (1536, 1024), 167),
+        ("openai", "1024x1536", "high", (1024, 1536), 5500),
+        ("google", "1024x1024", "", (1024, 1024), 1120),
+        ("google", "1536x1024", "", (1264, 848), 1120),
+        ("google", "1024x1536", "high", (848, 1264), 1120),
+    ],
+)
+def test_images_come_as_asked_and_are_counted(
+    server: AiServer, provider: str, size: str, quality: str, expected_size: tuple[int, int], tokens_per_image: int
+) -> None:
+    prompt = f"{provider} paints a harbour, {size}"
+    made = make_images(provider, prompt, size=size, quality=quality, count=3)
+
+    assert len({image.data for image in made.images}) == 3
+    assert {image.media_type for image in made.images} == {"image/png"}
+    assert {png_size(image.data) for image in made.images} == {expected_size}
+    # OpenAI reads the prompt once for all images, Google once for each.
+    requests = {"openai": 1, "google": 3}[provider]
+    assert len(server.requests(prompt)) == requests
+    assert made.usage == TokenPools(count_tokens(prompt) * requests, output_tokens=tokens_per_image * 3)
+
+
+@each_image_provider
+@each_fault
+def test_image_fault_becomes_its_error_and_is_not_retried(
+    server: AiServer, provider: str, fault: str, expected: type[providers.ProviderError], http_status: int
+) -> None:
+    """Row 53."""
+    prompt = f"[[fault:{fault}]] {provider} paints only once"
+    error = image_error(provider, prompt)
+
+    assert type(error) is expected
+    assert error.http_status == http_status
+    assert error.usage is None
+    assert error.__cause__ is not None
+    assert len(server.requests(prompt)) == 1
+
+
+@each_image_provider
+@pytest.mark.parametrize("fault", ["not-an-image", "not-base64"])
+def test_what_is_no_image_is_not_delivered(provider: str, fault: str) -> None:
+    """Row 53."""
+    error = image_error(provider, f"[[fault:{fault}]] {provider} paints tea", count=2)
+
+    assert type(error) is providers.ProviderUnavailable
+
+
+@each_image_provider
+def test_images_that_came_are_delivered(provider: str) -> None:
+    prompt = f"[[fault:fewer]] {provider} paints tea"
+    made = make_images(provider, prompt, count=3)
+
+    assert len(made.images) == 2
+    # What the image that did not come has cost is known, and counted.
+    requests, tokens_per_image = {"openai": (1, 1767), "google": (3, 1120)}[provider]
+    assert made.usage == TokenPools(count_tokens(prompt) * requests, output_tokens=tokens_per_image * 2)
+
+
+@each_image_provider
+def test_no_image_at_all_is_an_error(provider: str) -> None:
+    prompt = f"[[fault:fewer]] {provider} paints a single tea"
+    error = image_error(provider, prompt)
+
+    assert type(error) is providers.ProviderUnavailable
+    assert error.usage == TokenPools(count_tokens(prompt))
+
+
+@each_image_provider
+@pytest.mark.parametrize("fault", ["no-usage", "first-no-usage"])
+def test_images_without_usage(provider: str, fault: str) -> None:
+    """Row 52: neither does the usage of some images pass for that of all."""
+    made = make_images(provider, f"[[fault:{fault}]] {provider} paints tea", count=2)
+
+    assert len(made.images) == 2
+    assert made.usage is None
+
+
+@each_image_provider
+def test_refused_images(provider: str) -> None:
+    error = image_error(provider, f"[[fault:refused]] {provider} paints tea", count=2)
+
+    assert type(error) is providers.ProviderRefused
+    # Google counts the prompt that it refuses.
+    assert (error.usage is None) is (provider == "openai")
+
+
+def test_sketches_are_counted_and_not_delivered() -> None:
+    prompt = "[[fault:pools]] tea, painted after some thought and a sketch"
+    made = make_images("google", prompt)
+
+    assert [png_size(image.data) for image in made.images] == [(1024, 1024)]
+    assert made.usage is not None
+    assert made.usage.cached_input_tokens == count_tokens(prompt) // 2
+    assert made.usage.input_tokens + made.usage.cached_input_tokens == count_tokens(prompt)
+    assert made.usage.output_tokens == 1120 + made.usage.reasoning_tokens > 1120
+
+
+@each_image_provider
+def test_images_time_out_by_a_limit_of_their_own(server: AiServer, settings: Settings, provider: str) -> None:
+    """Row 53."""
+    settings.AI_IMAGE_TIMEOUT_SECONDS = 0.5
+    prompt = f"[[fault:timeout]] {provider} paints for ever"
+    error = image_error(provider, prompt)
+
+    assert type(error) is providers.ProviderTimedOut
+    server.wait_for(prompt, lambda entry: entry["disconnected"])
+    assert len(server.requests(prompt)) == 1
+
+
+@each_image_provider
+def test_images_may_take_longer_than_text(settings: Settings, provider: str) -> None:
+    settings.AI_TIMEOUT_SECONDS = 0.05
+    made = make_images(provider, f"[[fault:slow]] {provider} paints with care")
+
+    assert len(made.images) == 1
+
+
+@each_image_provider
+def test_cancelling_stops_the_painters(server: AiServer, provider: str) -> None:
+    """Row 51."""
+    prompt = f"[[fault:timeout]] {provider} is told to stop painting"
+    requests = {"openai": 1, "google": 3}[provider]
+
+    def wait_for_all(condition: Callable[[dict[str, Any]], bool]) -> None:
+        server.wait_for(prompt, lambda _: sum(map(condition, server.requests(prompt))) == requests)
+
+    async def cancel() -> None:
+        task = asyncio.create_task(ask_for_images(provider, prompt, count=3))
+        await asyncio.to_thread(wait_for_all, lambda entry: entry["finished"] is None)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # Seen while the loop still runs: it is the cancelling that stops the provider, not the loop's end.
+        await asyncio.to_thread(wait_for_all, lambda entry: entry["disconnected"])
+
+    asyncio.run(cancel())
+
+
+@pytest.mark.parametrize(
+    ("provider", "model"),
+    [
+        ("openai", "no-such-model"),
+        ("openai", "dall-e-3"),
+        ("openai", "gpt-image-1"),
+        ("google", "imagen-4.0-generate-001"),
+        ("google", "gemini-2.5-flash-image"),
+        ("anthropic", "claude-haiku-5"),
+    ],
+)
+def test_models_that_make_no_images_are_our_mistake(provider: str, model: str) -> None:
+    error = image_error(provider, "tea", model=model)
+
+    assert type(error) is providers.ProviderMisconfigured
+
+
+@each_image_provider
+def test_images_without_a_key_are_not_asked_for(server: AiServer, settings: Settings, provider: str) -> None:
+    settings.OPENAI_API_KEY = settings.GOOGLE_API_KEY = ""
+    prompt = f"{provider} paints without a key"
+
+    assert type(image_error(provider, prompt)) is providers.ProviderMisconfigured
+    assert server.requests(prompt) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "media_type"),
+    [
+        (b"\x89PNG\r\n\x1a\n and more", "image/png"),
+        (b"\xff\xd8\xff\xe0 and more", "image/jpeg"),
+        (b"RIFF\x10\x00\x00\x00WEBPVP8 ", "image/webp"),
+        (b"RIFF\x10\x00\x00\x00WAVEfmt ", None),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", None),
+        (b"", None),
+    ],
+)
+def test_the_bytes_say_what_kind_of_image_it_is(data: bytes, media_type: str | None) -> None:
+    image = providers.image_file(data)
+
+    assert (image and image.media_type) == media_type

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from functools import partial
 from io import StringIO
 from threading import Barrier, Thread
 from typing import TypeVar
@@ -88,6 +89,34 @@ def test_without_the_lock_the_same_tokens_are_promised_twice(alice: User, monkey
     assert unlocked != ledger._RESERVE.sql
     monkeypatch.setattr(ledger, "_RESERVE", ledger._Statement(unlocked, ledger._RESERVE.names))
     assert storm_of_reservations(alice)["Posting"] > 100
+    with pytest.raises(CommandError, match="broken"):
+        verify_ledger()
+
+
+def storm_of_extensions(user: User) -> Counter[str]:
+    postings = [reserve(user, 50, f"key-{number}") for number in range(100)]
+    return kinds(
+        all_at_once(
+            [partial(ledger.extend_reservation, usage_id=posting.usage_id or 0, tokens=100) for posting in postings]
+        )
+    )
+
+
+def test_as_many_extensions_succeed_as_fit(alice: User) -> None:
+    """48: 100 running operations of 50 tokens each ask for 100 more at once; half of the 10,000 is left for them."""
+    assert storm_of_extensions(alice) == {"Posting": 50, "InsufficientTokens": 50}
+    assert TokenAccount.objects.get(user=alice).available == 0
+    verify_ledger()
+
+
+def test_without_the_lock_extensions_promise_the_same_tokens_twice(
+    alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the one above."""
+    unlocked = ledger._EXTEND.sql.replace("FOR UPDATE", "", 1)
+    assert unlocked != ledger._EXTEND.sql
+    monkeypatch.setattr(ledger, "_EXTEND", ledger._Statement(unlocked, ledger._EXTEND.names))
+    assert storm_of_extensions(alice)["Posting"] > 50
     with pytest.raises(CommandError, match="broken"):
         verify_ledger()
 

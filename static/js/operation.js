@@ -1,0 +1,285 @@
+// The forms that pay for an AI operation: each is posted by script, its answer read as a stream of server-sent events
+// and shown as it comes. Without this file such a form is an ordinary POST.
+//
+// A form:  <form data-operation="draft" data-panel="#panel" method="post" …> with an `idempotency_key` and a
+//          [data-operation-alert] that holds a [data-text]. `data-doing` is the status while it runs ("Writing"),
+//          `data-follow` goes to the result once it is there.
+// A panel: [data-operation-status], [data-operation-text], [data-operation-result], [data-operation-stop], and perhaps
+//          a [data-operation-title], which shows what the form's `title` says. Hidden until something comes.
+// Events:  operation:sent, then :started, :text, :done, :failed with the stream's data, and after everything :ended with
+//          { outcome: "done" | "failed" | "stopped" | "broken" | "refused", started }. They bubble from the form.
+(function () {
+  if (!window.ReadableStream) return;
+
+  const KEPT_ANYWAY = {
+    balance: "Your balance ran out. What was written is kept.",
+    length: "The text reached its limit. What was written is kept.",
+    provider: "The provider broke off. What was written is kept.",
+    reader: "It was stopped. What was written is kept.",
+  };
+
+  // What runs: panel (or form, when it has none) → { form, controller }.
+  const running = new Map();
+
+  const panelOf = (form) => (form.dataset.panel ? document.querySelector(form.dataset.panel) : null);
+  const inPanel = (form, part) => panelOf(form)?.querySelector(`[data-operation-${part}]`);
+  const tokens = (count) => `${Number(count).toLocaleString("en-US")} tokens`;
+
+  function tell(form, name, detail) {
+    form.dispatchEvent(new CustomEvent(`operation:${name}`, { bubbles: true, detail }));
+  }
+
+  function say(form, words) {
+    const status = inPanel(form, "status");
+    if (status) status.textContent = words;
+  }
+
+  // ---- errors ---------------------------------------------------------------------------------------------------
+  function showAlert(form, words) {
+    const alertBox = form.querySelector("[data-operation-alert]");
+    alertBox.querySelector("[data-text]").textContent = words;
+    alertBox.hidden = false;
+    alertBox.scrollIntoView({ block: "nearest" });
+  }
+
+  function clearErrors(form) {
+    form.querySelector("[data-operation-alert]").hidden = true;
+    form.querySelectorAll(".field-error").forEach((element) => element.remove());
+    form.querySelectorAll("[aria-invalid]").forEach((control) => {
+      control.removeAttribute("aria-invalid");
+      const describedBy = (control.getAttribute("aria-describedby") || "")
+        .split(" ")
+        .filter((id) => id && !id.endsWith("_error"));
+      if (describedBy.length) control.setAttribute("aria-describedby", describedBy.join(" "));
+      else control.removeAttribute("aria-describedby");
+    });
+  }
+
+  /** Shows errors at their fields and returns those that have none on the page. */
+  function showFieldErrors(form, fields) {
+    const strays = [];
+    let first = null;
+    Object.entries(fields || {}).forEach(([name, errors]) => {
+      const named = form.elements.namedItem(name);
+      const control = named instanceof RadioNodeList ? named[0] : named;
+      const field = control?.closest(".field");
+      if (!field) {
+        strays.push(...errors);
+        return;
+      }
+      const error = document.createElement("div");
+      error.className = "field-error";
+      error.id = `${control.id}_error`;
+      error.textContent = errors.join(" ");
+      field.append(error);
+      control.setAttribute("aria-invalid", "true");
+      control.setAttribute("aria-describedby", `${control.getAttribute("aria-describedby") || ""} ${error.id}`.trim());
+      first ??= control;
+    });
+    first?.focus();
+    return strays;
+  }
+
+  // ---- the key that makes a retry safe --------------------------------------------------------------------------
+  // Kept when the connection broke before an answer came, so that sending again cannot start a second operation.
+  function renewKey(form) {
+    const bytes = crypto.getRandomValues(new Uint8Array(16));
+    const key = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+    form.elements.namedItem("idempotency_key").value = key;
+  }
+
+  // ---- server-sent events out of a fetch body -------------------------------------------------------------------
+  async function* readEvents(body) {
+    const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+    let buffer = "";
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      buffer = (buffer + value).replace(/\r\n/g, "\n");
+      let end;
+      while ((end = buffer.indexOf("\n\n")) >= 0) {
+        const block = buffer.slice(0, end);
+        buffer = buffer.slice(end + 2);
+        let name = "message";
+        const data = [];
+        block.split("\n").forEach((line) => {
+          if (line.startsWith("event:")) name = line.slice(6).trim();
+          else if (line.startsWith("data:")) data.push(line.slice(5).replace(/^ /, ""));
+        });
+        if (data.length) yield { name, data: JSON.parse(data.join("\n")) };
+      }
+    }
+  }
+
+  // ---- the panel ------------------------------------------------------------------------------------------------
+  function setRunning(form, isRunning) {
+    const submit = form.querySelector("[type=submit]");
+    submit.classList.toggle("btn-loading", isRunning);
+    submit.disabled = isRunning;
+    const stop = inPanel(form, "stop");
+    if (stop) stop.hidden = !isRunning;
+    const text = inPanel(form, "text");
+    text?.classList.toggle("is-writing", isRunning);
+    text?.setAttribute("aria-busy", String(isRunning));
+  }
+
+  function openPanel(form) {
+    const panel = panelOf(form);
+    if (!panel) return;
+    const title = inPanel(form, "title");
+    if (title) title.textContent = form.elements.namedItem("title")?.value.trim() || title.textContent;
+    panel.hidden = false;
+    panel.scrollIntoView({ block: "nearest" });
+  }
+
+  function emptyPanel(form) {
+    inPanel(form, "text")?.replaceChildren();
+    inPanel(form, "result")?.replaceChildren();
+  }
+
+  function addText(form, words) {
+    const text = inPanel(form, "text");
+    if (!text) return;
+    const isAtItsEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 32;
+    text.append(words);
+    if (isAtItsEnd) text.scrollTop = text.scrollHeight;
+  }
+
+  function showResult(form, html) {
+    const result = inPanel(form, "result");
+    if (!result || !html) return;
+    result.innerHTML = html; // our own template, rendered by the server; the model's text never comes this way
+    window.htmx?.process(result);
+    document.dispatchEvent(new CustomEvent("htmx:load", { detail: { elt: result } }));
+  }
+
+  // ---- one operation --------------------------------------------------------------------------------------------
+  async function refused(form, response) {
+    let answer = {};
+    try {
+      answer = await response.json();
+    } catch {
+      // not JSON: the status alone has to do
+    }
+    const strays = showFieldErrors(form, answer.fields);
+    showAlert(form, [answer.message || window.postmate.wordsFor(response.status), ...strays].join(" "));
+    // After a failure of the server it is not known whether the operation was begun.
+    if (response.status < 500) renewKey(form);
+  }
+
+  const onEvent = {
+    started(form, data) {
+      renewKey(form);
+      const held = data.held_tokens ? `${tokens(data.held_tokens)} are reserved for it.` : "It is free.";
+      say(form, `${form.dataset.doing || "Writing"}. ${held}`);
+    },
+    text(form, data) {
+      addText(form, data.text);
+    },
+    done(form, data) {
+      renewKey(form);
+      say(form, `${KEPT_ANYWAY[data.stopped_by] || "Done."} It cost ${tokens(data.billable_tokens)}.`);
+      showResult(form, data.html);
+    },
+    failed(form, data) {
+      if (data.html) renewKey(form); // without a result it is still under way
+      say(form, "It failed.");
+      showResult(form, data.html);
+      showAlert(form, data.message);
+    },
+  };
+
+  /** Runs the operation and returns how it ended. */
+  async function run(form, controller) {
+    const response = await fetch(form.action, {
+      method: "POST",
+      body: new FormData(form),
+      headers: { Accept: "text/event-stream" },
+      credentials: "same-origin",
+      signal: controller.signal,
+    });
+    if (response.redirected) {
+      // To the sign-in page; going there would lose what was typed.
+      showAlert(form, "You have been signed out. Copy what you typed, sign in again and put it in again.");
+      return { outcome: "refused" };
+    }
+    if (!response.ok || !(response.headers.get("Content-Type") || "").startsWith("text/event-stream")) {
+      await refused(form, response);
+      return { outcome: "refused" };
+    }
+    openPanel(form);
+    let outcome = "broken";
+    let resultUrl = "";
+    for await (const { name, data } of readEvents(response.body)) {
+      onEvent[name]?.(form, data);
+      tell(form, name, data);
+      if (name === "done" || name === "failed") outcome = name;
+      resultUrl = data.result_url || resultUrl;
+    }
+    if (outcome === "broken") {
+      say(form, "The connection ended early.");
+      showAlert(form, "The connection ended early. What was written is kept; you pay at most for that.");
+    }
+    return { outcome, resultUrl };
+  }
+
+  async function submit(form) {
+    const place = panelOf(form) || form;
+    if (running.has(place)) {
+      if (running.get(place).form !== form) {
+        showAlert(form, "Another operation is still running here. Stop it, or wait until it has ended.");
+      }
+      return;
+    }
+    const controller = new AbortController();
+    let started = false;
+    let end = { outcome: "broken" };
+    const notice = () => (started = true);
+    form.addEventListener("operation:started", notice);
+    running.set(place, { form, controller });
+    clearErrors(form);
+    emptyPanel(form);
+    setRunning(form, true);
+    say(form, "Sending.");
+    tell(form, "sent", {});
+    try {
+      end = await run(form, controller);
+    } catch (error) {
+      if (error.name === "AbortError") {
+        end = { outcome: "stopped" };
+        say(form, "Stopped. You pay only for what was written until then.");
+      } else {
+        say(form, "The connection failed.");
+        showAlert(form, `${window.postmate.OFFLINE} Everything you typed is still here.`);
+      }
+    } finally {
+      form.removeEventListener("operation:started", notice);
+      running.delete(place);
+      setRunning(form, false);
+      const isPanelEmpty = !inPanel(form, "text")?.textContent && !inPanel(form, "result")?.hasChildNodes();
+      if (panelOf(form) && isPanelEmpty) panelOf(form).hidden = true;
+      form.dispatchEvent(new Event("change")); // the balance has changed, so has what the quote says about it
+      tell(form, "ended", { outcome: end.outcome, started });
+    }
+    if (end.outcome === "done" && end.resultUrl && "follow" in form.dataset) window.location.assign(end.resultUrl);
+  }
+
+  // Before all other listeners: to them the form is not being sent.
+  document.addEventListener(
+    "submit",
+    (event) => {
+      if (!event.target.matches("form[data-operation]")) return;
+      event.preventDefault();
+      submit(event.target);
+    },
+    true,
+  );
+
+  document.addEventListener("click", (event) => {
+    const stop = event.target.closest("[data-operation-stop]");
+    if (!stop) return;
+    running.forEach(({ controller }, place) => {
+      if (place.contains(stop)) controller.abort();
+    });
+  });
+})();
