@@ -3,8 +3,9 @@ from typing import Any, ClassVar
 from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.contrib.auth.base_user import AbstractBaseUser, BaseUserManager
+from django.contrib.postgres.fields import ArrayField
 from django.db import models, transaction
-from django.db.models.functions import Lower
+from django.db.models.functions import Lower, Now
 from django.utils import timezone
 
 
@@ -103,3 +104,56 @@ class Workspace(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+
+class ApiKey(models.Model):
+    """A person's key to their own data over the HTTP API. What opens the door is kept as a hash only.
+
+    Made, used and revoked by accounts/api_keys.py. A revoked key stays, for the record.
+    """
+
+    class Scope(models.TextChoices):
+        BALANCE_READ = "balance:read", "Balance"
+        TRANSACTIONS_READ = "transactions:read", "Transactions"
+        USAGE_READ = "usage:read", "Usage"
+        PACKAGES_READ = "packages:read", "Packages and prices"
+
+    NAME_LENGTH = 60
+
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="api_keys")
+    name = models.CharField(max_length=NAME_LENGTH)
+    scopes = ArrayField(models.CharField(max_length=30, choices=Scope))
+    token_start = models.CharField("how it begins", max_length=12)  # to tell keys apart; gives nothing away
+    token_hash = models.CharField(max_length=64, unique=True)
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+    expires_at = models.DateTimeField(null=True, blank=True)
+    last_used_at = models.DateTimeField(null=True, blank=True)  # to the minute
+    revoked_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        verbose_name = "API key"
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(
+                    scopes__len__gt=0,
+                    scopes__contained_by=["balance:read", "transactions:read", "usage:read", "packages:read"],
+                ),
+                name="accounts_apikey_scopes_known",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.token_start}…)"
+
+    @property
+    def scope_labels(self) -> list[str]:
+        return [self.Scope(scope).label for scope in self.scopes]
+
+    @property
+    def has_expired(self) -> bool:
+        """For pages; what opens the door is decided by the database's clock."""
+        return self.expires_at is not None and self.expires_at <= timezone.now()
+
+    @property
+    def is_live(self) -> bool:
+        return self.revoked_at is None and not self.has_expired

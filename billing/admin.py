@@ -1,6 +1,8 @@
 """The tables in Django admin, for superadmins. What moved tokens or money can be read and nothing else."""
 
 import json
+import re
+from datetime import datetime
 from typing import Any, cast
 
 from django import forms
@@ -11,12 +13,16 @@ from django.db import models
 from django.forms.fields import InvalidJSONInput
 from django.http import HttpRequest
 from django.urls import reverse
+from django.utils.formats import date_format
 from django.utils.functional import cached_property
+from django.utils.html import format_html, format_html_join
+from django.utils.timezone import localtime
 
-from billing import ledger, system_settings, webhooks
+from billing import catalogue, ledger, system_settings, webhooks
 from billing.models import (
     Drift,
     ModelPrice,
+    ModelPriceChange,
     Notification,
     PaymentReversal,
     Purchase,
@@ -214,6 +220,15 @@ class SettingChangeAdmin(ReadOnlyAdmin):
     date_hierarchy = "changed_at"
 
 
+@admin.register(ModelPriceChange)
+class ModelPriceChangeAdmin(ReadOnlyAdmin):
+    list_display = ("changed_at", "price", "field", "old_value", "new_value", "changed_by", "source")
+    list_filter = ("source", "price")
+    list_select_related = ("price", "changed_by")
+    search_fields = ("price__model", "field")
+    date_hierarchy = "changed_at"
+
+
 # --- What can be edited -------------------------------------------------------------------------------------
 
 
@@ -277,15 +292,31 @@ class TokenPricingForm(forms.ModelForm):
         return features
 
 
+_SIZE_AND_QUALITY = re.compile(r"[1-9][0-9]{1,4}x[1-9][0-9]{1,4}(/[a-z]{1,20})?")
+
+
 class ModelPriceForm(forms.ModelForm):
     def clean_image_cost_tokens(self) -> dict[str, int]:
         costs = self.cleaned_data["image_cost_tokens"] or {}
         if not isinstance(costs, dict) or not all(
-            _is_word(size, max_length=50) and type(tokens) is int and 0 < tokens <= ledger.MAX_TOKENS
-            for size, tokens in costs.items()
+            _SIZE_AND_QUALITY.fullmatch(key) and type(tokens) is int and 0 < tokens <= ledger.MAX_TOKENS
+            for key, tokens in costs.items()
         ):
-            raise ValidationError('Enter tokens per image by size: {"1024x1024": 6000, "1024x1024/hd": 9000}.')
+            raise ValidationError('Enter tokens by size and quality: {"1024x1024": 6000, "1024x1024/low": 1500}.')
         return costs
+
+    def clean_image_usd_by_size(self) -> dict[str, str]:
+        prices = self.cleaned_data["image_usd_by_size"] or {}
+        if not isinstance(prices, dict) or not all(
+            _SIZE_AND_QUALITY.fullmatch(key) and _is_usd(usd) for key, usd in prices.items()
+        ):
+            raise ValidationError('Enter USD in quotes, by size and quality: {"1024x1024/low": "0.006"}.')
+        return prices
+
+
+def _is_usd(value: Any) -> bool:
+    """An amount as text, which is exact: a number in JSON is a float."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}([.][0-9]{1,6})?", value) is not None
 
 
 class CatalogueAdmin(admin.ModelAdmin):
@@ -308,6 +339,8 @@ class TokenPricingAdmin(CatalogueAdmin):
 
 @admin.register(ModelPrice)
 class ModelPriceAdmin(CatalogueAdmin):
+    """Saved through the catalogue, which keeps who changed what."""
+
     form = ModelPriceForm
     list_display = (
         "display_name",
@@ -320,10 +353,57 @@ class ModelPriceAdmin(CatalogueAdmin):
         "multiplier",
         "is_active",
         "retired_on",
+        "last_price_change",
     )
     list_filter = ("provider", "kind", "is_active")
     search_fields = ("model", "display_name")
-    readonly_fields = ("updated_at",)
+    readonly_fields = ("updated_at", "history")
+
+    CHANGES_SHOWN = 50
+
+    def get_queryset(self, request: HttpRequest) -> models.QuerySet[ModelPrice]:
+        is_price = models.Q(changes__field__contains="usd") | models.Q(
+            changes__field__in=("multiplier", "image_cost_tokens")
+        )
+        return super().get_queryset(request).annotate(repriced_at=models.Max("changes__changed_at", filter=is_price))
+
+    @admin.display(description="last price change", ordering="repriced_at")
+    def last_price_change(self, price: ModelPrice) -> datetime | None:
+        return cast(Any, price).repriced_at
+
+    @admin.display(description="history")
+    def history(self, price: ModelPrice) -> str:
+        """The newest changes. Not an inline, which would send every row back with the form."""
+        if price.pk is None:
+            return "–"
+        changes = price.changes.select_related("changed_by")[: self.CHANGES_SHOWN]
+        rows = format_html_join(
+            "",
+            "<tr><td>{}</td><td>{}</td><td>{} → {}</td><td>{}</td></tr>",
+            (
+                (
+                    date_format(localtime(change.changed_at), "DATETIME_FORMAT"),
+                    change.field,
+                    change.old_value or "–",
+                    change.new_value or "–",
+                    change.changed_by or change.get_source_display(),
+                )
+                for change in changes
+            ),
+        )
+        everything = f"{reverse('admin:billing_modelpricechange_changelist')}?price__id__exact={price.pk}"
+        return format_html('<table>{}</table><a href="{}">All changes</a>', rows, everything)
+
+    def get_readonly_fields(self, request: HttpRequest, obj: ModelPrice | None = None) -> tuple[str, ...]:
+        return self.readonly_fields if obj is None else (*catalogue.IDENTITY_FIELDS, *self.readonly_fields)
+
+    def save_model(self, request: HttpRequest, obj: ModelPrice, form: forms.ModelForm, change: bool) -> None:
+        by: dict[str, Any] = {"changed_by_id": request.user.pk, "source": ModelPriceChange.Source.ADMIN}
+        if change:
+            changes = {name: form.cleaned_data[name] for name in form.changed_data}
+            catalogue.update_model_price(price_id=obj.pk, changes=changes, **by)
+        else:
+            obj.pk = catalogue.create_model_price(fields=form.cleaned_data, **by).pk
 
 
 @admin.register(SystemSettings)

@@ -38,7 +38,13 @@ class PricedOperation:
     price: ModelPrice
 
     def provider_cost_microusd(self, pools: TokenPools) -> int:
-        return catalogue.provider_cost_microusd(self.price, pools, image_count=self.operation.image_count)
+        return catalogue.provider_cost_microusd(
+            self.price,
+            pools,
+            image_count=self.operation.image_count,
+            image_size=self.operation.image_size,
+            image_quality=self.operation.image_quality,
+        )
 
 
 def price_operation(
@@ -291,7 +297,15 @@ def settle_reservation(
         is_estimated=is_estimated,
         duration_ms=duration_ms,
         provider_cost_microusd=(
-            catalogue.provider_cost_microusd(price, pools, image_count=usage.image_count) if price else 0
+            catalogue.provider_cost_microusd(
+                price,
+                pools,
+                image_count=usage.image_count,
+                image_size=usage.image_size,
+                image_quality=usage.image_quality,
+            )
+            if price
+            else 0
         ),
     )
 

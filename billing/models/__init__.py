@@ -1,6 +1,6 @@
 from .account import TokenAccount
 from .drift import Drift
-from .model_price import ModelPrice
+from .model_price import ModelPrice, ModelPriceChange
 from .notification import Notification, NotificationPreference
 from .pricing import TokenPricing
 from .purchase import Purchase
@@ -14,6 +14,7 @@ from .usage_hour import UsageHour
 __all__ = [
     "Drift",
     "ModelPrice",
+    "ModelPriceChange",
     "Notification",
     "NotificationPreference",
     "PaymentReversal",

@@ -12,9 +12,10 @@ from django.utils import timezone
 
 from accounts.models import User
 from ai_ops.models import ContentPiece, Project
-from billing import ledger, system_settings, usage
+from billing import catalogue, ledger, system_settings, usage
 from billing.models import (
     ModelPrice,
+    ModelPriceChange,
     Notification,
     Purchase,
     SettingChange,
@@ -38,6 +39,7 @@ READ_ONLY = (
     Notification,
     UsageHour,
     SettingChange,
+    ModelPriceChange,
     Project,
     ContentPiece,
 )
@@ -89,6 +91,10 @@ def one_of_each(alice: User, susan: User) -> None:
         duration_ms=0,
     )
     system_settings.update_system_settings(changes={"welcome_bonus_tokens": 9_000}, changed_by_id=susan.pk)
+    luna = ModelPrice.objects.get(model="gpt-6-luna")
+    catalogue.update_model_price(
+        price_id=luna.pk, changes={"input_usd_per_million": Decimal("0.2")}, changed_by_id=susan.pk, source="admin"
+    )
     project = Project.objects.create(workspace=account.workspace, name="Blog")
     ContentPiece.objects.create(project=project, author=alice, title="Hello", topic="Greetings")
 

@@ -47,6 +47,12 @@ def service() -> Service:
 
 
 @pytest.fixture(autouse=True)
+def _many_may_fail(settings: Settings) -> None:
+    """These tests knock at the door more often than an address may in a minute."""
+    settings.API_ANONYMOUS_CALLS_PER_MINUTE = 10**6
+
+
+@pytest.fixture(autouse=True)
 def _books_are_whole(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test does, the laws hold after it."""
     request.getfixturevalue("transactional_db" if "transactional_db" in request.fixturenames else "db")
@@ -488,6 +494,25 @@ def test_reservation_once_per_key(service: Service, alice: User, bob: User) -> N
     assert others.json()["account"]["user_id"] == bob.pk
 
 
+@pytest.mark.parametrize("work", ["text", "image"])
+def test_retry_after_the_model_was_retired(service: Service, make_user: Callable[..., User], work: str) -> None:
+    """Rows 55 and 58: the first outcome stands, also when the model is no longer sold, or is gone, or the price is."""
+    eve = make_user("eve", tokens=7_000)
+    images = {"operation_type": "image", "image_count": 1, "image_size": "1024x1024"}
+    body = reservation(eve) if work == "text" else {"user_id": eve.pk, **IMAGES, **images}
+    first = service.post("/reservations", body)
+    assert first.status_code == 201
+    models = ModelPrice.objects.filter(provider=body["provider"], model=body["model"])
+    before = everything()
+    for change in (lambda: models.update(is_active=False), models.delete):
+        change()
+        again = service.post("/reservations", body)
+        assert (again.status_code, again.json()) == (200, first.json())
+        refused(service.post("/reservations", body | {"metadata": {"a": 1}}), 409, "idempotency_conflict")
+        assert service.post("/reservations", body, key="another").status_code == 422
+    assert everything() == before
+
+
 def test_usage_once_per_key(service: Service, alice: User, bob: User, susan: User) -> None:
     """Row 55, and a retry after a change of price is still the same request, of a vanished model even."""
     body = used(alice, metadata={"flag": True})
@@ -805,6 +830,7 @@ def test_page_of_a_wrong_kind(service: Service, alice: User) -> None:
 
 
 def test_openapi_document(client: Client, db: None) -> None:
+    """What it says of each call; tests/api/test_contract.py holds the calls to it."""
     document = client.get("/api/v1/openapi.json").json()
     assert set(document["paths"]) == {
         "/api/v1/accounts/{user_id}/balance",
@@ -814,11 +840,20 @@ def test_openapi_document(client: Client, db: None) -> None:
         "/api/v1/reservations/{usage_id}/settle",
         "/api/v1/reservations/{usage_id}/release",
         "/api/v1/usage",
+        "/api/v1/me/balance",
+        "/api/v1/me/transactions",
+        "/api/v1/me/usage",
+        "/api/v1/me/packages",
     }
-    for methods in document["paths"].values():
+    for path, methods in document["paths"].items():
         for operation in methods.values():
-            assert operation["security"] == [{"BillingSecret": []}]
-            assert "application/problem+json" in operation["responses"]["400"]["content"]
+            scheme = "PersonalKey" if path.startswith("/api/v1/me/") else "BillingSecret"
+            assert operation["security"] == [{scheme: []}]
+            assert document["components"]["securitySchemes"][scheme]["description"]
+            for status in ("401", "429", "503"):
+                answer = operation["responses"][status]
+                assert set(answer["content"]) == {"application/problem+json"}
+                assert "RateLimit-Remaining" in answer["headers"]
 
 
 def test_docs_page_is_served_by_ourselves(client: Client, db: None) -> None:

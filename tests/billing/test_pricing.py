@@ -13,6 +13,7 @@ from billing.pricing import TokenPools
 
 counts = st.integers(0, 10**12)
 multipliers = st.decimals("0.0001", "1000", places=4)
+usd_prices = st.decimals("0", "999999", places=6)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,23 @@ def test_the_cost_is_the_exact_product_rounded_up_once(
     assert type(billed.billable_tokens) is int
 
 
+@given(counts, counts, counts, multipliers, multipliers)
+def test_more_never_costs_less_and_splitting_never_saves(
+    tokens: int, more_tokens: int, output_tokens: int, multiplier: Decimal, other_multiplier: Decimal
+) -> None:
+    def cost(tokens: int, multiplier: Decimal = multiplier) -> int:
+        return pricing.calculate_llm_billable_tokens(tokens, output_tokens, multiplier).billable_tokens
+
+    assert 0 <= cost(tokens) <= cost(tokens + more_tokens)
+    low, high = sorted((multiplier, other_multiplier))
+    assert cost(tokens, low) <= cost(tokens, high)
+    together = pricing.calculate_llm_billable_tokens(tokens, more_tokens, multiplier).billable_tokens
+    parts = [
+        pricing.calculate_llm_billable_tokens(part, 0, multiplier).billable_tokens for part in (tokens, more_tokens)
+    ]
+    assert together <= sum(parts) <= together + 1  # each part is rounded up by less than one
+
+
 @pytest.mark.parametrize(
     ("input_tokens", "output_tokens", "multiplier"), [(-1, 0, "1"), (0, -1, "1"), (1, 1, "0"), (1, 1, "-1")]
 )
@@ -56,6 +74,8 @@ def test_impossible_counts_and_multipliers_are_refused(input_tokens: int, output
     ("model", "size", "count", "cost_per_image_tokens", "billable_tokens"),
     [
         ("dall-e-3", "1024x1024", 2, None, 12_000),
+        ("dall-e-3", "1792x1024", 1, None, 6_000),
+        ("dall-e-2", "1024x1024", 1, None, 3_000),
         ("dall-e-2", "256x256", 3, None, 9_000),
         ("imagen-4.0-generate-001", "1024x1024", 1, None, 4_500),
         ("dall-e-3", "an unknown size", 1, None, 6_000),
@@ -69,6 +89,15 @@ def test_images_cost_their_fixed_price(
 ) -> None:
     billed = pricing.calculate_image_billable_tokens(model, size, count, cost_per_image_tokens)
     assert billed.billable_tokens == billable_tokens
+
+
+@given(count=st.integers(1, 1_000), more=st.integers(1, 1_000), cost_tokens=st.integers(0, 10**12))
+def test_images_cost_their_price_times_their_number(count: int, more: int, cost_tokens: int) -> None:
+    def cost(count: int) -> int:
+        return pricing.calculate_image_billable_tokens("any", "any", count, cost_tokens).billable_tokens
+
+    assert cost(1) == cost_tokens
+    assert cost(count + more) == cost(count) + cost(more)
 
 
 def test_no_image_is_no_operation() -> None:
@@ -107,6 +136,26 @@ def test_the_providers_cost_prices_each_pool_and_counts_reasoning_once() -> None
         == 2_000 + 2_000 + 250 + 5_000
     )
     assert pricing.provider_cost_microusd(TokenPools(input_tokens=1), usd_per_million={"input": Decimal("0.05")}) == 1
+
+
+@given(
+    tokens=st.tuples(counts, counts, counts, counts),
+    reasoning_share=st.fractions(0, 1),
+    usd=st.tuples(usd_prices, usd_prices, usd_prices, usd_prices),
+    reasoning_usd=st.none() | usd_prices,
+)
+def test_the_providers_cost_is_exact_and_rounded_up_once(
+    tokens: tuple[int, ...], reasoning_share: Fraction, usd: tuple[Decimal, ...], reasoning_usd: Decimal | None
+) -> None:
+    reasoning_tokens = int(tokens[3] * reasoning_share)
+    prices = dict(zip(("input", "cached_input", "cache_write", "output"), usd, strict=True))
+    exact = sum(Fraction(price) * count for count, price in zip(tokens, usd, strict=True))
+    if reasoning_usd is not None:
+        prices["reasoning"] = reasoning_usd
+        exact += reasoning_tokens * (Fraction(reasoning_usd) - Fraction(usd[3]))
+    cost = pricing.provider_cost_microusd(TokenPools(*tokens, reasoning_tokens), usd_per_million=prices)
+    assert cost == ceil(exact) >= 0
+    assert type(cost) is int
 
 
 def test_savings_are_never_overstated() -> None:

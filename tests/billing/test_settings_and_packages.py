@@ -16,6 +16,7 @@ pytestmark = pytest.mark.django_db
 def test_the_defaults_are_the_products() -> None:
     settings = system_settings.get_system_settings()
     assert {name: getattr(settings, name) for name in system_settings.EDITABLE_FIELDS} == {
+        "billing_enabled": True,
         "token_multiplier": Decimal("1.5"),
         "dalle3_cost_tokens": 6_000,
         "dalle2_cost_tokens": 3_000,

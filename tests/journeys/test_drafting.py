@@ -38,18 +38,18 @@ def test_draft_from_quote_to_ledger(alice: User, open_context: OpenContext) -> N
     shoot(page, "studio-quote")
 
     write(page)
-    text = page.locator("#draft-text")
+    text = page.locator("#draft-panel [data-operation-text]")
     expect(text).to_have_text(re.compile("Green|green"))
-    expect(page.locator("#draft-status")).to_have_text(re.compile(r"^Writing\. [\d,]+ tokens are reserved"))
+    expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Writing\. [\d,]+ tokens are reserved"))
     seen = len(text.inner_text())
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     expect(text).to_have_text(re.compile(rf"^[\s\S]{{{seen + 100},}}$"))
 
-    expect(page.locator("#draft-status")).to_have_text(re.compile(r"^Done\. "), timeout=30_000)
+    expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Done\. "), timeout=30_000)
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     usage = TokenUsage.objects.get(user=alice)
     cost, left = usage.billable_tokens, 10_000 - usage.billable_tokens
-    expect(page.locator("#draft-result")).to_contain_text(f"This draft cost {cost:,} tokens.")
+    expect(page.locator("#draft-panel [data-operation-result]")).to_contain_text(f"It cost {cost:,} tokens.")
     for tab in (page, other_tab):
         expect(tab.locator("#balance .balance-number")).to_have_text(f"{left:,}")
     expect(page.locator("#quote")).to_contain_text(f"{left:,}")  # what is available now
@@ -57,7 +57,7 @@ def test_draft_from_quote_to_ledger(alice: User, open_context: OpenContext) -> N
     shoot(page, "studio-done")
 
     page.get_by_role("link", name="Open the piece").click()
-    expect(page.locator(".prose")).to_have_text(ContentPiece.objects.get(author=alice).body)
+    expect(page.get_by_label("Text", exact=True)).to_have_value(ContentPiece.objects.get(author=alice).body)
     arithmetic = f"({usage.input_tokens:,} + {usage.output_tokens:,}) × 1.5 = {cost:,}"
     expect(page.get_by_role("cell", name=arithmetic)).to_be_visible()
     shoot(page, "content")
@@ -74,7 +74,7 @@ def test_failing_provider_keeps_what_was_typed(alice: User, page: Page) -> None:
     sign_in(page, "alice")
     fill(page, title="Kept", topic="Tea that fails. [[fault:500]]")
     write(page)
-    expect(page.locator("#draft-alert")).to_contain_text("is not answering properly. Please try again")
+    expect(page.locator("#draft-form [data-operation-alert]")).to_contain_text("is not answering properly. Please try again")
     expect(page.get_by_label("Title")).to_have_value("Kept")
     expect(page.get_by_label("What it is about")).to_have_value("Tea that fails. [[fault:500]]")
     expect(page.locator("#balance .balance-number")).to_have_text("10,000")
@@ -82,8 +82,8 @@ def test_failing_provider_keeps_what_was_typed(alice: User, page: Page) -> None:
 
     page.get_by_label("What it is about").fill("Tea that does not fail.")
     write(page)
-    expect(page.locator("#draft-status")).to_have_text(re.compile(r"^Done\. "))
-    expect(page.locator("#draft-alert")).to_be_hidden()
+    expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Done\. "))
+    expect(page.locator("#draft-form [data-operation-alert]")).to_be_hidden()
     assert [usage.status for usage in TokenUsage.objects.order_by("id")] == ["failed", "succeeded"]
 
 
@@ -91,9 +91,9 @@ def test_broken_stream_keeps_its_text_and_costs_nothing(alice: User, page: Page)
     sign_in(page, "alice")
     fill(page, topic="Tea. [[fault:cut]]")
     write(page)
-    expect(page.locator("#draft-alert")).to_contain_text("is not answering properly")
-    expect(page.locator("#draft-result")).to_contain_text("This draft cost nothing")
-    expect(page.locator("#draft-text")).not_to_be_empty()
+    expect(page.locator("#draft-form [data-operation-alert]")).to_contain_text("is not answering properly")
+    expect(page.locator("#draft-panel [data-operation-result]")).to_contain_text("This cost nothing")
+    expect(page.locator("#draft-panel [data-operation-text]")).not_to_be_empty()
     expect(page.locator("#balance .balance-number")).to_have_text("10,000")
     shoot(page, "studio-cut")
 
@@ -102,10 +102,10 @@ def test_stop_charges_what_was_written(alice: User, page: Page) -> None:
     sign_in(page, "alice")
     fill(page, topic=SLOW)
     write(page)
-    expect(page.locator("#draft-text")).to_have_text(re.compile(r"^[\s\S]{150,}$"))
+    expect(page.locator("#draft-panel [data-operation-text]")).to_have_text(re.compile(r"^[\s\S]{150,}$"))
     page.get_by_role("button", name="Stop").click()
-    expect(page.locator("#draft-status")).to_contain_text("Stopped.")
-    text = page.locator("#draft-text").inner_text()
+    expect(page.locator("#draft-panel [data-operation-status]")).to_contain_text("Stopped.")
+    text = page.locator("#draft-panel [data-operation-text]").inner_text()
     shoot(page, "studio-stopped")
     # The header tells when it is settled: no more is reserved, and a part of the quote is gone.
     expect(page.locator("#balance .balance")).to_have_attribute("title", re.compile(r", 0 of them reserved"))
@@ -123,7 +123,7 @@ def test_stalled_stream_can_be_stopped(alice: User, page: Page) -> None:
     sign_in(page, "alice")
     fill(page, topic="A letter about green tea. [[fault:stall]]")
     write(page)
-    expect(page.locator("#draft-text")).not_to_be_empty()
+    expect(page.locator("#draft-panel [data-operation-text]")).not_to_be_empty()
     expect(page.locator("#balance .balance")).to_have_attribute("title", re.compile("10,000 tokens .*, [1-9]"))
     shoot(page, "studio-streaming")
     page.get_by_role("button", name="Stop").click()
@@ -138,7 +138,7 @@ def test_too_small_balance(make_user: MakeUser, page: Page) -> None:
     expect(page.locator("#quote")).to_contain_text("tokens are missing")
     shoot(page, "studio-too-small")
     write(page)
-    expect(page.locator("#draft-alert")).to_contain_text("are missing")
+    expect(page.locator("#draft-form [data-operation-alert]")).to_contain_text("are missing")
     expect(page.get_by_label("Title")).to_have_value("Green tea")
 
     ledger.add_tokens(user_id=nora.pk, tokens=500, type="bonus", description="Test", idempotency_key="more")
@@ -164,7 +164,7 @@ def test_wrong_input_is_shown_at_its_field(alice: User, open_context: OpenContex
     write(page)
     if scripts:
         expect(error).to_have_count(0)
-        expect(page.locator("#draft-status")).to_have_text(re.compile(r"^Done\. "))
+        expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Done\. "))
     else:
         page.wait_for_url("**/studio/content/*/")
     assert TokenUsage.objects.count() == 1
@@ -177,7 +177,7 @@ def test_draft_without_scripts(alice: User, open_context: OpenContext) -> None:
     write(page)
     page.wait_for_url("**/studio/content/*/")
     usage = TokenUsage.objects.get(user=alice)
-    expect(page.locator(".prose")).to_have_text(ContentPiece.objects.get(author=alice).body)
+    expect(page.get_by_label("Text", exact=True)).to_have_value(ContentPiece.objects.get(author=alice).body)
     expect(page.locator("#balance .balance-number")).to_have_text(f"{10_000 - usage.billable_tokens:,}")
     page.goto("/tokens/")
     expect(page.locator("#transactions tbody tr").first).to_contain_text(f"-{usage.billable_tokens:,}")

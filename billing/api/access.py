@@ -1,0 +1,116 @@
+"""Who may call, and how often."""
+
+import hmac
+from collections.abc import Callable
+from functools import wraps
+from hashlib import sha256
+from typing import Any
+
+from allauth.account.adapter import get_adapter
+from django.conf import settings
+from django.core.exceptions import PermissionDenied
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseNotAllowed
+from django.views.decorators.csrf import csrf_exempt
+from ninja.security import HttpBearer
+
+from accounts import api_keys
+from accounts.models import ApiKey, User
+from billing.api import limits
+from billing.api.problems import MissingScope, TooManyCalls, method_problem, not_found_problem, too_many_problem
+
+View = Callable[..., HttpResponse]
+
+
+class PersonRequest(HttpRequest):
+    """A request with a right personal key, to the type checker."""
+
+    auth: User
+
+
+class BillingSecret(HttpBearer):
+    """`Authorization: Bearer <BILLING_SECRET>`. Without a configured secret the API is closed (row 66)."""
+
+    openapi_description = "The secret that the platform's servers share (`BILLING_SECRET`)."
+
+    def authenticate(self, request: HttpRequest, token: str) -> str | None:
+        if not token or not token.isascii():
+            return None
+        offered = token.encode()
+        secrets = [secret.strip() for secret in settings.BILLING_SECRETS]
+        # All of them are compared, so that the time tells nothing about which one was nearly right.
+        matches = [hmac.compare_digest(offered, secret.encode()) for secret in secrets if secret]
+        if not any(matches):
+            return None
+        _count(request, f"secret:{sha256(offered).hexdigest()}", settings.API_SERVICE_CALLS_PER_MINUTE)
+        return "service"
+
+
+class PersonalKey(HttpBearer):
+    """`Authorization: Bearer pm_…`, a key that may read what `scope` names. The caller is its owner."""
+
+    openapi_description = (
+        "A personal API key (`pm_…`), made under Settings → API keys. Each call needs one scope: "
+        "`balance:read`, `transactions:read`, `usage:read` or `packages:read`."
+    )
+
+    def __init__(self, scope: ApiKey.Scope) -> None:
+        super().__init__()
+        self.scope = scope
+
+    def authenticate(self, request: HttpRequest, token: str) -> User | None:
+        key = api_keys.find_live_key(token)
+        if key is None:
+            return None
+        _count(request, f"key:{key.pk}", settings.API_USER_CALLS_PER_MINUTE)
+        if self.scope not in key.scopes:
+            raise MissingScope(self.scope)
+        api_keys.note_use(key)
+        return key.user
+
+
+def _count(request: HttpRequest, credential: str, limit: int) -> None:
+    allowance = limits.take_for_credential(credential, limit=limit, address=_address(request))
+    request.allowance = allowance  # type: ignore[attr-defined]
+    if allowance is not None and allowance.is_exceeded:
+        raise TooManyCalls
+
+
+def _address(request: HttpRequest) -> str:
+    try:
+        return get_adapter().get_client_ip(request)  # knows how many proxies to trust
+    except PermissionDenied:
+        return "unknown"
+
+
+def api_view(view: View) -> View:
+    """What all addresses of the API share: problems instead of Django's pages, calls counted, and told how many."""
+
+    @csrf_exempt  # no cookie opens anything here
+    @wraps(view)
+    def counted(request: HttpRequest, *args: Any, **kwargs: Any) -> HttpResponse:
+        try:
+            response = view(request, *args, **kwargs)
+        except Http404:
+            response = not_found_problem()
+        if isinstance(response, HttpResponseNotAllowed):
+            response = method_problem(response["Allow"])
+        if hasattr(request, "allowance"):
+            allowance = request.allowance
+        else:  # nobody has shown a right credential
+            allowance = limits.take_for_address(_address(request))
+            if allowance is not None and allowance.is_exceeded:
+                response = too_many_problem()
+        if allowance is not None:
+            for name, value in allowance.headers.items():
+                response[name] = value
+            if response.status_code == 429:
+                response["Retry-After"] = str(allowance.reset_seconds)
+        return response
+
+    return counted
+
+
+@api_view
+def not_found(request: HttpRequest) -> HttpResponse:
+    """Every address under the API's that is none."""
+    return not_found_problem()

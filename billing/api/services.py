@@ -1,0 +1,190 @@
+"""For the platform's other servers: balances, quotes, reservations, usage."""
+
+from django.conf import settings
+from django.http import HttpRequest
+from ninja import Router, Status
+
+from billing import catalogue, ledger, tasks, usage
+from billing.api.access import BillingSecret
+from billing.api.problems import EVERY_BODY, refusals
+from billing.api.schemas import (
+    IMAGE_FIELDS,
+    LINK_FIELDS,
+    POOL_FIELDS,
+    AddressId,
+    Balance,
+    IdempotencyKey,
+    Outcome,
+    PageSize,
+    Quote,
+    QuoteRequest,
+    ReleaseRequest,
+    ReservationRequest,
+    SettleRequest,
+    UsagePage,
+    UsageRequest,
+)
+from billing.models import TokenUsage
+from billing.models.usage import OperationType, UsageStatus
+from billing.pricing import TokenPools
+
+_NO_BODY = ReleaseRequest()
+_MODEL_REFUSED = ("unknown_model", "retired_model")
+
+router = Router(auth=BillingSecret(), tags=["Services"])
+
+
+@router.get(
+    "/accounts/{user_id}/balance", response=Balance, openapi_extra=refusals("invalid_request", "account_not_found")
+)
+def get_balance(request: HttpRequest, user_id: AddressId) -> Balance:
+    """What the user owns, what is held, what is available. A hint: only a reservation decides."""
+    return Balance.of(ledger.get_account(user_id=user_id))
+
+
+@router.post(
+    "/quotes",
+    response=Quote,
+    openapi_extra=refusals(*EVERY_BODY, "invalid_usage", "account_not_found", *_MODEL_REFUSED),
+)
+def make_quote(request: HttpRequest, body: QuoteRequest) -> Quote:
+    """The most that an operation can cost now, and whether the user can afford it. Holds nothing."""
+    account = ledger.get_account(user_id=body.user_id)
+    priced = usage.price_operation(operation_type=OperationType.GENERATION, **body.model_dump(include=_PRICED_FIELDS))
+    tokens = _quoted_tokens(priced.operation, body)
+    return Quote(
+        max_billable_tokens=tokens,
+        available_tokens=account.available,
+        missing_tokens=max(0, tokens - account.available),
+        fits=account.status == account.Status.ACTIVE and account.available >= tokens,
+    )
+
+
+@router.post(
+    "/reservations",
+    response={200: Outcome, 201: Outcome},
+    openapi_extra=refusals(
+        *EVERY_BODY,
+        "invalid_usage",
+        "invalid_amount",
+        "insufficient_tokens",
+        "account_not_active",
+        "account_not_found",
+        "idempotency_conflict",
+        *_MODEL_REFUSED,
+    ),
+)
+def reserve(request: HttpRequest, body: ReservationRequest, idempotency_key: IdempotencyKey) -> Status:
+    """Hold the most that an operation can cost, before it runs.
+
+    Answers 201, and 200 when this key did it before: then do not run the operation again. A hold that is
+    neither settled nor released in time expires.
+    """
+    ledger.get_account(user_id=body.user_id)
+    operation, tokens = _operation_of(body, idempotency_key)
+    posting = ledger.reserve_tokens(
+        user_id=body.user_id,
+        tokens=tokens,
+        operation=operation,
+        idempotency_key=idempotency_key,
+        lifetime_seconds=body.lifetime_seconds or settings.RESERVATION_SECONDS,
+        request=body.model_dump(exclude_defaults=True),
+    )
+    return Status(200 if posting.is_replay else 201, Outcome.of(posting))
+
+
+@router.post(
+    "/reservations/{usage_id}/settle",
+    response=Outcome,
+    openapi_extra=refusals(*EVERY_BODY, "usage_not_found", "usage_already_closed"),
+)
+def settle(request: HttpRequest, usage_id: AddressId, body: SettleRequest) -> Outcome:
+    """Charge what the operation used, at most its hold, and give back the rest. Twice changes nothing."""
+    pools = TokenPools(**body.model_dump(include=POOL_FIELDS))
+    posting = usage.settle_reservation(
+        usage_id=usage_id, pools=pools, is_estimated=body.is_estimated, duration_ms=body.duration_ms
+    )
+    tasks.follow_debit(posting)
+    return Outcome.of(posting)
+
+
+@router.post(
+    "/reservations/{usage_id}/release",
+    response=Outcome,
+    openapi_extra=refusals(*EVERY_BODY, "usage_not_found", "usage_already_closed"),
+)
+def release(request: HttpRequest, usage_id: AddressId, body: ReleaseRequest = _NO_BODY) -> Outcome:
+    """Give back the whole hold: the operation failed and costs nothing. Twice changes nothing."""
+    return Outcome.of(ledger.release_usage(usage_id=usage_id, **body.model_dump()))
+
+
+@router.post(
+    "/usage",
+    response={200: Outcome, 201: Outcome},
+    openapi_extra=refusals(
+        *EVERY_BODY, "invalid_usage", "invalid_amount", "account_not_found", "idempotency_conflict", "unknown_model"
+    ),
+)
+def record_usage(request: HttpRequest, body: UsageRequest, idempotency_key: IdempotencyKey) -> Status:
+    """Record an operation that has already run and charge it; a failed one is recorded and costs nothing.
+
+    May leave a debt, which suspends the account. Answers 201, and 200 when this key did it before.
+    """
+    posting = usage.record_usage(**body.model_dump(), idempotency_key=idempotency_key)
+    tasks.follow_debit(posting)
+    return Status(200 if posting.is_replay else 201, Outcome.of(posting))
+
+
+@router.get(
+    "/accounts/{user_id}/usage",
+    response=UsagePage,
+    openapi_extra=refusals("invalid_request", "unknown_cursor", "account_not_found"),
+)
+def list_usage(
+    request: HttpRequest,
+    user_id: AddressId,
+    cursor: AddressId | None = None,
+    limit: PageSize = 25,
+    operation_type: OperationType | None = None,
+    status: UsageStatus | None = None,
+) -> UsagePage:
+    """The user's operations, newest first."""
+    ledger.get_account(user_id=user_id)
+    rows = usage.get_user_usage(
+        user_id=user_id, operation_type=operation_type, status=status, before_id=cursor, limit=limit + 1
+    )
+    return UsagePage.of(rows, limit=limit)
+
+
+_PRICED_FIELDS = {"provider", "model"} | IMAGE_FIELDS
+
+
+def _operation_of(body: ReservationRequest, idempotency_key: str) -> tuple[ledger.Operation, int]:
+    """The operation at the prices of now, and the tokens to hold for it.
+
+    Law 8: a retry gets the first outcome, though its model was retired meanwhile. The ledger knows it by its key and
+    body; the first time's snapshot stands in for the price that is no more.
+    """
+    fields = _PRICED_FIELDS | LINK_FIELDS | {"operation_type"}
+    try:
+        operation = usage.price_operation(**body.model_dump(include=fields)).operation
+        return operation, body.tokens or _quoted_tokens(operation, body)
+    except (catalogue.CatalogueError, usage.InvalidUsage):
+        first = TokenUsage.objects.filter(account__user_id=body.user_id, idempotency_key=idempotency_key).first()
+        if first is None:
+            raise
+        operation = ledger.Operation(
+            first.operation_type,
+            first.provider,
+            first.model,
+            multiplier=first.multiplier,
+            fixed_cost_tokens=first.fixed_cost_tokens,
+        )
+        return operation, first.reserved_tokens or 1
+
+
+def _quoted_tokens(operation: ledger.Operation, body: QuoteRequest) -> int:
+    pools = TokenPools(input_tokens=body.input_tokens, output_tokens=body.max_output_tokens)
+    if operation.fixed_cost_tokens is None and pools.actual_tokens == 0:
+        raise usage.InvalidUsage("Say how many input_tokens and max_output_tokens the operation may use.")
+    return operation.billable_tokens(pools)
