@@ -61,7 +61,7 @@ class PersonalKey(HttpBearer):
         key = api_keys.find_live_key(token)
         if key is None:
             return None
-        _count(request, f"key:{key.pk}", settings.API_USER_CALLS_PER_MINUTE)
+        _count(request, f"key:{key.token_hash}", settings.API_USER_CALLS_PER_MINUTE)
         if self.scope not in key.scopes:
             raise MissingScope(self.scope)
         api_keys.note_use(key)

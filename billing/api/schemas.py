@@ -74,6 +74,14 @@ def _moment(value: object) -> object:
     return value
 
 
+def _in_utc(moment: datetime) -> datetime:
+    # PostgreSQL takes no zone as far away as Python's go.
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("the moment is out of range") from None
+
+
 def _storable(value: str) -> str:
     if "\x00" in value:
         raise ValueError("a NUL character is not allowed")
@@ -87,7 +95,7 @@ def _storable(value: str) -> str:
 _Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": r"^[^\x00]*$"})]
 _Id = Annotated[int, Field(ge=1, le=MAX_BIGINT)]
 _Tokens = Annotated[int, Field(ge=0, le=usage.MAX_POOL_TOKENS)]
-Moment = Annotated[AwareDatetime, BeforeValidator(_moment)]
+Moment = Annotated[AwareDatetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 AddressId = Annotated[int, Field(strict=True, ge=1, le=MAX_BIGINT), BeforeValidator(_digits)]
 PageSize = Annotated[int, Field(strict=True, ge=1, le=usage.MAX_PAGE), BeforeValidator(_digits)]
 _ProviderName = Annotated[Provider, Field(strict=False)]

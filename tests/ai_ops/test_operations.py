@@ -280,7 +280,7 @@ def test_images_are_kept_and_cost_the_same_each(make_user: MakeUser, web: Server
 @each_image_maker
 def test_images_that_did_not_come_are_not_charged(writer: Writer, model: str) -> None:
     ModelPrice.objects.filter(kind="image").update(image_cost_tokens={"1024x1024": 3_000})
-    answer = writer.run("images", **image_form(model=model, prompt="Rain [[fault:fewer]]"))
+    answer = writer.run("images", **image_form(model=model, prompt=f"Rain by {model} [[fault:fewer]]"))
     assert answer.last.name == "done"
     usage = writer.usage
     assert (usage.image_count, usage.billable_tokens, usage.reserved_tokens) == (1, 3_000, 6_000)

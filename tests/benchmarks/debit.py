@@ -25,39 +25,24 @@ import uuid
 from concurrent.futures import ProcessPoolExecutor
 from decimal import Decimal
 from importlib.util import find_spec
-from io import StringIO
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from threading import Thread
-from urllib.parse import urlsplit
 
-import django
-import psycopg
+from django.conf import settings
+from django.db import connection
 
-from postmate import embedded
+from tests.benchmarks import scratch
+from tests.benchmarks.scratch import scratch_database
 
-SCRATCH = "bench_postmate"
+from billing import ledger, live  # isort: skip  (Django is set up by now)
+from billing.pricing import TokenPools  # isort: skip
+
 ACCOUNTS = 1_000
 PROCESSES, THREADS = 2, 4
 REPETITIONS, SECONDS, WARM_UP_DEBITS = 5, 6, 100
 TARGET = 0.5
 INPUT_TOKENS, OUTPUT_TOKENS, COST_TOKENS = 1_000, 500, 2_250
-
-# Also in the spawned processes, which import this module again.
-embedded.configure_environment()
-SERVER_URL = urlsplit(os.environ["DATABASE_URL"])._replace(path="/postgres").geturl()
-os.environ |= {
-    "DATABASE_URL": urlsplit(os.environ["DATABASE_URL"])._replace(path=f"/{SCRATCH}").geturl(),
-    "DJANGO_SETTINGS_MODULE": "postmate.settings",
-}
-django.setup()
-
-from django.conf import settings  # noqa: E402
-from django.core.management import call_command  # noqa: E402
-from django.db import connection  # noqa: E402
-
-from billing import ledger, live  # noqa: E402
-from billing.pricing import TokenPools  # noqa: E402
 
 SEED = f"""
 INSERT INTO accounts_user (password, email, name, role, is_active, date_joined)
@@ -80,13 +65,13 @@ INSERT INTO billing_tokenusage (
     account_id, user_id, workspace_id, status, operation_type, provider, model, input_tokens,
     cached_input_tokens, cache_write_tokens, output_tokens, reasoning_tokens, image_count, image_size,
     image_quality, actual_tokens, billable_tokens, reserved_tokens, charge_type, multiplier,
-    fixed_cost_tokens, provider_cost_microusd, is_estimated, duration_ms, idempotency_key,
+    fixed_cost_tokens, provider_cost_microusd, is_estimated, is_free, duration_ms, idempotency_key,
     request_fingerprint, project_id, content_id, chat_id, metadata, created_at, completed_at, expires_at
 ) VALUES (
     :account, :user, :workspace, 'succeeded', 'generation', 'openai', 'gpt-6.1-terra', {INPUT_TOKENS},
     0, 0, {OUTPUT_TOKENS}, 0, 0, '',
     '', {INPUT_TOKENS + OUTPUT_TOKENS}, {COST_TOKENS}, NULL, 'multiplier', 1.5, NULL,
-    0, false, NULL, gen_random_uuid(), repeat('0', 64), NULL,
+    0, false, false, NULL, gen_random_uuid(), repeat('0', 64), NULL,
     NULL, NULL, '{{}}', clock_timestamp(), clock_timestamp(), NULL
 ) RETURNING id AS usage \\gset
 INSERT INTO billing_tokentransaction (
@@ -185,7 +170,7 @@ def measure_pgbench(script: str) -> float:
             [
                 *(_pgbench(), "-n", "-M", "prepared", "-c", str(PROCESSES * THREADS), "-j", str(PROCESSES)),
                 *("-T", str(SECONDS), "-f", file.name, "-h", database["HOST"] or "localhost"),
-                *("-p", str(database["PORT"] or 5432), "-U", database["USER"] or "postgres", SCRATCH),
+                *("-p", str(database["PORT"] or 5432), "-U", database["USER"] or "postgres", scratch.NAME),
             ],
             env=os.environ | {"PGPASSWORD": database["PASSWORD"]},
             check=True,
@@ -223,6 +208,7 @@ def ledger_statement_for_pgbench() -> str:
         "actual_tokens": str(INPUT_TOKENS + OUTPUT_TOKENS),
         "may_leave_debt": "false",
         "is_estimated": "false",
+        "is_free": "false",
     }
     texts = {"image_size", "image_quality", "currency", "entry_fingerprint"}
     statement = ledger._DEBIT_WITH_USAGE
@@ -268,21 +254,11 @@ def compare() -> None:
 
 
 def main() -> None:
-    with psycopg.connect(SERVER_URL, autocommit=True) as server:
-        server.execute(f"DROP DATABASE IF EXISTS {SCRATCH} WITH (FORCE)")
-        server.execute(f"CREATE DATABASE {SCRATCH}")
-        try:
-            call_command("migrate", verbosity=0)
-            with connection.cursor() as cursor:
-                cursor.execute(SEED)
-                cursor.execute("VACUUM ANALYZE")
-            compare()
-            report = StringIO()
-            call_command("verify_ledger", stdout=report)
-            print(report.getvalue().splitlines()[-1])
-        finally:
-            connection.close()
-            server.execute(f"DROP DATABASE {SCRATCH} WITH (FORCE)")
+    with scratch_database():
+        with connection.cursor() as cursor:
+            cursor.execute(SEED)
+            cursor.execute("VACUUM ANALYZE")
+        compare()
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def test_a_change_is_kept_with_who_made_it_from_what_to_what(susan: User) -> Non
         source="admin",
     )
     luna.refresh_from_db()
-    assert (luna.input_usd_per_million, luna.multiplier, luna.is_active) == (Decimal("0.2"), 2, False)
+    assert (luna.input_usd_per_million, luna.multiplier, luna.is_active) == (Decimal("0.2"), Decimal(2), False)
     assert history(luna) == [
         ("input_usd_per_million", "0.1", "0.2", susan.pk, "admin"),
         ("is_active", "True", "False", susan.pk, "admin"),

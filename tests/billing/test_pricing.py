@@ -145,7 +145,10 @@ def test_the_providers_cost_prices_each_pool_and_counts_reasoning_once() -> None
     reasoning_usd=st.none() | usd_prices,
 )
 def test_the_providers_cost_is_exact_and_rounded_up_once(
-    tokens: tuple[int, ...], reasoning_share: Fraction, usd: tuple[Decimal, ...], reasoning_usd: Decimal | None
+    tokens: tuple[int, int, int, int],
+    reasoning_share: Fraction,
+    usd: tuple[Decimal, ...],
+    reasoning_usd: Decimal | None,
 ) -> None:
     reasoning_tokens = int(tokens[3] * reasoning_share)
     prices = dict(zip(("input", "cached_input", "cache_write", "output"), usd, strict=True))
@@ -153,7 +156,8 @@ def test_the_providers_cost_is_exact_and_rounded_up_once(
     if reasoning_usd is not None:
         prices["reasoning"] = reasoning_usd
         exact += reasoning_tokens * (Fraction(reasoning_usd) - Fraction(usd[3]))
-    cost = pricing.provider_cost_microusd(TokenPools(*tokens, reasoning_tokens), usd_per_million=prices)
+    pools = TokenPools(*tokens, reasoning_tokens=reasoning_tokens)
+    cost = pricing.provider_cost_microusd(pools, usd_per_million=prices)
     assert cost == ceil(exact) >= 0
     assert type(cost) is int
 
