@@ -97,11 +97,32 @@ def running_ai() -> Any:
     return running(command, url=f"http://127.0.0.1:{AI_PORT}", ready_path="/control/requests")
 
 
+def _test_database_url() -> str:
+    settings = connection.settings_dict
+    host, port = quote(settings["HOST"], safe=""), settings["PORT"] or 5432
+    password = f":{quote(settings['PASSWORD'], safe='')}" if settings["PASSWORD"] else ""
+    return f"postgresql://{settings['USER']}{password}@{host}:{port}/{settings['NAME']}"
+
+
+@contextmanager
+def running_worker() -> Iterator[subprocess.Popen[bytes]]:
+    """A Celery worker on the test database. What is sent while it starts waits for it in the queue."""
+    command = [sys.executable, "-m", "celery", "-A", "postmate", "worker", "--pool", "threads", "--concurrency", "2"]
+    command += ["--loglevel", "WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, "DATABASE_URL": _test_database_url()})
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 def running_web(*, port: int = WEB_PORT, **environment: str) -> Any:
     """The product on the test database, as `make run` serves it; `environment` changes its settings."""
-    settings = connection.settings_dict
-    host, database_port = quote(settings["HOST"], safe=""), settings["PORT"] or 5432
-    password = f":{quote(settings['PASSWORD'], safe='')}" if settings["PASSWORD"] else ""
     command = ["-m", "uvicorn", "postmate.asgi:application", "--port", str(port), "--lifespan", "off"]
     command += ["--log-level", "warning", "--timeout-graceful-shutdown", "2"]
     return running(
@@ -109,6 +130,6 @@ def running_web(*, port: int = WEB_PORT, **environment: str) -> Any:
         url=f"http://127.0.0.1:{port}",
         ready_path="/readyz",
         server=Server,
-        DATABASE_URL=f"postgresql://{settings['USER']}{password}@{host}:{database_port}/{settings['NAME']}",
+        DATABASE_URL=_test_database_url(),
         **environment,
     )
