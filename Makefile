@@ -36,8 +36,10 @@ format: .venv/stamp-dev ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/stamp-dev ## Measure the debit beside pgbench making the same writes
+bench: .venv/stamp-dev ## Measure the debit beside pgbench, and a metered AI call beside a bare one
 	@$(BIN)/python -m tests.benchmarks.debit
+	@echo
+	@$(BIN)/python -m tests.benchmarks.metering
 
 storm: .venv/stamp-dev ## Let 200 people pay while everything fails, and check the books (SEED=… repeats one)
 	@$(BIN)/python -m tests.storms.payments $(if $(SEED),--seed $(SEED))

@@ -21,7 +21,7 @@ class SignupForm(forms.SignupForm):
 class ApiKeyForm(django_forms.Form):
     """A new API key: what it is called, what it may read, how long it lives."""
 
-    DAYS = {"30": "30 days", "90": "90 days", "365": "A year", "": "Until it is revoked"}
+    DAYS = {"30": "30 days", "90": "90 days", "365": "A year", "0": "Until it is revoked"}
 
     name = django_forms.CharField(
         max_length=ApiKey.NAME_LENGTH,
@@ -35,9 +35,9 @@ class ApiKeyForm(django_forms.Form):
         widget=django_forms.CheckboxSelectMultiple,
         error_messages={"required": "Choose at least one: a key that may read nothing is of no use."},
     )
-    valid_days = django_forms.ChoiceField(label="Valid for", choices=DAYS, initial="90", required=False)
+    valid_days = django_forms.ChoiceField(label="Valid for", choices=DAYS, initial="90")
 
     @property
     def expires_at(self) -> datetime | None:
-        days = self.cleaned_data["valid_days"]
-        return timezone.now() + timedelta(days=int(days)) if days else None
+        days = int(self.cleaned_data["valid_days"])
+        return timezone.now() + timedelta(days=days) if days else None

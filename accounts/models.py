@@ -8,8 +8,34 @@ from django.db import models, transaction
 from django.db.models.functions import Lower, Now
 from django.utils import timezone
 
+from accounts import time_zones
+
+
+class UserKept(models.ProtectedError):
+    """A person whom the ledger names is not deleted; nothing was changed (row 70)."""
+
+    message = (
+        "The ledger names this person, so they cannot be deleted. Anonymise them instead: "
+        "under Settings, Your data, or with manage.py anonymize_user."
+    )
+
+    def __init__(self, protected_objects: set[models.Model]) -> None:
+        super().__init__(self.message, protected_objects)
+
+
+class UserQuerySet(models.QuerySet["User"]):
+    def delete(self) -> tuple[int, dict[str, int]]:
+        """Raises UserKept for people with a token account."""
+        try:
+            return super().delete()
+        except models.ProtectedError as error:
+            raise UserKept(error.protected_objects) from error
+
 
 class UserManager(BaseUserManager["User"]):
+    def get_queryset(self) -> UserQuerySet:
+        return UserQuerySet(self.model, using=self._db)
+
     def create_user(self, email: str, password: str | None = None, **fields: Any) -> "User":
         user = self.model(email=self.normalize_email(email), **fields)
         user.set_password(password)
@@ -36,6 +62,9 @@ class User(AbstractBaseUser):
     name = models.CharField(max_length=150, blank=True)
     role = models.CharField(max_length=10, choices=Role, default=Role.USER)
     is_active = models.BooleanField(default=True)
+    # The zone their times are shown in, such as "Europe/Berlin"; empty: the browser's.
+    time_zone = models.CharField(max_length=time_zones.MAX_NAME_LENGTH, blank=True, default="")
+    anonymised_at = models.DateTimeField(null=True, blank=True, editable=False)  # for ever: who it was is not known
     date_joined = models.DateTimeField(default=timezone.now, editable=False)
 
     USERNAME_FIELD = "email"
@@ -62,6 +91,13 @@ class User(AbstractBaseUser):
             super().save(*args, **kwargs)
             if is_new:
                 Workspace.objects.create(owner=self, name=f"{self.display_name}'s workspace"[:150])
+
+    def delete(self, *args: Any, **kwargs: Any) -> tuple[int, dict[str, int]]:
+        """Raises UserKept when they have a token account."""
+        try:
+            return super().delete(*args, **kwargs)
+        except models.ProtectedError as error:
+            raise UserKept(error.protected_objects) from error
 
     @property
     def display_name(self) -> str:

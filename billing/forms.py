@@ -26,12 +26,15 @@ class MoneyField(forms.DecimalField):
         return None if amount is None else int(amount * 100)
 
 
-class CheckoutForm(forms.Form):
+class AmountForm(forms.Form):
+    amount = MoneyField(required=False, label="Amount in US dollars")
+
+
+class CheckoutForm(AmountForm):
     """Which package or what amount, and the key of this form. A browser's word on price or tokens is not read."""
 
     package_id = forms.IntegerField(required=False, min_value=1, max_value=2**63 - 1)
     currency = forms.ChoiceField(required=False, choices=Currency)
-    amount = MoneyField(required=False, label="Amount in US dollars")
     checkout_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z")
 
     def clean(self) -> dict[str, Any]:

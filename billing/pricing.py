@@ -113,8 +113,8 @@ def affordable_output_tokens(*, available_tokens: int, input_tokens: int, multip
 def provider_cost_microusd(pools: TokenPools, *, usd_per_million: Mapping[str, Decimal]) -> int:
     """What the provider charges us for `pools`, in micro-dollars (1 USD = 1,000,000), rounded up.
 
-    `usd_per_million` gives the price of each pool in USD per million tokens, which is micro-dollars per token. Reasoning
-    costs what output does, unless it has a price of its own.
+    `usd_per_million` gives the price of each pool in USD per million tokens, which is micro-dollars per token.
+    Reasoning costs what output does, unless it has a price of its own.
     """
     output_usd = usd_per_million.get("output", Decimal(0))
     total = (

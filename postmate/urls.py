@@ -30,6 +30,7 @@ studio_urls = [
 tokens_urls = [
     path("", tokens.home, name="home"),
     path("balance/", tokens.balance, name="balance"),
+    path("price/", tokens.price, name="price"),
     path("checkout/", tokens.checkout, name="checkout"),
     path("success/<int:pk>/", tokens.success, name="success"),
     path("receipts/<int:pk>.pdf", tokens.receipt, name="receipt"),

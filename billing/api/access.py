@@ -4,6 +4,7 @@ import hmac
 from collections.abc import Callable
 from functools import wraps
 from hashlib import sha256
+from http import HTTPStatus
 from typing import Any
 
 from allauth.account.adapter import get_adapter
@@ -96,14 +97,16 @@ def api_view(view: View) -> View:
             response = method_problem(response["Allow"])
         if hasattr(request, "allowance"):
             allowance = request.allowance
-        else:  # nobody has shown a right credential
+        elif response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
+            allowance = None  # the database could not say whether the credential was right
+        else:
             allowance = limits.take_for_address(_address(request))
             if allowance is not None and allowance.is_exceeded:
                 response = too_many_problem()
         if allowance is not None:
             for name, value in allowance.headers.items():
                 response[name] = value
-            if response.status_code == 429:
+            if response.status_code == HTTPStatus.TOO_MANY_REQUESTS:
                 response["Retry-After"] = str(allowance.reset_seconds)
         return response
 

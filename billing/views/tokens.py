@@ -14,7 +14,7 @@ from django_tables2 import LazyPaginator, RequestConfig
 
 from accounts.permissions import SignedInRequest
 from billing import gateway, ledger, packages, purchases, receipts, recharge, stats, system_settings
-from billing.forms import AutoRechargeForm, CheckoutForm, ConfirmForm
+from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
 from billing.models import Purchase, TokenTransaction
 from billing.models.fields import Currency
 from billing.tables import TransactionTable
@@ -71,6 +71,20 @@ def balance(request: HttpRequest) -> HttpResponse:
     if not request.user.is_authenticated:
         return HttpResponse(status=401)  # a redirect would bring the sign-in page into the header
     return render(request, "billing/_balance.html")
+
+
+@require_GET
+@login_required
+def price(request: SignedInRequest) -> HttpResponse:
+    """What the amount that is being typed buys, as a partial."""
+    form = AmountForm(request.GET)
+    context: dict[str, object] = {}
+    if form.is_valid() and form.cleaned_data["amount"]:
+        try:
+            context["terms"] = purchases.terms_of_amount(form.cleaned_data["amount"])
+        except purchases.AmountNotSold as error:
+            context["refusal"] = error.message
+    return render(request, "billing/_amount_price.html", context)
 
 
 @require_POST

@@ -8,7 +8,9 @@
   const editor = document.getElementById("editor-form");
   const text = editor?.elements.namedItem("body");
   let isSent = false; // the form is being saved: leaving the page loses nothing
-  let isLocked = false; // a revision of the text is being written
+  let isBusy = false; // an operation of this page is running
+  let isLocked = false; // and it revises the text
+  let refreshes = 0;
   let pollTimer = null;
 
   // ---- what has not been saved ----------------------------------------------------------------------------------
@@ -21,6 +23,7 @@
     const state = document.getElementById("editor-state");
     if (state.textContent !== words) state.textContent = words;
     text.readOnly = isLocked;
+    editor.querySelector(".btn-primary").disabled = isLocked; // saving would leave the page, and stop it
     document.querySelectorAll("form[data-needs-saved]").forEach((form) => {
       form.querySelector("[data-unsaved-note]").hidden = !unsaved;
       const submit = form.querySelector("[type=submit]");
@@ -67,9 +70,11 @@
   /** Shows what is saved now, around what is being typed. */
   async function refresh() {
     clearTimeout(pollTimer);
+    const turn = ++refreshes;
     const response = await fetch(piece.dataset.url, { credentials: "same-origin" }).catch(() => null);
     if (!response?.ok || response.redirected) return pollLater(); // it will be seen the next time
     const page = new DOMParser().parseFromString(await response.text(), "text/html");
+    if (turn !== refreshes) return; // a newer one is under way
     const fresh = page.getElementById("piece");
     if (!editor) {
       // A page without a text has no editor yet.
@@ -83,8 +88,7 @@
     });
     document.getElementById("continuation").hidden = page.getElementById("continuation").hidden;
     if (!isLocked) showSaved(page.getElementById("editor-form"));
-    piece.toggleAttribute("data-is-running", "isRunning" in fresh.dataset);
-    if ("isRunning" in fresh.dataset) pollLater();
+    if ("isRunning" in fresh.dataset && !isBusy) pollLater();
   }
 
   function showSaved(fresh) {
@@ -118,13 +122,15 @@
   });
 
   document.addEventListener("operation:sent", (event) => {
+    isBusy = true;
     isLocked = "revises" in event.target.dataset;
     showState();
   });
+  document.addEventListener("operation:started", refresh);
   document.addEventListener("operation:ended", (event) => {
     // Where it was started, what had been typed was saved as a version before.
     if (isLocked && event.detail.started) markSaved();
-    isLocked = false;
+    isBusy = isLocked = false;
     showState();
     if (event.detail.started) refresh();
   });
@@ -170,6 +176,9 @@
     if (choice && !choice.hidden) choice.open = true;
   }
   window.addEventListener("hashchange", openChoiceOfAddress);
-  openChoiceOfAddress();
-  askForQuote();
+  // Once htmx listens, which begins with the same event.
+  document.addEventListener("DOMContentLoaded", () => {
+    openChoiceOfAddress();
+    askForQuote();
+  });
 })();

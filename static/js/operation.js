@@ -178,7 +178,8 @@
     },
     done(form, data) {
       renewKey(form);
-      say(form, `${KEPT_ANYWAY[data.stopped_by] || "Done."} It cost ${tokens(data.billable_tokens)}.`);
+      const cost = data.billable_tokens ? tokens(data.billable_tokens) : "nothing";
+      say(form, `${KEPT_ANYWAY[data.stopped_by] || "Done."} It cost ${cost}.`);
       showResult(form, data.html);
     },
     failed(form, data) {
@@ -274,6 +275,10 @@
     },
     true,
   );
+
+  window.addEventListener("beforeunload", (event) => {
+    if (running.size) event.preventDefault(); // to leave is to stop it
+  });
 
   document.addEventListener("click", (event) => {
     const stop = event.target.closest("[data-operation-stop]");

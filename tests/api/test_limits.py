@@ -76,8 +76,8 @@ def test_refused_call_changes_nothing(alice: User, secret: str, settings: Settin
     for path, body in (("usage", used(alice)), ("reservations", reservation(alice))):
         response = client.post(f"/api/v1/{path}", body, content_type="application/json")
         refused(response, 429, "too_many_requests")
-    assert alice.token_account.balance == 10_000  # type: ignore[attr-defined]
-    assert alice.token_account.reserved == 0  # type: ignore[attr-defined]
+    assert alice.token_account.balance == 10_000
+    assert alice.token_account.reserved == 0
 
 
 def test_calls_of_a_key(alice: User, bob: User, settings: Settings) -> None:

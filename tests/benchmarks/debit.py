@@ -32,11 +32,9 @@ from threading import Thread
 from django.conf import settings
 from django.db import connection
 
-from tests.benchmarks import scratch
-from tests.benchmarks.scratch import scratch_database
-
-from billing import ledger, live  # isort: skip  (Django is set up by now)
-from billing.pricing import TokenPools  # isort: skip
+from billing import ledger, live
+from billing.pricing import TokenPools
+from tests.benchmarks import SCRATCH, scratch_database
 
 ACCOUNTS = 1_000
 PROCESSES, THREADS = 2, 4
@@ -170,7 +168,7 @@ def measure_pgbench(script: str) -> float:
             [
                 *(_pgbench(), "-n", "-M", "prepared", "-c", str(PROCESSES * THREADS), "-j", str(PROCESSES)),
                 *("-T", str(SECONDS), "-f", file.name, "-h", database["HOST"] or "localhost"),
-                *("-p", str(database["PORT"] or 5432), "-U", database["USER"] or "postgres", scratch.NAME),
+                *("-p", str(database["PORT"] or 5432), "-U", database["USER"] or "postgres", SCRATCH),
             ],
             env=os.environ | {"PGPASSWORD": database["PASSWORD"]},
             check=True,

@@ -47,12 +47,6 @@ def service() -> Service:
 
 
 @pytest.fixture(autouse=True)
-def _many_may_fail(settings: Settings) -> None:
-    """These tests knock at the door more often than an address may in a minute."""
-    settings.API_ANONYMOUS_CALLS_PER_MINUTE = 10**6
-
-
-@pytest.fixture(autouse=True)
 def _books_are_whole(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whatever a test does, the laws hold after it."""
     request.getfixturevalue("transactional_db" if "transactional_db" in request.fixturenames else "db")

@@ -159,6 +159,14 @@ def test_a_bad_file_changes_nothing(tmp_path: Path, content: Any, told: str) -> 
     assert everything() == before
 
 
+def test_what_is_wrong_with_a_model_that_nobody_asked_for_does_no_harm(tmp_path: Path) -> None:
+    content = {"gpt-6-luna": LUNA, "gpt-9": {**LUNA, "max_output_tokens": "many"}}
+    file = a_list(tmp_path, content)
+    assert "Models changed: 1." in run(file, apply=True)
+    for options in ({"add": ["gpt-9"]}, {"add_new": True}):
+        assert "gpt-9: max_output_tokens" in str(run_refused(file, apply=True, **options)[1])
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     _, refusal = run_refused(tmp_path / "none.json")
     assert "cannot be read" in str(refusal)

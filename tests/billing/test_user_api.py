@@ -44,7 +44,7 @@ class Program:
 
 @pytest.fixture(autouse=True)
 def _many_may_call(settings: Settings) -> None:
-    settings.API_ANONYMOUS_CALLS_PER_MINUTE = settings.API_USER_CALLS_PER_MINUTE = 10**6
+    settings.API_USER_CALLS_PER_MINUTE = 10**6
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_use_is_noted_once_a_minute(program: Program) -> None:
     earlier = noted - timedelta(minutes=2)
     ApiKey.objects.filter(pk=program.key.pk).update(last_used_at=earlier)
     assert writes() == 1
-    assert ApiKey.objects.get(pk=program.key.pk).last_used_at > earlier
+    assert ApiKey.objects.filter(pk=program.key.pk, last_used_at__gt=earlier).exists()
 
 
 # --- What they read -------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from accounts.models import User
 from ai_ops.models import ContentPiece
@@ -24,6 +24,22 @@ def write(page: Page) -> None:
     page.get_by_role("button", name="Write the draft").click()
 
 
+def status(page: Page) -> Locator:
+    return page.locator("#draft-panel [data-operation-status]")
+
+
+def written(page: Page) -> Locator:
+    return page.locator("#draft-panel [data-operation-text]")
+
+
+def result(page: Page) -> Locator:
+    return page.locator("#draft-panel [data-operation-result]")
+
+
+def alert(page: Page) -> Locator:
+    return page.locator("#draft-form [data-operation-alert]")
+
+
 def balance(page: Page) -> int:
     return int(page.locator("#balance .balance-number").inner_text().replace(",", ""))
 
@@ -38,18 +54,18 @@ def test_draft_from_quote_to_ledger(alice: User, open_context: OpenContext) -> N
     shoot(page, "studio-quote")
 
     write(page)
-    text = page.locator("#draft-panel [data-operation-text]")
+    text = written(page)
     expect(text).to_have_text(re.compile("Green|green"))
-    expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Writing\. [\d,]+ tokens are reserved"))
+    expect(status(page)).to_have_text(re.compile(r"^Writing\. [\d,]+ tokens are reserved"))
     seen = len(text.inner_text())
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     expect(text).to_have_text(re.compile(rf"^[\s\S]{{{seen + 100},}}$"))
 
-    expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Done\. "), timeout=30_000)
+    expect(status(page)).to_have_text(re.compile(r"^Done\. "), timeout=30_000)
     expect(page.get_by_role("button", name="Stop")).to_be_hidden()
     usage = TokenUsage.objects.get(user=alice)
     cost, left = usage.billable_tokens, 10_000 - usage.billable_tokens
-    expect(page.locator("#draft-panel [data-operation-result]")).to_contain_text(f"It cost {cost:,} tokens.")
+    expect(result(page)).to_contain_text(f"It cost {cost:,} tokens.")
     for tab in (page, other_tab):
         expect(tab.locator("#balance .balance-number")).to_have_text(f"{left:,}")
     expect(page.locator("#quote")).to_contain_text(f"{left:,}")  # what is available now
@@ -74,7 +90,7 @@ def test_failing_provider_keeps_what_was_typed(alice: User, page: Page) -> None:
     sign_in(page, "alice")
     fill(page, title="Kept", topic="Tea that fails. [[fault:500]]")
     write(page)
-    expect(page.locator("#draft-form [data-operation-alert]")).to_contain_text("is not answering properly. Please try again")
+    expect(alert(page)).to_contain_text("is not answering properly. Please try again")
     expect(page.get_by_label("Title")).to_have_value("Kept")
     expect(page.get_by_label("What it is about")).to_have_value("Tea that fails. [[fault:500]]")
     expect(page.locator("#balance .balance-number")).to_have_text("10,000")
@@ -82,8 +98,8 @@ def test_failing_provider_keeps_what_was_typed(alice: User, page: Page) -> None:
 
     page.get_by_label("What it is about").fill("Tea that does not fail.")
     write(page)
-    expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Done\. "))
-    expect(page.locator("#draft-form [data-operation-alert]")).to_be_hidden()
+    expect(status(page)).to_have_text(re.compile(r"^Done\. "))
+    expect(alert(page)).to_be_hidden()
     assert [usage.status for usage in TokenUsage.objects.order_by("id")] == ["failed", "succeeded"]
 
 
@@ -91,9 +107,9 @@ def test_broken_stream_keeps_its_text_and_costs_nothing(alice: User, page: Page)
     sign_in(page, "alice")
     fill(page, topic="Tea. [[fault:cut]]")
     write(page)
-    expect(page.locator("#draft-form [data-operation-alert]")).to_contain_text("is not answering properly")
-    expect(page.locator("#draft-panel [data-operation-result]")).to_contain_text("This cost nothing")
-    expect(page.locator("#draft-panel [data-operation-text]")).not_to_be_empty()
+    expect(alert(page)).to_contain_text("is not answering properly")
+    expect(result(page)).to_contain_text("This cost nothing")
+    expect(written(page)).not_to_be_empty()
     expect(page.locator("#balance .balance-number")).to_have_text("10,000")
     shoot(page, "studio-cut")
 
@@ -102,10 +118,10 @@ def test_stop_charges_what_was_written(alice: User, page: Page) -> None:
     sign_in(page, "alice")
     fill(page, topic=SLOW)
     write(page)
-    expect(page.locator("#draft-panel [data-operation-text]")).to_have_text(re.compile(r"^[\s\S]{150,}$"))
+    expect(written(page)).to_have_text(re.compile(r"^[\s\S]{150,}$"))
     page.get_by_role("button", name="Stop").click()
-    expect(page.locator("#draft-panel [data-operation-status]")).to_contain_text("Stopped.")
-    text = page.locator("#draft-panel [data-operation-text]").inner_text()
+    expect(status(page)).to_contain_text("Stopped.")
+    text = written(page).inner_text()
     shoot(page, "studio-stopped")
     # The header tells when it is settled: no more is reserved, and a part of the quote is gone.
     expect(page.locator("#balance .balance")).to_have_attribute("title", re.compile(r", 0 of them reserved"))
@@ -123,7 +139,7 @@ def test_stalled_stream_can_be_stopped(alice: User, page: Page) -> None:
     sign_in(page, "alice")
     fill(page, topic="A letter about green tea. [[fault:stall]]")
     write(page)
-    expect(page.locator("#draft-panel [data-operation-text]")).not_to_be_empty()
+    expect(written(page)).not_to_be_empty()
     expect(page.locator("#balance .balance")).to_have_attribute("title", re.compile("10,000 tokens .*, [1-9]"))
     shoot(page, "studio-streaming")
     page.get_by_role("button", name="Stop").click()
@@ -138,7 +154,7 @@ def test_too_small_balance(make_user: MakeUser, page: Page) -> None:
     expect(page.locator("#quote")).to_contain_text("tokens are missing")
     shoot(page, "studio-too-small")
     write(page)
-    expect(page.locator("#draft-form [data-operation-alert]")).to_contain_text("are missing")
+    expect(alert(page)).to_contain_text("are missing")
     expect(page.get_by_label("Title")).to_have_value("Green tea")
 
     ledger.add_tokens(user_id=nora.pk, tokens=500, type="bonus", description="Test", idempotency_key="more")
@@ -164,7 +180,7 @@ def test_wrong_input_is_shown_at_its_field(alice: User, open_context: OpenContex
     write(page)
     if scripts:
         expect(error).to_have_count(0)
-        expect(page.locator("#draft-panel [data-operation-status]")).to_have_text(re.compile(r"^Done\. "))
+        expect(status(page)).to_have_text(re.compile(r"^Done\. "))
     else:
         page.wait_for_url("**/studio/content/*/")
     assert TokenUsage.objects.count() == 1

@@ -81,14 +81,15 @@ class Command(BaseCommand):
         self, *args: Any, file: Path, apply: bool, add: list[str], add_new: bool, activate: bool, **options: Any
     ) -> None:
         prices = {(price.provider, price.model): price for price in ModelPrice.objects.all()}
+        others = None if add_new else {_model_name(name) for name in add}
         try:
-            listed = read_price_list(file, kinds={key: price.kind for key, price in prices.items()})
+            listed = read_price_list(file, kinds={key: price.kind for key, price in prices.items()}, others=others)
         except BadFile as error:
             raise CommandError(f"{file}: {error} Nothing was changed.") from error
         changes = {
             key: _differences(key[1], listed[key], price=prices[key]) for key in sorted(prices.keys() & listed.keys())
         }
-        added = {key: listed[key] for key in _to_add(add, add_new, listed, known=prices.keys())}
+        added = {key: listed[key] for key in _to_add(others, listed, known=prices.keys())}
         differences = [difference for found in changes.values() for difference in found]
         for (_, model), entry in added.items():
             differences += _differences(model, entry, price=None)
@@ -146,14 +147,13 @@ class Command(BaseCommand):
             raise CommandError(f"{key[1]}: {' '.join(error.messages)} Nothing was changed.") from error
 
 
-def _to_add(add: list[str], add_new: bool, listed: Mapping[Key, Listed], *, known: Collection[Key]) -> list[Key]:
-    """The models to add. Raises CommandError for one that the file does not have."""
+def _to_add(names: Collection[str] | None, listed: Mapping[Key, Listed], *, known: Collection[Key]) -> list[Key]:
+    """The models to add: those of these names, or all that are not retired. Raises CommandError for a missing one."""
     new = sorted(key for key in listed if key not in known)
-    if add_new:
+    if names is None:
         today = timezone.now().date()
         return [key for key in new if listed[key].fields.get("retired_on", date.max) > today]
-    names = {_model_name(name) for name in add}
-    if missing := names - {model for _, model in listed}:
+    if missing := set(names) - {model for _, model in listed}:
         raise CommandError(f"The file has no {', '.join(sorted(missing))} of a provider of ours. Nothing was changed.")
     return [key for key in new if key[1] in names]
 
@@ -188,11 +188,12 @@ def _as_text(value: Any) -> str:
 # --- LiteLLM's format ---------------------------------------------------------------------------------------
 
 
-def read_price_list(file: Path, *, kinds: Mapping[Key, str]) -> dict[Key, Listed]:
+def read_price_list(file: Path, *, kinds: Mapping[Key, str], others: Collection[str] | None) -> dict[Key, Listed]:
     """The text and image models of our providers, with their prices in the catalogue's fields and units.
 
-    `kinds` are those of the models that the catalogue has; of others the file's `mode` tells. Numbers are exact: no
-    float is made of them. Raises BadFile.
+    `kinds` are those of the models that the catalogue has; of `others` (names, or None for all that there are) the
+    file's `mode` tells. The list is long: what is wrong with a model that nobody asked for does no harm. Numbers are
+    exact: no float is made of them. Raises BadFile.
     """
     found: dict[Key, Listed] = {}
     for name, entry in _entries(file):
@@ -205,7 +206,8 @@ def read_price_list(file: Path, *, kinds: Mapping[Key, str]) -> dict[Key, Listed
         *details, model = _model_name(name).split("/")
         key = (provider, model)
         kind = kinds.get(key) or KINDS.get(str(entry.get("mode")))
-        if kind is None or not model:
+        is_asked_for = key in kinds or others is None or model in others
+        if kind is None or not model or not is_asked_for:
             continue
         listed = found.get(key, Listed(kind))
         if not details:
