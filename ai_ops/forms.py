@@ -179,7 +179,7 @@ class SelectionForm(_RevisionForm):
     selection = TextField(
         label="Passage",
         widget=forms.Textarea(attrs={"rows": 3}),
-        help_text="Select it in the text above, or paste it here exactly as it stands there.",
+        help_text="Select it in the text, or paste it here exactly as it stands there.",
     )
     start = forms.IntegerField(min_value=0, required=False, widget=forms.HiddenInput)
     instruction = forms.CharField(max_length=1_000, label="What to change", widget=forms.Textarea(attrs={"rows": 2}))

@@ -38,7 +38,7 @@ StoppedBy: TypeAlias = Literal["", "reader", "length", "balance", "provider"]
 """What ended a text before the model had finished it: "balance" when no more tokens could be held."""
 
 STOP_NOTES: Mapping[StoppedBy, str] = {
-    "reader": "It was stopped by the reader.",
+    "reader": "It was stopped before the text was finished.",
     "balance": "The balance ran out before the text was finished.",
     "provider": "The provider broke off before the text was finished.",
 }
@@ -187,8 +187,7 @@ def _price(user_id: int, ask: Ask) -> tuple[usage.PricedOperation, TokenAccount]
         image_quality=ask.image_quality,
     )
     account = ledger.get_account(user_id=user_id)
-    is_in_debt = account.status_reason == TokenAccount.DEBT
-    if account.status != TokenAccount.Status.ACTIVE and not (priced.operation.is_free and is_in_debt):
+    if not account.may_operate(is_free=priced.operation.is_free):
         raise AccountNotActive(status=account.status, reason=account.status_reason)
     return priced, account
 

@@ -285,6 +285,7 @@ class UsageItem(BaseModel):
     multiplier: Decimal | None = Field(description="Text: charged is ceil(actual_tokens × multiplier).")
     fixed_cost_tokens: int | None = Field(description="Images: the cost of one.")
     is_estimated: bool
+    is_free: bool = Field(description="Recorded while billing was switched off; nothing was charged.")
     error_message: str
     duration_ms: int | None
     project_id: int | None

@@ -51,12 +51,13 @@ def make_quote(request: HttpRequest, body: QuoteRequest) -> Quote:
     """The most that an operation can cost now, and whether the user can afford it. Holds nothing."""
     account = ledger.get_account(user_id=body.user_id)
     priced = usage.price_operation(operation_type=OperationType.GENERATION, **body.model_dump(include=_PRICED_FIELDS))
-    tokens = _quoted_tokens(priced.operation, body)
+    tokens, is_free = _quoted_tokens(priced.operation, body), priced.operation.is_free
+    missing_tokens = 0 if is_free else max(0, tokens - account.available)
     return Quote(
         max_billable_tokens=tokens,
         available_tokens=account.available,
-        missing_tokens=max(0, tokens - account.available),
-        fits=account.status == account.Status.ACTIVE and account.available >= tokens,
+        missing_tokens=missing_tokens,
+        fits=account.may_operate(is_free=is_free) and not missing_tokens,
     )
 
 

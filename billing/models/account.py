@@ -19,6 +19,8 @@ class TokenAccount(models.Model):
 
     # The `status_reason` of a suspension that lifts itself once the debt is paid (law 12).
     DEBT = "debt"
+    # The `status_reason` of an account that is blocked for ever, since nobody knows any more whose it was.
+    ANONYMISED = "anonymised"
 
     user = models.OneToOneField(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="token_account")
     workspace = models.ForeignKey("accounts.Workspace", on_delete=models.PROTECT, related_name="token_accounts")
@@ -83,6 +85,11 @@ class TokenAccount(models.Model):
 
     def __str__(self) -> str:
         return f"{self.user}: {self.balance:,} tokens"
+
+    def may_operate(self, *, is_free: bool = False) -> bool:
+        """Whether a new operation may start. A debt holds up only what costs something."""
+        has_debt_alone = self.status == self.Status.SUSPENDED and self.status_reason == self.DEBT
+        return self.status == self.Status.ACTIVE or (is_free and has_debt_alone)
 
     @property
     def available(self) -> int:

@@ -288,6 +288,29 @@ def test_reserve_and_settle(service: Service, alice: User) -> None:
     assert TokenTransaction.objects.filter(type="usage").count() == 1
 
 
+def test_nothing_is_held_or_charged_while_billing_is_switched_off(
+    service: Service, make_poor: MakePoor, susan: User
+) -> None:
+    poor = make_poor(1)
+    system_settings.update_system_settings(changes={"billing_enabled": False}, changed_by_id=susan.pk)
+    quote = {"user_id": poor.pk, **LUNA, "input_tokens": 400, "max_output_tokens": 600}
+    assert service.post("/quotes", quote, key=None).json() == {
+        "max_billable_tokens": 0,
+        "available_tokens": 1,
+        "missing_tokens": 0,
+        "fits": True,
+    }
+    held = service.post("/reservations", reservation(poor)).json()["usage"]
+    assert (held["reserved_tokens"], held["is_free"]) == (0, True)
+    settled = service.post(f"/reservations/{held['usage_id']}/settle", {"output_tokens": 600}, key=None).json()
+    assert (settled["usage"]["billable_tokens"], settled["usage"]["unbilled_tokens"]) == (0, 0)
+    recorded = service.post("/usage", used(poor), key="recorded").json()
+    assert (recorded["usage"]["billable_tokens"], recorded["usage"]["is_free"]) == (0, True)
+    assert recorded["account"]["balance_tokens"] == 1
+    assert not TokenTransaction.objects.filter(type="usage").exists()
+    assert TokenUsage.objects.filter(provider_cost_microusd__gt=0).count() == 2
+
+
 def test_reserve_and_release(service: Service, alice: User) -> None:
     """Row 54: a failed operation gives everything back, and is not charged afterwards."""
     usage_id = service.post("/reservations", reservation(alice)).json()["usage"]["usage_id"]
