@@ -18,7 +18,15 @@ from django.db import transaction
 
 from ai_ops import providers
 from ai_ops.prompts import Prompt
-from ai_ops.providers import Images, ProviderError, ProviderTimedOut, TextDelta, TextEnd
+from ai_ops.providers import (
+    Images,
+    ProviderError,
+    ProviderRefused,
+    ProviderTimedOut,
+    ProviderUnavailable,
+    TextDelta,
+    TextEnd,
+)
 from billing import catalogue, ledger, pricing, tasks, usage
 from billing.database import in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
@@ -215,7 +223,7 @@ def reserve_quote(quote: Quote, *, idempotency_key: str, request: Mapping[str, A
             project_id=ask.project_id,
             content_id=ask.content_id,
             chat_id=ask.chat_id,
-            metadata=ask.metadata,
+            metadata={**ask.metadata, "quoted_tokens": quote.max_billable_tokens},
             is_free=quote.is_free,
         ),
         idempotency_key=idempotency_key,
@@ -260,12 +268,15 @@ class _TextRun:
         return int((time.monotonic() - self.started_at) * 1_000)
 
     def end_call(self, end: TextEnd) -> None:
-        """Note what the provider counted."""
+        """Note what the provider counted. An answer without a word is none: it fails the operation."""
         if end.usage is None:
             self.is_estimated = True
         self.counted += end.usage or self._estimated_pools()
         self.is_call_under_way = False
         self.stopped_by = "length" if end.finish_reason == "length" else ""
+        if not self.written:
+            error_class = ProviderRefused if end.finish_reason == "refused" else ProviderUnavailable
+            self.fail(error_class(self.quote.price.get_provider_display(), usage=end.usage))
 
     def begin_call(self, call: "_NextCall") -> None:
         self.prompt, self.output_limit_tokens, self.held_tokens = (
@@ -307,7 +318,7 @@ class _TextRun:
                 provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, pools),
                 duration_ms=self.duration_ms,
             )
-        if not text and (self.is_call_under_way or self.is_estimated):
+        if not text:
             return ledger.release_usage(
                 usage_id=self.usage_id,
                 error_message="It was stopped before anything was written.",

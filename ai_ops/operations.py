@@ -40,7 +40,7 @@ from billing.database import in_thread
 from billing.models import TokenUsage
 
 CHAT_ANSWER_TOKENS = 1_200
-CHAT_HISTORY_TOKENS = 6_000  # of what was said before; older turns are left out
+CHAT_HISTORY_TOKENS = 3_000  # of what was said before, so that the welcome bonus pays for a turn; the rest is left out
 CONTINUATION_TOKENS = 1_200
 REPURPOSED_TOKENS = 1_200
 IMAGE_PROMPT_TOKENS = 300
@@ -421,7 +421,8 @@ def refine_selection(*, user_id: int, request: SelectionRequest, idempotency_key
 
     def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
         before, after = request.around
-        revised = f"{before}{text.strip() if is_complete else text}{after}" if text else ""
+        leading, trailing = _outer_space(request.selection)
+        revised = f"{before}{leading}{text.strip()}{trailing}{after}" if text else ""
         note = _shortened(request.instruction, 300)
         _keep_revision(piece, request.body, revised, is_complete, Origin.SELECTION, note, usage_id)
 
@@ -707,8 +708,8 @@ def _add_version(
 def _require_newest(piece: ContentPiece, base_number: int) -> None:
     if newest_number(piece) != base_number:
         raise TextChanged(
-            "This text was changed in another window or by another operation. Copy what you typed, "
-            "reload the page and put it in again."
+            "This text was changed in another window or by another operation. Press Save to see both; "
+            "nothing you typed is lost."
         )
 
 
@@ -738,6 +739,11 @@ def _state_of(text: str, is_complete: bool) -> str:
     if not text:
         return ResultState.FAILED
     return ResultState.READY if is_complete else ResultState.CUT_SHORT
+
+
+def _outer_space(text: str) -> tuple[str, str]:
+    """The white space that a text begins and ends with. The text has other characters as well."""
+    return text[: len(text) - len(text.lstrip())], text[len(text.rstrip()) :]
 
 
 def _shortened(text: str, length: int) -> str:

@@ -82,12 +82,26 @@
     });
   });
 
-  // ---- times in the reader's own zone ---------------------------------------------------------------------------
+  // ---- times in the reader's own zone: the one of their settings, else the browser's, which the server is told ----
+  const browserZone = Intl.DateTimeFormat().resolvedOptions().timeZone;
+  if (browserZone && !document.cookie.split("; ").includes(`time_zone=${browserZone}`)) {
+    const secure = location.protocol === "https:" ? "; secure" : "";
+    document.cookie = `time_zone=${browserZone}; path=/; max-age=31536000; samesite=lax${secure}`;
+  }
+
+  function timeFormat(options) {
+    try {
+      return new Intl.DateTimeFormat(undefined, { ...options, timeZone: document.documentElement.dataset.timeZone });
+    } catch {
+      return new Intl.DateTimeFormat(undefined, options); // a zone that this browser does not know
+    }
+  }
+
   const formats = {
-    date: new Intl.DateTimeFormat(undefined, { dateStyle: "medium" }),
-    datetime: new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" }),
+    date: timeFormat({ dateStyle: "medium" }),
+    datetime: timeFormat({ dateStyle: "medium", timeStyle: "short" }),
   };
-  const fullFormat = new Intl.DateTimeFormat(undefined, { dateStyle: "full", timeStyle: "long" });
+  const fullFormat = timeFormat({ dateStyle: "full", timeStyle: "long" });
 
   function localTimes(scope) {
     const times = [...scope.querySelectorAll("time[datetime]")];

@@ -180,6 +180,17 @@ def test_failed_provider_costs_nothing(writer: Writer, ai: Server, model: str, f
     assert writer.account.balance == 10_000 - writer.usage.billable_tokens
 
 
+@each_provider
+def test_refusal_costs_nothing(writer: Writer, model: str) -> None:
+    """Row 53: a model that declines has written nothing."""
+    answer = writer.draft(topic="Tea. [[fault:refused]]", model=model)
+    assert answer.names == ["started", "failed"]
+    assert "refused this request" in answer.last.data["message"]
+    assert (writer.usage.status, writer.piece.state) == ("failed", "failed")
+    assert writer.usage.provider_cost_microusd > 0  # we pay for what it read
+    assert writer.account.balance == 10_000
+
+
 def test_failed_provider_at_the_plain_form(writer: Writer) -> None:
     """Row 53, without a script: the form comes back as it was typed, with the message."""
     page = writer.http.post("/live/draft/", data=writer.form(title="Kept", topic="Tea. [[fault:500]]"))

@@ -74,7 +74,7 @@ def test_settings_pages(alice: User, page: Page) -> None:
     for path, heading in (
         ("/accounts/email/", "Email"),
         ("/accounts/password/change/", "Change Password"),
-        ("/accounts/2fa/", "Two-Factor"),
+        ("/accounts/2fa/", "Two-factor"),
     ):
         page.goto(path)
         expect(page.get_by_role("heading", level=1)).to_contain_text(heading)

@@ -354,11 +354,16 @@ def test_projects(alice: User, page: Page, is_full: bool) -> None:
         return
     page.get_by_role("link", name="Tea").click()
     expect(page.get_by_role("heading", name="Tea", exact=True)).to_be_visible()
-    expect(page.locator(".piece-list li")).to_have_count(24)
+    expect(page.get_by_role("region", name="Pieces").locator(".piece-list li")).to_have_count(24)
     expect(page.locator(".thumbs li")).to_have_count(3)
     page.locator(".thumbs img").last.scroll_into_view_if_needed()  # it is loaded when it comes into sight
     expect(page.locator(".thumbs img").last).to_have_js_property("naturalWidth", 1)
     shoot(page, "project")
+    page.get_by_role("link", name=LONG[:40]).first.click()
+    expect(editor(page)).to_have_value(BODY)
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    shoot(page, "piece-long-title")
+    page.go_back()
     page.get_by_role("link", name="Next").click()
     expect(page.get_by_text("Page 2 of 2")).to_be_visible()
     page.get_by_role("link", name="Piece number 3", exact=False).first.click()

@@ -8,6 +8,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from accounts.models import User
+from ai_ops import operations
 from ai_ops.models import GeneratedImage, ImageBatch, ImagePrompt
 from billing.models import TokenTransaction, TokenUsage
 from tests.conftest import MakeUser
@@ -62,11 +63,11 @@ def test_idea_to_description_to_images(alice: User, open_context: OpenContext, s
         panel = page.locator("#image-prompt-panel")
         expect(panel.locator("[role=status]")).to_have_text(re.compile(r"^Done\. It cost [\d,]+ tokens\.$"))
         shoot(page, "images-description")
-        panel.get_by_role("link", name="Use this prompt").click()
+        panel.get_by_role("link", name="Use this description").click()
     else:
         page.wait_for_url("**/studio/images/?prompt=*")
     prompt = ImagePrompt.objects.get(author=alice)
-    written = TokenUsage.objects.get(pk=prompt.usage_id)
+    written = TokenUsage.objects.get(operation_type="prompt")
     form = page.locator("#images-form")
     expect(form.get_by_label("What to show")).to_have_value(prompt.text.strip())
     expect(form.get_by_label("Style")).to_have_value("watercolour")
@@ -90,7 +91,7 @@ def test_idea_to_description_to_images(alice: User, open_context: OpenContext, s
         page.locator(".gallery-tile a").click()
     page.wait_for_url("**/studio/images/*/")
     batch = ImageBatch.objects.get(author=alice)
-    usage = TokenUsage.objects.get(pk=batch.usage_id)
+    usage = TokenUsage.objects.get(operation_type="image")
     assert (usage.billable_tokens, usage.image_count, usage.image_size, usage.image_quality) == (
         3_000,
         2,
@@ -144,7 +145,7 @@ def test_fewer_images_than_asked_for(alice: User, page: Page, model: str) -> Non
     """Law 5: each image that came is charged, and no other."""
     open_images(page)
     quality = {} if model == GOOGLE else {"quality": "low"}
-    make(page, f"{TEAPOT} [[fault:fewer]]", model=model, count="2", **quality)
+    make(page, f"{TEAPOT}, for {model} [[fault:fewer]]", model=model, count="2", **quality)
     page.locator("#images-panel").get_by_role("link", name="Open the images").click()
     expect(page.locator("#batch")).to_contain_text("1 of 2 images came. You paid only for this one.")
     each = 4_500 if model == GOOGLE else 1_500
@@ -199,6 +200,17 @@ def test_too_small_balance(make_user: MakeUser, open_context: OpenContext, scrip
     expect(page.get_by_label("What to show")).to_have_value(TEAPOT)
     shoot(page, f"images-too-small-{'js' if scripts else 'nojs'}")
     assert not ImageBatch.objects.exists()
+
+
+def test_images_made_in_another_window_appear(alice: User, page: Page) -> None:
+    project = operations.get_project(user_id=alice.pk, name="Tea")
+    batch = ImageBatch.objects.create(project=project, author=alice, prompt=TEAPOT, size="1024x1024", count=1)
+    open_images(page)
+    expect(tiles(page)).to_contain_text("Being made")
+    page.goto(batch.get_absolute_url())
+    expect(page.locator("#batch")).to_contain_text("The images are being made.")
+    ImageBatch.objects.update(state="failed")
+    expect(page.locator("#batch")).to_contain_text("These images cost nothing.")
 
 
 def test_impossible_quality_is_shown_at_its_field(alice: User, page: Page) -> None:
