@@ -1,7 +1,11 @@
-from django.contrib import admin
-from django.http import HttpRequest
+from typing import Any
 
-from accounts.models import ApiKey, User, Workspace
+from django.contrib import admin, messages
+from django.core.exceptions import PermissionDenied
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect
+
+from accounts.models import ApiKey, User, UserKept, Workspace
 
 
 @admin.register(User)
@@ -9,12 +13,19 @@ class UserAdmin(admin.ModelAdmin):
     list_display = ("email", "name", "role", "is_active", "date_joined", "last_login")
     list_filter = ("role", "is_active")
     search_fields = ("email", "name")
-    fields = ("email", "name", "role", "is_active", "date_joined", "last_login")
-    readonly_fields = ("date_joined", "last_login")
+    fields = ("email", "name", "role", "time_zone", "is_active", "date_joined", "last_login", "anonymised_at")
+    readonly_fields = ("date_joined", "last_login", "anonymised_at")
 
     def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
         """People with a ledger are never deleted: the rows must keep naming who paid."""
         return False
+
+    def delete_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponse:
+        """Says what to do instead (row 70)."""
+        if not self.has_change_permission(request):
+            raise PermissionDenied
+        messages.error(request, UserKept.message)
+        return redirect("admin:accounts_user_change", object_id)
 
 
 @admin.register(Workspace)

@@ -1,12 +1,13 @@
 """A person's own record: what they can take along, and how it is made nobody's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from allauth.account.models import EmailAddress
 from allauth.mfa.models import Authenticator
 from allauth.usersessions.models import UserSession
 from django.contrib.admin.models import LogEntry
+from django.contrib.contenttypes.models import ContentType
 from django.contrib.sessions.models import Session
 from django.db.models import Q
 from django.utils import timezone
@@ -33,13 +34,11 @@ def describe_person(user: User) -> Row:
         "two_factor": list(
             Authenticator.objects.filter(user=user).order_by("pk").values("type", "created_at", "last_used_at")
         ),
-        "sessions": list(
-            UserSession.objects.filter(user=user).order_by("pk").values("created_at", "ip", "user_agent")
-        ),
+        "sessions": list(UserSession.objects.filter(user=user).order_by("pk").values("created_at", "ip", "user_agent")),
     }
 
 
-def list_api_keys(user: User) -> Iterator[Row]:
+def list_api_keys(user: User) -> Iterator[Mapping[str, Any]]:
     """The person's keys, without the keys themselves, which nobody can read any more."""
     return (
         ApiKey.objects.filter(user=user)
@@ -54,7 +53,11 @@ def anonymize_person(user: User) -> None:
 
     The row itself stays, since ledger rows name it.
     """
-    former_email = user.email
+    logged = Q(object_repr=user.email)
+    for model, keys in ((User, [user.pk]), (Workspace, user.workspaces.values_list("pk", flat=True))):
+        logged |= Q(content_type=ContentType.objects.get_for_model(model), object_id__in=[str(key) for key in keys])
+    # Django admin's own log repeats what the rows were called that a superadmin edited.
+    LogEntry.objects.filter(logged).update(object_repr="Anonymised")
     user.email = f"anonymised-{user.pk}@{ANONYMOUS_HOST}"
     user.name = user.time_zone = ""
     user.is_active = False
@@ -69,5 +72,3 @@ def anonymize_person(user: User) -> None:
     sessions = UserSession.objects.filter(user=user)
     Session.objects.filter(session_key__in=sessions.values("session_key")).delete()
     sessions.delete()
-    # Django admin's own log repeats the address in what it calls the rows that a superadmin edited.
-    LogEntry.objects.filter(Q(object_repr__icontains=former_email)).update(object_repr=user.email)

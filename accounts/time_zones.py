@@ -6,8 +6,9 @@ from functools import cache
 from typing import TYPE_CHECKING, cast
 from zoneinfo import ZoneInfo, available_timezones
 
-from asgiref.sync import iscoroutinefunction
+from asgiref.sync import iscoroutinefunction, sync_to_async
 from django.conf import settings
+from django.db import close_old_connections
 from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 from django.utils.decorators import sync_and_async_middleware
@@ -61,13 +62,14 @@ def time_zone_middleware(get_response: Answer) -> Answer:
     if iscoroutinefunction(get_response):
 
         async def activate_async(request: HttpRequest) -> HttpResponse:
-            _activate(request, await request.auser() if _may_be_signed_in(request) else None)
+            name = await _read_name(request) if _may_be_signed_in(request) else ""
+            _activate(request, name)
             return await cast(Awaitable[HttpResponse], get_response(request))
 
         return activate_async
 
     def activate(request: HttpRequest) -> HttpResponse:
-        _activate(request, request.user if _may_be_signed_in(request) else None)
+        _activate(request, _name_of(request) if _may_be_signed_in(request) else "")
         return cast(HttpResponse, get_response(request))
 
     return activate
@@ -78,8 +80,22 @@ def _may_be_signed_in(request: HttpRequest) -> bool:
     return settings.SESSION_COOKIE_NAME in request.COOKIES
 
 
-def _activate(request: HttpRequest, user: object) -> None:
-    zone = find_zone(getattr(user, "time_zone", "")) or find_zone(request.COOKIES.get(COOKIE, ""))
+def _name_of(request: HttpRequest) -> str:
+    return getattr(request.user, "time_zone", "")
+
+
+async def _read_name(request: HttpRequest) -> str:
+    def read() -> str:
+        try:
+            return _name_of(request)
+        finally:
+            close_old_connections()  # a stream lives for minutes; it must not keep a connection from the pool
+
+    return await sync_to_async(read, thread_sensitive=False)()
+
+
+def _activate(request: HttpRequest, name: str) -> None:
+    zone = find_zone(name) or find_zone(request.COOKIES.get(COOKIE, ""))
     if zone is None:
         timezone.deactivate()
     else:

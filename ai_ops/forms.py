@@ -235,7 +235,7 @@ class ImageForm(OperationForm):
         choices=[("low", "Low"), ("medium", "Medium"), ("high", "High")],
         initial="medium",
         required=False,
-        help_text="Models of Google's have one quality.",
+        help_text="Google's models have one quality.",
     )
     count = forms.TypedChoiceField(
         label="How many", coerce=int, choices=[(number, str(number)) for number in range(1, MAX_IMAGES + 1)]

@@ -19,7 +19,10 @@ class UsageTable(tables.Table):
     model = tables.Column(attrs={"td": {"class": "usage-model"}})
     status = tables.TemplateColumn('{% include "billing/_usage_status.html" with usage=record %}')
     price = tables.TemplateColumn(
-        '{% include "ai_ops/_price_arithmetic.html" with usage=record %}', verbose_name="Price", empty_values=()
+        '{% include "ai_ops/_price_arithmetic.html" with usage=record %}',
+        verbose_name="Price",
+        empty_values=(),
+        attrs={"td": {"class": "usage-price"}},
     )
     billable_tokens = tables.TemplateColumn(
         "{% load humanize %}{{ value|intcomma }}",

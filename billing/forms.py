@@ -2,11 +2,14 @@ from typing import Any, cast
 
 from django import forms
 
+from accounts.profile import ProfileForm
 from billing import packages, purchases, refunds
 from billing.ledger import MAX_TOKENS
 from billing.models import Purchase, TokenAccount
 from billing.models.fields import Currency
 from billing.purchases import Terms
+
+CURRENCY_NAMES = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
 
 
 class MoneyField(forms.DecimalField):
@@ -153,3 +156,22 @@ class RefundConfirmationForm(forms.Form):
 
 class ResolutionForm(forms.Form):
     resolution = forms.CharField(max_length=300)
+
+
+class SettingsForm(ProfileForm):
+    """The profile, with the currency that the account buys in."""
+
+    currency = forms.ChoiceField(
+        choices=(), help_text="Prices are shown in it, and auto-recharge pays in it. Your first payment fixes it."
+    )
+
+    def __init__(self, *args: Any, account: TokenAccount, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        currency = cast(forms.ChoiceField, self.fields["currency"])
+        sold = {*packages.list_currencies(), account.currency}
+        currency.choices = [(value, f"{value.upper()}, {CURRENCY_NAMES[value]}") for value in Currency if value in sold]
+        currency.initial = account.currency
+        if reason := purchases.why_currency_is_fixed(account):
+            # Disabled, the field keeps the account's whatever a browser sends.
+            currency.disabled = True
+            currency.help_text = reason

@@ -21,6 +21,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
+from accounts.time_zones import zone_of
 from billing.models import (
     Notification,
     NotificationPreference,
@@ -96,7 +97,8 @@ def auto_recharge_succeeded(purchase: Purchase) -> None:
 def auto_recharge_failed(purchase: Purchase, *, retry_at: datetime | None) -> None:
     """The saved card was not charged. `retry_at` is when it is tried again by itself, None when it is not."""
     card = _card_of(purchase.account)
-    next_step = f"We will try again on {_moment(retry_at)}." if retry_at else "We will not try again by ourselves."
+    retry_words = _moment(retry_at, purchase.user) if retry_at else ""
+    next_step = f"We will try again on {retry_words}." if retry_at else "We will not try again by ourselves."
     _notify(
         user_id=purchase.user_id,
         kind=Kind.AUTO_RECHARGE_FAILED,
@@ -115,7 +117,7 @@ def auto_recharge_failed(purchase: Purchase, *, retry_at: datetime | None) -> No
         facts=[
             *_facts_of(purchase, paid="Amount"),
             *([("Card", card)] if card else []),
-            ("Next attempt", _moment(retry_at) if retry_at else "None planned"),
+            ("Next attempt", retry_words or "None planned"),
         ],
     )
 
@@ -522,6 +524,8 @@ def _notify(
 ) -> None:
     """Write the message unless its key has been said. `action` are the words on the e-mail's button, which leads to
     `link`; `facts` its table; `second_link` words and path of a link below."""
+    if User.objects.filter(pk=user_id, anonymised_at__isnull=False).exists():
+        return  # there is nobody any more: a late refund or dispute is the books' matter alone
     is_muted = (
         may_be_muted(kind)
         and NotificationPreference.objects.filter(user_id=user_id, kind=kind, wants_email=False).exists()
@@ -565,8 +569,9 @@ def _tokens(number: int) -> str:
     return _count(number, "token")
 
 
-def _moment(at: datetime) -> str:
-    return f"{at.astimezone(UTC):%-d %B %Y at %H:%M} UTC"
+def _moment(at: datetime, user: User) -> str:
+    """By the user's own clock, with its zone: "23 November 2026 at 08:00 CET"."""
+    return f"{at.astimezone(zone_of(user)):%-d %B %Y at %H:%M %Z}"
 
 
 def _tokens_page(section: str) -> str:

@@ -49,6 +49,7 @@ class Offer:
     price_cents: int
     currency: str
     savings_percent: int  # against the smallest package
+    worth: Sequence[tuple[str, int]] = ()  # what it is enough for: "drafts", 37
 
     @property
     def price_display(self) -> str:

@@ -6,6 +6,7 @@ takes up where it stands.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +16,7 @@ from django.db.models import Q
 from django.urls import reverse
 from django.utils import timezone
 
-from billing import gateway, ledger, notifications, refunds, system_settings
+from billing import gateway, ledger, notifications, packages, refunds, system_settings
 from billing.background import enqueue_on_commit
 from billing.gateway import CheckoutSession, PaymentIntent
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
@@ -55,6 +56,10 @@ class AmountNotSold(PurchaseError):
 
 
 class CheckoutKeyConflict(PurchaseError):
+    http_status = 409
+
+
+class CurrencyNotChanged(PurchaseError):
     http_status = 409
 
 
@@ -127,6 +132,48 @@ def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) ->
 def update_stripe_customer(*, user_id: int, stripe_customer_id: str) -> None:
     """Remember the user's customer at Stripe. The first one stays: two checkouts begun at once share it."""
     TokenAccount.objects.filter(user_id=user_id, stripe_customer_id=None).update(stripe_customer_id=stripe_customer_id)
+
+
+def why_currency_is_fixed(account: TokenAccount) -> str:
+    """Why the account's currency cannot be changed, for its owner; empty when it can.
+
+    What was spent in all, auto-recharge's price and its monthly limit are in that currency: after a payment, another
+    one would make sums of unlike amounts.
+    """
+    paid = Purchase.objects.filter(account=account, state__in=(State.PAID, State.REVIEW))
+    if account.lifetime_spent_cents or paid.exists():
+        return "It was fixed by your first payment: what you spent and auto-recharge's limit are counted in it."
+    if Purchase.objects.filter(account=account, state__in=Purchase.PENDING_STATES).exists():
+        return "A payment page of yours is open. Once it is paid or closed, within a day, this is settled."
+    return ""
+
+
+def update_currency(*, user_id: int, currency: str) -> TokenAccount:
+    """Show prices and sell in another currency. Raises CurrencyNotChanged once there was a payment, or for a currency
+    in which nothing is sold; the same currency again changes nothing."""
+    ledger.get_account(user_id=user_id)
+    with transaction.atomic():
+        # The lock that a credit takes, too: a first payment comes before this or after it, never in between.
+        account = TokenAccount.objects.select_for_update().get(user_id=user_id)
+        if currency == account.currency:
+            return account
+        if reason := why_currency_is_fixed(account):
+            raise CurrencyNotChanged(reason)
+        if currency not in packages.list_currencies():
+            raise CurrencyNotChanged("Nothing is sold in this currency just now. Choose another one.")
+        account.currency = currency
+        account.save(update_fields=["currency"])
+    return account
+
+
+def close_checkout(purchase: Purchase) -> Purchase:
+    """Close a purchase's payment page at Stripe, and take over how it ended: closed, or paid a moment ago.
+
+    Calls Stripe. Raises GatewayError, PurchaseNotFound.
+    """
+    with suppress(gateway.GatewayRefused):  # it is paid or closed already
+        gateway.expire_checkout_session(str(purchase.stripe_session_id))
+    return _ask_stripe(str(purchase.stripe_session_id))
 
 
 def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tuple[Purchase, list[str]]:

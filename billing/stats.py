@@ -1,16 +1,316 @@
-"""Figures about usage and money."""
+"""Figures about usage and money. Pure reads.
 
-from django.db.models import Avg
+All of a person's figures walk the index (user, created_at), so they cost what the operations in their span cost,
+however many there are before it. Spans have a beginning (included) and an end (not included).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, Literal, TypeAlias
+
+from django.contrib.postgres.fields import ArrayField
+from django.db.models import Avg, Count, DateTimeField, F, Func, IntegerField, Q, Sum, Value
+from django.utils import timezone
 
 from billing.models import TokenAccount, TokenUsage
+from billing.periods import add_months, midnight
 
 RECENT_OPERATIONS = 100
+
+# What one page adds up at most; a person has so many in a year at one every five minutes.
+MAX_OPERATIONS = 100_000
+
+# Averages and the pace of spending are of the newest operations; these are enough for a steady figure.
+MAX_AVERAGED_OPERATIONS = 1_000
+MIN_AVERAGED_OPERATIONS = 3
+MAX_PACE_OPERATIONS = 50_000
+PACE_DAYS = 30
+
+# Where nobody has run such an operation yet: what one costs in the Studio with the settings that it offers first.
+DEFAULT_TOKENS = {
+    TokenUsage.OperationType.GENERATION: 1_500,
+    TokenUsage.OperationType.REFINEMENT: 2_000,
+    TokenUsage.OperationType.REPURPOSE: 1_500,
+    TokenUsage.OperationType.CHAT: 1_000,
+    TokenUsage.OperationType.IMAGE: 4_500,
+    TokenUsage.OperationType.PROMPT: 400,
+}
+
+BucketName: TypeAlias = Literal["hour", "day", "week", "month"]
+Dimension: TypeAlias = Literal["operation", "model", "project"]
+
+# How long a span each bucket is offered for, in days: from where it tells something to where bars become hairs.
+BUCKET_DAYS: dict[BucketName, tuple[int, int]] = {
+    "hour": (1, 14),
+    "day": (2, 400),
+    "week": (14, 2_800),
+    "month": (45, 36_600),
+}
+
+_DIMENSION_FIELDS: dict[Dimension, tuple[str, ...]] = {
+    "operation": ("operation_type",),
+    "model": ("provider", "model"),
+    "project": ("project_id",),
+}
+_Status = TokenUsage.Status
+_CHARGED = Q(status=_Status.SUCCEEDED, is_free=False)
+
+
+# --- Sums over operations -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Sums over some operations."""
+
+    operations: int = 0  # all that were begun
+    running: int = 0
+    succeeded: int = 0
+    charged: int = 0  # those that succeeded while billing was on
+    billable_tokens: int = 0
+
+    def __add__(self, other: "Figures") -> "Figures":
+        return Figures(
+            self.operations + other.operations,
+            self.running + other.running,
+            self.succeeded + other.succeeded,
+            self.charged + other.charged,
+            self.billable_tokens + other.billable_tokens,
+        )
+
+    @property
+    def failed(self) -> int:
+        return self.operations - self.running - self.succeeded
+
+    @property
+    def tokens_per_operation(self) -> int | None:
+        """Billable tokens of an operation that was charged, rounded up; None when none was."""
+        return -(-self.billable_tokens // self.charged) if self.charged else None
+
+    @property
+    def success_permille(self) -> int | None:
+        """Of 1,000 operations that ended, those that succeeded, rounded down: 1,000 means all. None when none ended."""
+        ended = self.succeeded + self.failed
+        return self.succeeded * 1_000 // ended if ended else None
+
+
+_SUMS = {
+    "operations": Count("pk"),
+    "running": Count("pk", filter=Q(status=_Status.RESERVED)),
+    "succeeded": Count("pk", filter=Q(status=_Status.SUCCEEDED)),
+    "charged": Count("pk", filter=_CHARGED),
+    "billable_sum": Sum("billable_tokens", default=0),
+}
+
+
+def _figures(row: dict[str, Any]) -> Figures:
+    return Figures(row["operations"], row["running"], row["succeeded"], row["charged"], int(row["billable_sum"]))
+
+
+def _operations(user_id: int, since: datetime, until: datetime) -> Any:
+    return TokenUsage.objects.filter(user_id=user_id, created_at__gte=since, created_at__lt=until)
+
+
+def usage_totals(*, user_id: int, since: datetime, until: datetime) -> Figures:
+    """The sums over a user's operations in the span."""
+    return _figures(_operations(user_id, since, until).aggregate(**_SUMS))
+
+
+@dataclass(frozen=True, slots=True)
+class UsageGroup:
+    """The sums over the operations of one kind, model and project (None: of none)."""
+
+    operation_type: str
+    provider: str
+    model: str
+    project_id: int | None
+    figures: Figures
+
+    def key(self, dimension: Dimension) -> Any:
+        """What it is by that dimension: an operation type, (provider, model), or a project's id."""
+        return _key(dimension, {name: getattr(self, name) for name in _DIMENSION_FIELDS[dimension]})
+
+
+def usage_groups(*, user_id: int, since: datetime, until: datetime) -> list[UsageGroup]:
+    """The sums over a user's operations in the span, for each combination of operation, model and project."""
+    fields = ("operation_type", "provider", "model", "project_id")
+    rows = _operations(user_id, since, until).order_by().values(*fields).annotate(**_SUMS)
+    return [UsageGroup(**{name: row[name] for name in fields}, figures=_figures(row)) for row in rows]
+
+
+def usage_over_time(*, user_id: int, edges: Sequence[datetime], dimension: Dimension) -> dict[tuple[int, Any], Figures]:
+    """The sums in each of the spans between two neighbouring edges, by the dimension; what has none is left out.
+
+    The key is (number of the span, from 0; an operation type, (provider, model), or a project's id). The database is
+    told the edges, not the time zone: what a day is then has one definition, that of `time_edges`.
+    """
+    starts = Value(list(edges[:-1]), output_field=ArrayField(DateTimeField()))
+    number = Func(F("created_at"), starts, function="width_bucket", output_field=IntegerField())
+    rows = (
+        _operations(user_id, edges[0], edges[-1])
+        .order_by()
+        .annotate(number=number)
+        .values("number", *_DIMENSION_FIELDS[dimension])
+        .annotate(**_SUMS)
+    )
+    return {(row["number"] - 1, _key(dimension, row)): _figures(row) for row in rows}
+
+
+def _key(dimension: Dimension, row: dict[str, Any]) -> Any:
+    values = tuple(row[name] for name in _DIMENSION_FIELDS[dimension])
+    return values if len(values) > 1 else values[0]
+
+
+# --- Spans ----------------------------------------------------------------------------------------------------------
+
+
+def first_used_at(*, user_id: int) -> datetime | None:
+    """When the user's first operation began; None when there is none."""
+    rows = TokenUsage.objects.filter(user_id=user_id).order_by("created_at")
+    return rows.values_list("created_at", flat=True).first()
+
+
+def newest_operations_since(*, user_id: int, since: datetime, until: datetime, limit: int = MAX_OPERATIONS) -> datetime:
+    """From when on the span has no more than `limit` operations: its beginning, or later. Reads the index alone."""
+    rows = _operations(user_id, since, until).order_by("-created_at").values_list("created_at", flat=True)
+    beyond = rows[limit : limit + 1].first()
+    return since if beyond is None else (beyond + timedelta(microseconds=1)).astimezone(since.tzinfo)
+
+
+def list_buckets(*, since: datetime, until: datetime) -> list[BucketName]:
+    """The buckets that a chart of the span offers, the smallest first. There is always one."""
+    days = _day_count(since, until)
+    return [name for name, (least, most) in BUCKET_DAYS.items() if least <= days <= most]
+
+
+def default_bucket(*, since: datetime, until: datetime) -> BucketName:
+    """The one that reads best: 24 to 62 bars."""
+    days = _day_count(since, until)
+    if days <= 2:
+        return "hour"
+    return "day" if days <= 62 else "week" if days <= 400 else "month"
+
+
+def _day_count(since: datetime, until: datetime) -> int:
+    return max(1, (until.date() - since.date()).days)
+
+
+def time_edges(*, since: datetime, until: datetime, bucket: BucketName) -> list[datetime]:
+    """Where the buckets of a span begin, and its end, in the time zone of `since`.
+
+    A day begins at midnight by the clock there, so it has 23 or 25 hours when the clock is changed. Weeks begin on
+    Monday. The first and the last bucket are as long as the span leaves them.
+    """
+    zone = since.tzinfo
+    # In UTC: between times of one zone Python reckons by the clock on the wall, as if it were never changed.
+    first, last = since.astimezone(UTC), until.astimezone(UTC)
+    edges = []
+    day = since.date()
+    while (start := midnight(day, zone).astimezone(UTC)) < last:
+        edges.append(start)
+        if bucket == "hour":
+            hours = midnight(day + timedelta(days=1), zone).astimezone(UTC) - start
+            # Two hours of the same name are two.
+            edges += [start + timedelta(hours=hour) for hour in range(1, -(-hours // timedelta(hours=1)))]
+        day = _next_day(day, bucket)
+    edges = [first, *(edge for edge in edges if first < edge < last), last]
+    return [edge.astimezone(zone) for edge in edges]
+
+
+def _next_day(day: date, bucket: BucketName) -> date:
+    """The next day on which a bucket begins."""
+    if bucket == "month":
+        return add_months(day, 1)
+    return day + timedelta(days=7 - day.weekday() if bucket == "week" else 1)
+
+
+# --- Averages and pace ----------------------------------------------------------------------------------------------
 
 
 def average_tokens_per_operation(account: TokenAccount) -> int | None:
     """Billable tokens of an operation, averaged over the last 100 that succeeded; None when there was none."""
-    recent = TokenUsage.objects.filter(user_id=account.user_id, status=TokenUsage.Status.SUCCEEDED).order_by(
-        "-created_at"
-    )[:RECENT_OPERATIONS]
+    recent = TokenUsage.objects.filter(user_id=account.user_id, status=_Status.SUCCEEDED).order_by("-created_at")[
+        :RECENT_OPERATIONS
+    ]
     average = TokenUsage.objects.filter(pk__in=recent.values("pk")).aggregate(average=Avg("billable_tokens"))
     return None if average["average"] is None else round(average["average"])
+
+
+@dataclass(frozen=True, slots=True)
+class Average:
+    """What an operation costs, in billable tokens, rounded up; for images, one image. `basis` says who it is from."""
+
+    tokens: int
+    basis: Literal["own", "everyone", "default"]
+    operations: int  # that it is the average of; 0 for a default
+
+
+def average_tokens_by_operation(account: TokenAccount) -> dict[str, Average]:
+    """What each type of operation costs this person, on average: for every type, one image for images.
+
+    From their own newest 1,000 operations where they have three of the type; else from the newest 1,000 of everyone;
+    else what one costs with the settings that the Studio offers first. Free operations do not count.
+    """
+    own = _averages(TokenUsage.objects.filter(user_id=account.user_id), "own")
+    missing = set(DEFAULT_TOKENS) - set(own)
+    everyone = _averages(TokenUsage.objects.all(), "everyone") if missing else {}
+    return {
+        type: own.get(type) or everyone.get(type) or Average(tokens, "default", 0)
+        for type, tokens in DEFAULT_TOKENS.items()
+    }
+
+
+def _averages(operations: Any, basis: Literal["own", "everyone"]) -> dict[str, Average]:
+    newest = operations.filter(_CHARGED, billable_tokens__gt=0).order_by("-created_at")[:MAX_AVERAGED_OPERATIONS]
+    rows = (
+        TokenUsage.objects.filter(pk__in=newest.values("pk"))
+        .order_by()
+        .values("operation_type")
+        .annotate(operations=Count("pk"), tokens=Sum("billable_tokens"), images=Sum("image_count"))
+    )
+    averages = {}
+    for row in rows:
+        is_image = row["operation_type"] == TokenUsage.OperationType.IMAGE
+        number = row["images"] if is_image else row["operations"]
+        if row["operations"] >= MIN_AVERAGED_OPERATIONS and number:
+            averages[row["operation_type"]] = Average(-(-int(row["tokens"]) // int(number)), basis, row["operations"])
+    return averages
+
+
+@dataclass(frozen=True, slots=True)
+class Runway:
+    """How long the available tokens last at the pace of the last days."""
+
+    days: int  # rounded down
+    tokens_per_day: int  # rounded up
+    days_looked_at: int  # 30; fewer for a new account, and for one with more than 50,000 operations in them
+    used_tokens: int  # in those days
+
+
+def runway(account: TokenAccount) -> Runway | None:
+    """How long the available tokens last; None when nothing was paid for in the last 30 days."""
+    now = timezone.now()
+    began_at = account.created_at
+    if (first_at := first_used_at(user_id=account.user_id)) is not None:
+        began_at = min(began_at, first_at)
+    since = newest_operations_since(
+        user_id=account.user_id,
+        since=max(began_at, now - timedelta(days=PACE_DAYS)),
+        until=now + timedelta(days=1),  # the database's clock may be ahead of ours
+        limit=MAX_PACE_OPERATIONS,
+    )
+    used_tokens = _operations(account.user_id, since, now + timedelta(days=1)).aggregate(
+        tokens=Sum("billable_tokens", default=0)
+    )["tokens"]
+    used_tokens = int(used_tokens)
+    if not used_tokens:
+        return None
+    days_looked_at = max(1, -(-(now - since) // timedelta(days=1)))
+    tokens_per_day = -(-used_tokens // days_looked_at)
+    return Runway(
+        days=max(0, account.available) * days_looked_at // used_tokens,
+        tokens_per_day=tokens_per_day,
+        days_looked_at=days_looked_at,
+        used_tokens=used_tokens,
+    )

@@ -9,7 +9,7 @@ from celery import shared_task
 from django.db import transaction
 from django.utils import timezone
 
-from billing import ledger, notifications, purchases, recharge, reconcile, refunds, system_settings
+from billing import ledger, notifications, own_data, purchases, recharge, reconcile, refunds, system_settings
 from billing.background import enqueue_on_commit
 from billing.gateway import GatewayError
 from billing.ledger import Posting
@@ -63,6 +63,16 @@ def weekly_summary() -> int:
 @shared_task(autoretry_for=(GatewayError,), retry_backoff=True, max_retries=3)
 def remember_card(purchase_id: int) -> None:
     recharge.remember_card(purchase_id=purchase_id)
+
+
+@shared_task
+def erase_customer(account_id: int) -> None:
+    own_data.erase_customer(account_id=account_id)
+
+
+@shared_task
+def sweep_customers() -> int:
+    return own_data.sweep_customers()
 
 
 @shared_task

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from django.db import IntegrityError, transaction
@@ -318,23 +319,47 @@ def get_user_usage(
     user_id: int,
     operation_type: str | None = None,
     status: str | None = None,
+    provider: str | None = None,
+    model: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
     before_id: int | None = None,
+    after_id: int | None = None,
     limit: int = 25,
 ) -> list[TokenUsage]:
     """The user's operations, newest first: at most `limit` (up to 101), from the one after `before_id` on.
 
-    Costs the same on every page, however long the history is. Raises UnknownCursor when `before_id` is no
-    operation of this user.
+    With `after_id` instead, those next to it that are newer. `since` (included) and `until` (not included) bound the
+    time. Costs the same on every page, however long the history is. Raises UnknownCursor when an id is no operation
+    of this user.
     """
     rows = TokenUsage.objects.filter(user_id=user_id)
+    if since is not None:
+        rows = rows.filter(created_at__gte=since)
+    if until is not None:
+        rows = rows.filter(created_at__lt=until)
+    if provider is not None:
+        rows = rows.filter(provider=provider)
+    if model is not None:
+        rows = rows.filter(model=model)
     if operation_type is not None:
         rows = rows.filter(operation_type=operation_type)
     if status is not None:
         rows = rows.filter(status=status)
+    count = max(1, min(limit, MAX_PAGE + 1))
+    # The first condition bounds the index (user, created_at), the second parts rows of one moment.
+    if after_id is not None:
+        after_at = _moment_of(user_id, after_id)
+        rows = rows.filter(created_at__gte=after_at).exclude(Q(created_at=after_at, id__lte=after_id))
+        return list(rows.order_by("created_at", "id")[:count])[::-1]
     if before_id is not None:
-        before = TokenUsage.objects.filter(pk=before_id, user_id=user_id).values_list("created_at").first()
-        if before is None:
-            raise UnknownCursor("There is no such page. Start again at the first one.")
-        # The first condition bounds the index (user, created_at), the second parts rows of one moment.
-        rows = rows.filter(created_at__lte=before[0]).exclude(Q(created_at=before[0], id__gte=before_id))
-    return list(rows.order_by("-created_at", "-id")[: max(1, min(limit, MAX_PAGE + 1))])
+        before_at = _moment_of(user_id, before_id)
+        rows = rows.filter(created_at__lte=before_at).exclude(Q(created_at=before_at, id__gte=before_id))
+    return list(rows.order_by("-created_at", "-id")[:count])
+
+
+def _moment_of(user_id: int, usage_id: int) -> datetime:
+    moment = TokenUsage.objects.filter(pk=usage_id, user_id=user_id).values_list("created_at", flat=True).first()
+    if moment is None:
+        raise UnknownCursor("There is no such page. Start again at the first one.")
+    return moment

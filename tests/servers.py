@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import quote
 
 import httpx2
@@ -54,10 +54,19 @@ class StripeStandIn(Server):
 
 @contextmanager
 def running(
-    command: list[str], *, url: str, ready_path: str, server: type[Server] = Server, **environment: str
+    command: list[str],
+    *,
+    url: str,
+    ready_path: str,
+    server: type[Server] = Server,
+    program: str = sys.executable,
+    log: IO[str] | None = None,
+    **environment: Any,
 ) -> Iterator[Any]:
-    """Run a server until the end of the context; wait until `ready_path` answers."""
-    process = subprocess.Popen([sys.executable, *command], cwd=PROJECT, env={**os.environ, **environment})
+    """Run a server until the end of the context; wait until `ready_path` answers. `log` takes what it prints."""
+    process = subprocess.Popen(
+        [program, *command], cwd=PROJECT, env={**os.environ, **environment}, stdout=log, stderr=log
+    )
     try:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not _answers(url + ready_path):
@@ -81,7 +90,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def running_stripe() -> Any:
+def running_stripe(**options: Any) -> Any:
     command = ["-m", "postmate.standins.stripe", "--port", str(STRIPE_PORT), "--data", ":memory:"]
     command += [
         "--webhook-url",
@@ -89,12 +98,14 @@ def running_stripe() -> Any:
         "--webhook-secret",
         WEBHOOK_SECRET,
     ]
-    return running(command, url=f"http://127.0.0.1:{STRIPE_PORT}", ready_path="/control/state", server=StripeStandIn)
+    return running(
+        command, url=f"http://127.0.0.1:{STRIPE_PORT}", ready_path="/control/state", server=StripeStandIn, **options
+    )
 
 
-def running_ai() -> Any:
+def running_ai(**options: Any) -> Any:
     command = ["-m", "postmate.standins.ai", "--port", str(AI_PORT), "--tokens-per-second", "1200"]
-    return running(command, url=f"http://127.0.0.1:{AI_PORT}", ready_path="/control/requests")
+    return running(command, url=f"http://127.0.0.1:{AI_PORT}", ready_path="/control/requests", **options)
 
 
 def _test_database_url() -> str:
@@ -121,7 +132,7 @@ def running_worker() -> Iterator[subprocess.Popen[bytes]]:
             process.wait()
 
 
-def running_web(*, port: int = WEB_PORT, **environment: str) -> Any:
+def running_web(*, port: int = WEB_PORT, **environment: Any) -> Any:
     """The product on the test database, as `make run` serves it; `environment` changes its settings."""
     command = ["-m", "uvicorn", "postmate.asgi:application", "--port", str(port), "--lifespan", "off"]
     command += ["--log-level", "warning", "--timeout-graceful-shutdown", "2"]

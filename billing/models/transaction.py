@@ -76,6 +76,13 @@ class TokenTransaction(models.Model):
             models.Index(fields=["purchase"], condition=Q(purchase__isnull=False), name="ledger_by_purchase"),
             # The few rows that are not usage: revenue, newest purchases and grants.
             models.Index(fields=["type", "created_at"], condition=~Q(type="usage"), name="ledger_by_type_and_time"),
+            # The same few in one account: its history by type, and the totals of any part of it.
+            models.Index(
+                fields=["account", "type", "sequence"],
+                include=["amount"],
+                condition=~Q(type="usage"),
+                name="ledger_other_than_usage",
+            ),
         ]
         constraints = [
             models.UniqueConstraint(fields=["account", "sequence"], name="ledger_sequence_unique"),

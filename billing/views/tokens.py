@@ -1,5 +1,6 @@
 """/tokens/: what a person has, what it cost, and how to get more."""
 
+from dataclasses import replace
 from uuid import uuid4
 
 from django.conf import settings
@@ -10,16 +11,21 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
-from django_tables2 import LazyPaginator, RequestConfig
 
 from accounts.permissions import SignedInRequest
-from billing import gateway, ledger, packages, purchases, receipts, recharge, stats, system_settings
+from billing import gateway, history, ledger, packages, purchases, receipts, recharge, stats, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
-from billing.models import Purchase, TokenTransaction
+from billing.models import Purchase, TokenUsage
 from billing.models.fields import Currency
 from billing.tables import TransactionTable
 
-ROWS_PER_PAGE = 25
+NEWEST_ENTRIES = 8
+# What a package is reckoned in, for people: tokens say little.
+WORTH = {
+    TokenUsage.OperationType.GENERATION: "drafts",
+    TokenUsage.OperationType.CHAT: "chat answers",
+    TokenUsage.OperationType.IMAGE: "images",
+}
 
 
 @require_GET
@@ -39,10 +45,19 @@ def _render_home(
     currencies = packages.list_currencies()
     asked_currency = request.GET.get("currency", account.currency)
     currency = asked_currency if asked_currency in currencies else Currency.USD
+    averages = stats.average_tokens_by_operation(account)
     context = {
         "account": account,
-        "overview": {"average_tokens_per_operation": stats.average_tokens_per_operation(account)},
-        "offers": packages.list_offers(currency),
+        "average_tokens_per_operation": stats.average_tokens_per_operation(account),
+        "runway": stats.runway(account),
+        "offers": [
+            replace(
+                offer, worth=[(name, offer.package.tokens // averages[type].tokens) for type, name in WORTH.items()]
+            )
+            for offer in packages.list_offers(currency)
+        ],
+        # The weakest of the three: own < everyone < default.
+        "worth_basis": max((averages[type].basis for type in WORTH), key=("own", "everyone", "default").index),
         "currencies": currencies,
         "currency": currency,
         "amount_form": amount_form or CheckoutForm(),
@@ -50,19 +65,13 @@ def _render_home(
         "recharge_form": recharge_form or AutoRechargeForm(account=account),
         "system_settings": system_settings.get_system_settings(),
         "checkout_key": uuid4().hex,
-        "table": _transaction_table(request),
+        "table": TransactionTable(
+            history.get_page(history.select_transactions(user_id=request.user.pk), limit=NEWEST_ENTRIES).entries,
+            caption="Newest entries",
+            orderable=False,
+        ),
     }
     return render(request, "billing/tokens.html", context, status=status)
-
-
-def _transaction_table(request: SignedInRequest) -> TransactionTable:
-    entries = (
-        TokenTransaction.objects.filter(account__user=request.user).select_related("purchase").order_by("-sequence")
-    )
-    table = TransactionTable(entries, request=request)
-    # Lazy: it looks one row ahead and never counts, so a ledger of a million rows opens as quickly as one of ten.
-    RequestConfig(request, paginate={"per_page": ROWS_PER_PAGE, "paginator_class": LazyPaginator}).configure(table)
-    return table
 
 
 @require_GET

@@ -1,0 +1,1 @@
+"""`make audit`: Lighthouse and axe over the product as it runs in production."""

@@ -1,0 +1,91 @@
+"""The product as it runs in production: settings, collected files and processes as in Dockerfile and compose file.
+
+Importing this sets Django up on production's settings and a scratch database of the configured server. TLS alone is
+missing: on a loopback address browsers trust plain HTTP, and SITE_URL says so.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import urlsplit
+
+import django
+import psycopg
+
+from tests import environment
+from tests.environment import WEB_PORT
+
+SCRATCH = "audit_postmate"
+REPORTS = Path(__file__).parents[2] / "artifacts" / "audit"
+SERVER_URL = urlsplit(os.environ["DATABASE_URL"])._replace(path="/postgres").geturl()
+LIVE_PORT, WSGI_PORT = environment.free_port(), environment.free_port()
+
+# The stand-ins' keys and addresses are set by tests.environment.
+os.environ |= {
+    "DEBUG": "false",
+    "DATABASE_URL": urlsplit(SERVER_URL)._replace(path=f"/{SCRATCH}").geturl(),
+    "DATABASE_POOL_SIZE": "20",
+    "EMAIL_URL": "dummymail://",
+    "DJANGO_SETTINGS_MODULE": "postmate.settings",
+}
+django.setup()
+logging.getLogger("django.request").setLevel(logging.ERROR)  # addresses are tried out
+
+from django.core.cache import cache  # noqa: E402
+from django.core.management import call_command  # noqa: E402
+from django.db import connection  # noqa: E402
+
+from tests import servers  # noqa: E402
+from tests.servers import Server, StripeStandIn  # noqa: E402
+
+
+@contextmanager
+def running() -> Iterator[tuple[Server, StripeStandIn]]:
+    """Everything, on one address, until the end of the context: the server people see, and the Stripe stand-in."""
+    with _scratch_database(), ExitStack() as stack:
+        call_command("seed_billing", stdout=StringIO())
+        call_command("collectstatic", interactive=False, clear=True, verbosity=0)
+        cache.clear()
+        REPORTS.mkdir(parents=True, exist_ok=True)
+        log = stack.enter_context((REPORTS / "servers.log").open("w"))
+        stripe = stack.enter_context(servers.running_stripe(log=log))
+        stack.enter_context(servers.running_ai(log=log))
+        stack.enter_context(_python("granian", "postmate.wsgi:application", WSGI_PORT, GRANIAN, log))
+        stack.enter_context(_python("uvicorn", "postmate.asgi:application", LIVE_PORT, UVICORN, log))
+        yield stack.enter_context(_proxy(log)), stripe
+
+
+GRANIAN = "--interface wsgi --workers 2 --blocking-threads 8 --log-level warning"
+UVICORN = "--lifespan off --log-level warning --timeout-graceful-shutdown 2"
+
+
+def _python(module: str, application: str, port: int, options: str, log: IO[str]) -> Any:
+    command = ["-m", module, application, "--host", "127.0.0.1", "--port", str(port), *options.split()]
+    return servers.running(command, url=f"http://127.0.0.1:{port}", ready_path="/readyz", log=log)
+
+
+def _proxy(log: IO[str]) -> Any:
+    node = shutil.which("node")
+    if node is None:
+        raise SystemExit("The audit needs Node.js 20 or newer, with npm (Debian: apt install nodejs npm).")
+    command = ["tests/audit/proxy.mjs", str(WEB_PORT), str(WSGI_PORT), str(LIVE_PORT)]
+    url = f"http://127.0.0.1:{WEB_PORT}"
+    return servers.running(command, program=node, url=url, ready_path="/readyz", log=log)
+
+
+@contextmanager
+def _scratch_database() -> Iterator[None]:
+    with psycopg.connect(SERVER_URL, autocommit=True) as server:
+        server.execute(f"DROP DATABASE IF EXISTS {SCRATCH} WITH (FORCE)")
+        server.execute(f"CREATE DATABASE {SCRATCH}")
+        try:
+            call_command("migrate", verbosity=0)
+            yield
+        finally:
+            connection.close()
+            server.execute(f"DROP DATABASE IF EXISTS {SCRATCH} WITH (FORCE)")
