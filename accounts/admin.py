@@ -1,11 +1,14 @@
-from typing import Any
+from typing import Any, cast
 
+from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
+from django.db import transaction
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 
-from accounts.models import ApiKey, User, UserKept, Workspace
+from accounts import audit, roles
+from accounts.models import ApiKey, AuditEntry, User, UserKept, Workspace
 
 
 @admin.register(User)
@@ -15,6 +18,27 @@ class UserAdmin(admin.ModelAdmin):
     search_fields = ("email", "name")
     fields = ("email", "name", "role", "time_zone", "is_active", "date_joined", "last_login", "anonymised_at")
     readonly_fields = ("date_joined", "last_login", "anonymised_at")
+
+    def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> tuple[str, ...]:
+        """Nobody gives themselves a role; a new person begins as a user."""
+        has_fixed_role = obj is None or obj.pk == request.user.pk
+        return (*self.readonly_fields, "role") if has_fixed_role else self.readonly_fields
+
+    def save_model(self, request: HttpRequest, obj: User, form: forms.ModelForm, change: bool) -> None:
+        """Kept in the audit log, by the names of the fields: who somebody was must not stand in it for ever."""
+        superadmin = cast(User, request.user)
+        with transaction.atomic():
+            if "role" in form.changed_data:
+                roles.change_role(user_id=obj.pk, role=obj.role, changed_by=superadmin)
+            super().save_model(request, obj, form, change)
+            if others := [name for name in form.changed_data if name != "role"]:
+                audit.write(
+                    action=audit.Action.PERSON_CHANGED,
+                    summary=f"{'Edited' if change else 'Made'} in Django admin: {', '.join(others)}",
+                    actor=superadmin,
+                    subject_id=obj.pk,
+                    after={"is_active": obj.is_active} if "is_active" in others else None,
+                )
 
     def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
         """People with a ledger are never deleted: the rows must keep naming who paid."""
@@ -53,4 +77,26 @@ class ApiKeyAdmin(admin.ModelAdmin):
         return False
 
     def has_delete_permission(self, request: HttpRequest, obj: ApiKey | None = None) -> bool:
+        return False
+
+
+@admin.register(AuditEntry)
+class AuditEntryAdmin(admin.ModelAdmin):
+    """To be looked at; the database refuses everything else."""
+
+    list_display = ("created_at", "actor", "actor_role", "action", "summary", "outcome", "subject", "ip_address")
+    list_filter = ("outcome", "action")
+    list_select_related = ("actor", "subject")
+    search_fields = ("actor__email", "subject__email")
+    date_hierarchy = "created_at"
+    show_full_result_count = False
+    list_per_page = 50
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: AuditEntry | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: AuditEntry | None = None) -> bool:
         return False

@@ -1,9 +1,11 @@
 from typing import Any, ClassVar
 
+import pgtrigger
 from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.contrib.auth.base_user import AbstractBaseUser, BaseUserManager
 from django.contrib.postgres.fields import ArrayField
+from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models, transaction
 from django.db.models.functions import Lower, Now
 from django.utils import timezone
@@ -50,6 +52,20 @@ class UserManager(BaseUserManager["User"]):
         return self.get(email__iexact=username)
 
 
+ROLE_CHANGE_IS_WRITTEN = "postmate.role_change_is_written"  # a setting of the database's transaction
+
+
+def _audit_role_sql(summary: str, before: str) -> str:
+    """A role that changes past `roles.change_role` (a shell, SQL by hand) is in the audit log all the same."""
+    return f"""
+        IF coalesce(current_setting('{ROLE_CHANGE_IS_WRITTEN}', true), '') <> 'yes' THEN
+            INSERT INTO accounts_auditentry (action, summary, subject_id, before, after)
+            VALUES ('role_changed', {summary}, NEW.id, {before}, jsonb_build_object('role', NEW.role));
+        END IF;
+        RETURN NULL;
+    """  # noqa: S608
+
+
 class User(AbstractBaseUser):
     """A person who signs in with an e-mail address. What they may do follows from the role alone."""
 
@@ -78,6 +94,25 @@ class User(AbstractBaseUser):
             models.UniqueConstraint(Lower("email"), name="accounts_user_email_case_insensitive"),
             models.CheckConstraint(
                 condition=models.Q(role__in=["user", "admin", "superadmin"]), name="accounts_user_role_known"
+            ),
+        ]
+        triggers = [
+            pgtrigger.Trigger(
+                name="role_change_audited",
+                operation=pgtrigger.UpdateOf("role"),
+                when=pgtrigger.After,
+                condition=pgtrigger.Q(old__role__df=pgtrigger.F("new__role")),
+                func=_audit_role_sql(
+                    "'Role changed from ' || OLD.role || ' to ' || NEW.role || ', not on a page'",
+                    "jsonb_build_object('role', OLD.role)",
+                ),
+            ),
+            pgtrigger.Trigger(
+                name="first_role_audited",
+                operation=pgtrigger.Insert,
+                when=pgtrigger.After,
+                condition=~pgtrigger.Q(new__role="user"),
+                func=_audit_role_sql("'Made as ' || NEW.role || ', not on a page'", "NULL"),
             ),
         ]
 
@@ -193,3 +228,73 @@ class ApiKey(models.Model):
     @property
     def is_live(self) -> bool:
         return self.revoked_at is None and not self.has_expired
+
+
+class AuditEntry(models.Model):
+    """Who did what, to whom or what, from which state to which: one row, never changed, never deleted.
+
+    Written through accounts/audit.py, in the transaction of what it tells of. People stand in it by reference alone:
+    no e-mail address or name is written down here, so that somebody can still be anonymised.
+    """
+
+    class Outcome(models.TextChoices):
+        DONE = "done", "Done"
+        REQUESTED = "requested", "Requested"  # it waits for somebody's approval
+        REFUSED = "refused", "Refused"
+
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+    actor = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )
+    actor_role = models.CharField("their role at that time", max_length=10, blank=True, db_default="")
+    ip_address = models.GenericIPAddressField(null=True, blank=True)
+    request_id = models.CharField(max_length=64, blank=True, db_default="")
+    action = models.CharField(max_length=50)  # one of audit.Action
+    summary = models.CharField("what happened, in words", max_length=500)
+    reason = models.CharField("the reason they gave", max_length=500, blank=True, db_default="")
+    outcome = models.CharField(max_length=10, choices=Outcome, db_default=Outcome.DONE)
+    subject = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )
+    object_type = models.CharField(max_length=50, blank=True, db_default="")
+    object_id = models.CharField(max_length=50, blank=True, db_default="")
+    before = models.JSONField(null=True, blank=True, encoder=DjangoJSONEncoder)
+    after = models.JSONField(null=True, blank=True, encoder=DjangoJSONEncoder)
+
+    class Meta:
+        verbose_name_plural = "audit entries"
+        ordering = ("-id",)
+        indexes = [
+            models.Index(fields=["actor", "-id"], name="audit_by_actor"),
+            models.Index(fields=["subject", "-id"], name="audit_by_subject"),
+            models.Index(fields=["action", "-id"], name="audit_by_action"),
+            models.Index(fields=["object_type", "object_id", "-id"], name="audit_by_object"),
+            models.Index(fields=["created_at"], name="audit_by_time"),
+            # What the bound on refusals counts.
+            models.Index(
+                fields=["actor", "created_at"], condition=models.Q(outcome="refused"), name="audit_refusals_by_actor"
+            ),
+        ]
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(outcome__in=["done", "requested", "refused"]), name="audit_outcome_known"
+            ),
+            models.CheckConstraint(
+                condition=models.Q(actor=None, actor_role="")
+                | models.Q(actor__isnull=False, actor_role__in=["user", "admin", "superadmin"]),
+                name="audit_actor_has_role",
+            ),
+        ]
+        triggers = [
+            pgtrigger.Protect(name="append_only", operation=pgtrigger.Update | pgtrigger.Delete),
+            pgtrigger.Trigger(
+                name="never_truncated",
+                level=pgtrigger.Statement,
+                operation=pgtrigger.Truncate,
+                when=pgtrigger.Before,
+                func="RAISE EXCEPTION 'The audit log is append-only: cannot truncate %', TG_TABLE_NAME;",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.summary

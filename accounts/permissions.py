@@ -9,6 +9,7 @@ from django.contrib.auth.decorators import login_required
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse
 
+from accounts import audit
 from accounts.models import User
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,11 @@ def _require(view: View, may: Callable[[User], bool]) -> View:
         if not may(request.user):
             logger.warning(
                 "User %s (%s) was refused %s %s", request.user.pk, request.user.role, request.method, request.path
+            )
+            audit.write_refusal(
+                action=audit.Action.ACCESS,
+                summary=f"Was refused {request.method} {request.path}",
+                actor=request.user,
             )
             raise PermissionDenied
         return view(request, *args, **kwargs)

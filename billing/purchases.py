@@ -20,6 +20,7 @@ from billing import gateway, ledger, notifications, packages, refunds, system_se
 from billing.background import enqueue_on_commit
 from billing.gateway import CheckoutSession, PaymentIntent
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
+from billing.models.fields import Currency
 from billing.pricing import display_price, tokens_for_cents
 
 logger = logging.getLogger(__name__)
@@ -108,10 +109,11 @@ def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) ->
     """Open a Checkout page and return the purchase, whose `checkout_url` leads there.
 
     The same form sent twice, or a second click while a checkout of the package is open, gives the same page. The terms
-    come from `terms_of_package` or `terms_of_amount`, never from the browser. Raises CheckoutKeyConflict, GatewayError.
-    When Stripe did not answer, the next click resumes the purchase with the same key.
+    come from `terms_of_package` or `terms_of_amount`, never from the browser. Buying in a currency makes it the
+    account's, until the first payment fixes it. Raises CurrencyNotChanged, CheckoutKeyConflict, GatewayError. When
+    Stripe did not answer, the next click resumes the purchase with the same key.
     """
-    account = ledger.get_account(user_id=user_id)
+    account = update_currency(user_id=user_id, currency=terms.currency)
     purchase, replaced_session_ids = _open_purchase(account, terms, checkout_key)
     for session_id in replaced_session_ids:
         _close_session(session_id)
@@ -159,7 +161,7 @@ def update_currency(*, user_id: int, currency: str) -> TokenAccount:
             return account
         if reason := why_currency_is_fixed(account):
             raise CurrencyNotChanged(reason)
-        if currency not in packages.list_currencies():
+        if currency not in (Currency.USD, *packages.list_currencies()):
             raise CurrencyNotChanged("Nothing is sold in this currency just now. Choose another one.")
         account.currency = currency
         account.save(update_fields=["currency"])

@@ -114,7 +114,7 @@ def resolve_drift(request: SignedInRequest, pk: int) -> HttpResponse:
     form = ResolutionForm(request.POST)
     if not form.is_valid():
         messages.error(request, "Say what was done about it.")
-    elif reconcile.resolve_drift(drift, resolution=form.cleaned_data["resolution"], by=str(request.user)):
+    elif reconcile.resolve_drift(drift, resolution=form.cleaned_data["resolution"], by=request.user):
         messages.success(request, "Noted as resolved.")
     else:
         messages.info(request, "It was resolved already.")

@@ -1,5 +1,7 @@
 """/tokens/history/ and what leaves it: the export and the monthly statements."""
 
+from typing import Any
+
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
 from django.shortcuts import redirect, render
@@ -23,7 +25,7 @@ def home(request: SignedInRequest) -> HttpResponse:
     if order not in history.ORDERS:
         order = history.NEWEST_FIRST
     wanted = TransactionFilter(request.GET, user_id=request.user.pk)
-    context = {
+    context: dict[str, Any] = {
         "filter": wanted,
         "period": None if wanted.period_error else wanted.period,
         "period_error": wanted.period_error,

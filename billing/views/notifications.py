@@ -26,7 +26,8 @@ GROUPS = {
         Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
         Kind.AUTO_RECHARGE_SWITCHED_OFF,
     ),
-    "Your balance": (Kind.LOW_BALANCE, Kind.CRITICAL_BALANCE, Kind.GRANT_RECEIVED),
+    "Your balance": (Kind.LOW_BALANCE, Kind.CRITICAL_BALANCE, Kind.GRANT_RECEIVED, Kind.TOKENS_DEDUCTED),
+    "Your account": (Kind.ACCOUNT_STATUS_CHANGED,),
     "For admins": (Kind.WEEKLY_SUMMARY,),
 }
 

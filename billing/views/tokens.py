@@ -42,9 +42,9 @@ def _render_home(
     status: int = 200,
 ) -> HttpResponse:
     account = ledger.get_account(user_id=request.user.pk)
-    currencies = packages.list_currencies()
+    currencies = [account.currency] if purchases.why_currency_is_fixed(account) else packages.list_currencies()
     asked_currency = request.GET.get("currency", account.currency)
-    currency = asked_currency if asked_currency in currencies else Currency.USD
+    currency = asked_currency if asked_currency in currencies else next(iter(currencies), Currency.USD)
     averages = stats.average_tokens_by_operation(account)
     context = {
         "account": account,

@@ -9,7 +9,7 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from billing import ledger, packages, system_settings, tasks
-from billing.models import Purchase, TokenPricing
+from billing.models import Purchase, TokenAccount, TokenPricing
 from tests.payments import begin_checkout, checkout_form, deliver, verify_books
 from tests.servers import StripeStandIn
 
@@ -79,10 +79,30 @@ def test_other_currency(buyer: Client, stripe: StripeStandIn) -> None:
     assert stripe.state()["sessions"][0]["currency"] == "eur"
     pay(stripe, purchase)
     assert purchase.state == "paid"
+    account = TokenAccount.objects.get()
+    assert (account.currency, account.lifetime_spent_cents) == ("eur", 1_400)
     refused = buyer.post(
         reverse("tokens:checkout"), checkout_form(package_id=str(pro.pk), currency="eur", checkout_key="another-form"),
     )  # fmt: skip
     assert refused.status_code == 302
+    assert Purchase.objects.count() == 1
+
+
+def test_the_first_payment_fixes_the_currency(buyer: Client, stripe: StripeStandIn) -> None:
+    """What was spent in all is one number, in one currency."""
+    starter = TokenPricing.objects.order_by("sort_order")[0]
+    packages.update_package(starter.pk, price_eur_cents=1_400)
+    pay(stripe, begin_checkout(buyer, checkout_form(package_id=str(starter.pk), currency="eur")))
+    page = buyer.get(reverse("tokens:home"), {"currency": "usd"}).content.decode()
+    assert "€14.00" in page
+    assert "$15.00" not in page
+    assert "Another amount" not in page
+    for form in (
+        checkout_form(package_id=str(starter.pk), currency="usd", checkout_key="in-dollars"),
+        checkout_form(amount="25", checkout_key="an-amount-in-dollars"),
+    ):
+        answer = buyer.post(reverse("tokens:checkout"), form, follow=True)
+        assert "It was fixed by your first payment" in answer.content.decode()
     assert Purchase.objects.count() == 1
 
 
