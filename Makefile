@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help run test screenshots lint format bench storm lock clean
+.PHONY: help run test screenshots audit css lint format bench bench-history storm lock clean
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 # A stamp for each set of packages, renewed when its lock file changes. The development set contains the local one.
 .venv/stamp-%: requirements/%.txt
@@ -23,6 +23,18 @@ test: .venv/stamp-dev ## Run all tests against real PostgreSQL, Redis and Chromi
 
 screenshots: .venv/stamp-dev ## Picture every page, both widths and themes, into artifacts/screenshots/
 	@SCREENSHOTS=all $(BIN)/python -m pytest tests/journeys
+
+tests/audit/node_modules/.package-lock.json: tests/audit/package-lock.json
+	@command -v npm >/dev/null || { echo "The audit needs Node.js 20 or newer, with npm."; exit 1; }
+	@echo "Installing Lighthouse and axe …"
+	@cd tests/audit && PUPPETEER_SKIP_DOWNLOAD=1 npm ci --ignore-scripts --silent
+	@touch $@
+
+audit: .venv/stamp-dev tests/audit/node_modules/.package-lock.json ## Measure pages with Lighthouse, look at all of them with axe (needs npm)
+	@$(BIN)/python -m tests.audit $(ONLY) $(PART)
+
+css: .venv/stamp-local ## Take from Tabler the rules that the pages use, into static/css/tabler.css
+	@$(BIN)/python -m postmate.stylesheet
 
 lint: .venv/stamp-dev ## Check style, types, templates, layering and migrations
 	$(BIN)/ruff check .
@@ -41,6 +53,9 @@ bench: .venv/stamp-dev ## Measure the debit beside pgbench, and a metered AI cal
 	@echo
 	@$(BIN)/python -m tests.benchmarks.metering
 
+bench-history: .venv/stamp-dev ## Measure the history of an account with a million entries (takes some minutes)
+	@$(BIN)/python -m tests.benchmarks.history
+
 storm: .venv/stamp-dev ## Let 200 people pay while everything fails, and check the books (SEED=… repeats one)
 	@$(BIN)/python -m tests.storms.payments $(if $(SEED),--seed $(SEED))
 
@@ -51,4 +66,4 @@ lock: .venv/stamp-dev ## Resolve the dependencies of pyproject.toml anew
 	    -o requirements/$${set%%:*}.txt || exit 1; done
 
 clean: ## Remove what the commands above made, the local data included
-	rm -rf .venv .postmate staticfiles artifacts .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .postmate staticfiles artifacts tests/audit/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

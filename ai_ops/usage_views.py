@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
 from itertools import pairwise
 from typing import Any, cast, get_args
 
@@ -501,7 +500,6 @@ def usage_entry(request: SignedInRequest, pk: int) -> HttpResponse:
             ("Piece’s number", row.content_id),
             ("Chat’s number", row.chat_id),
         ],
-        "provider_cost": f"${Decimal(row.provider_cost_microusd).scaleb(-6):f}",
     }
     return render(request, "billing/usage_entry.html", context)
 

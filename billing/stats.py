@@ -27,7 +27,7 @@ MIN_AVERAGED_OPERATIONS = 3
 MAX_PACE_OPERATIONS = 50_000
 PACE_DAYS = 30
 
-# Where nobody has run such an operation yet: what one costs in the Studio with the settings that it offers first.
+# Where hardly anybody has run such an operation yet: rough figures, to be shown as such.
 DEFAULT_TOKENS = {
     TokenUsage.OperationType.GENERATION: 1_500,
     TokenUsage.OperationType.REFINEMENT: 2_000,
@@ -250,7 +250,7 @@ def average_tokens_by_operation(account: TokenAccount) -> dict[str, Average]:
     """What each type of operation costs this person, on average: for every type, one image for images.
 
     From their own newest 1,000 operations where they have three of the type; else from the newest 1,000 of everyone;
-    else what one costs with the settings that the Studio offers first. Free operations do not count.
+    else a rough figure (DEFAULT_TOKENS). Free operations do not count.
     """
     own = _averages(TokenUsage.objects.filter(user_id=account.user_id), "own")
     missing = set(DEFAULT_TOKENS) - set(own)

@@ -37,7 +37,7 @@
         borderColor: hue,
         pointBackgroundColor: hue,
         borderWidth: data.kind === "line" ? 2 : 0,
-        pointRadius: values.length > 60 ? 0 : 3,
+        pointRadius: values.filter((value) => value !== null).length > 60 ? 0 : 3, // a lone value is seen as a point only
         spanGaps: true,
         maxBarThickness: data.kind === "bars" ? 22 : 48,
         borderRadius: data.kind === "bars" ? 4 : 0,

@@ -11,8 +11,8 @@ WIDTHS = (390, 768, 1440)
 
 # All rules that are on by themselves, best practices included, and the size of targets (WCAG 2.2), which is off.
 RUN = """
-async () => {
-  const found = await axe.run(document, {resultTypes: ["violations"], rules: {"target-size": {enabled: true}}});
+async (within) => {
+  const found = await axe.run(within, {resultTypes: ["violations"], rules: {"target-size": {enabled: true}}});
   return found.violations.map((rule) => ({
     rule: rule.id,
     help: rule.help,
@@ -32,7 +32,7 @@ class Violation:
     width: int
 
 
-def find_violations(page: Page, *, widths: tuple[int, ...] = WIDTHS) -> list[Violation]:
+def find_violations(page: Page, *, widths: tuple[int, ...] = WIDTHS, within: str = "html") -> list[Violation]:
     """What axe finds on the page as it is now. The context must have been opened with `bypass_csp=True`."""
     page.evaluate(UNFOLD)
     if not page.evaluate("() => 'axe' in window"):
@@ -40,7 +40,7 @@ def find_violations(page: Page, *, widths: tuple[int, ...] = WIDTHS) -> list[Vio
     found = []
     for width in widths:
         page.set_viewport_size(ViewportSize(width=width, height=900))
-        found += [_violation(each, width) for each in page.evaluate(RUN)]
+        found += [_violation(each, width) for each in page.evaluate(RUN, within)]
     return found
 
 

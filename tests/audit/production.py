@@ -21,6 +21,7 @@ from tests import environment
 from tests.environment import WEB_PORT
 
 SCRATCH = "audit_postmate"
+REDIS_DATABASE = 15  # that of no test run
 REPORTS = Path(__file__).parents[2] / "artifacts" / "audit"
 SERVER_URL = urlsplit(os.environ["DATABASE_URL"])._replace(path="/postgres").geturl()
 LIVE_PORT, WSGI_PORT = environment.free_port(), environment.free_port()
@@ -30,6 +31,7 @@ os.environ |= {
     "DEBUG": "false",
     "DATABASE_URL": urlsplit(SERVER_URL)._replace(path=f"/{SCRATCH}").geturl(),
     "DATABASE_POOL_SIZE": "20",
+    "REDIS_URL": environment.redis_database(os.environ["REDIS_URL"], REDIS_DATABASE),
     "EMAIL_URL": "dummymail://",
     "DJANGO_SETTINGS_MODULE": "postmate.settings",
 }

@@ -99,7 +99,7 @@ def test_the_first_payment_fixes_the_currency(buyer: Client, stripe: StripeStand
     assert "Another amount" not in page
     for form in (
         checkout_form(package_id=str(starter.pk), currency="usd", checkout_key="in-dollars"),
-        checkout_form(amount="25", checkout_key="an-amount-in-dollars"),
+        checkout_form(amount="25", package_id="", checkout_key="an-amount-in-dollars"),
     ):
         answer = buyer.post(reverse("tokens:checkout"), form, follow=True)
         assert "It was fixed by your first payment" in answer.content.decode()

@@ -14,8 +14,8 @@ PAGES = ["/studio/", "/studio/chats/", "/studio/images/", "/tokens/", "/tokens/h
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_violations(alice: User, open_context: OpenContext, theme: Literal["light", "dark"]) -> None:
-    context = open_context(bypass_csp=True, reduced_motion="reduce", color_scheme=theme)
-    page = context.new_page()
+    page = open_context(bypass_csp=True, reduced_motion="reduce").new_page()
+    page.emulate_media(color_scheme=theme)
     found = {}
     for path in ["/", "/accounts/login/", "/accounts/signup/"]:
         page.goto(path)

@@ -62,6 +62,7 @@ def test_filters_sorts_and_pages(alice: User, susan: User, page: Page) -> None:
     page.go_back()
     expect(page).to_have_url(re.compile(r"page=after-36"))
     expect(entries).to_have_count(25)
+    page.wait_for_load_state()  # going back loads the page anew, and its scripts carry the way forward
     page.go_forward()
     expect(entries).to_have_count(10)
 

@@ -15,7 +15,7 @@ from tests.conftest import PASSWORD
 from tests.journeys.conftest import OpenContext, shoot, sign_in
 
 PAGES = {
-    "Profile and region": "Profile and region",
+    "Profile": "Profile and region",
     "Email": "Email Addresses",
     "Password": "Change Password",
     "Two-factor": "Two-factor authentication",
@@ -143,4 +143,5 @@ def test_two_factor_is_set_up(alice: User, page: Page) -> None:
     shoot(page, "settings-recovery-codes")
     page.goto("/accounts/2fa/")
     expect(page.locator("main")).to_contain_text("10 of 10 codes are unused")
+    expect(page.locator("main time")).to_have_count(1)
     shoot(page, "settings-two-factor-on")
