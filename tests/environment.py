@@ -20,8 +20,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def own_redis_database(url: str) -> str:
-    number = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+def redis_database(url: str, number: int) -> str:
     parts = urlsplit(url)
     return f"unix://{parts.path}?db={number}" if parts.scheme == "unix" else parts._replace(path=f"/{number}").geturl()
 
@@ -29,7 +28,8 @@ def own_redis_database(url: str) -> str:
 embedded.configure_environment()
 
 # Each process of a parallel run has a Redis database of its own, and none the one of a `make run` beside them.
-os.environ["REDIS_URL"] = own_redis_database(os.environ["REDIS_URL"])
+worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+os.environ["REDIS_URL"] = redis_database(os.environ["REDIS_URL"], 1 + worker)
 
 STRIPE_PORT, AI_PORT, WEB_PORT = free_port(), free_port(), free_port()
 WEBHOOK_SECRET = "whsec_tests"  # noqa: S105

@@ -3,12 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from django.contrib.auth.decorators import login_required
-from django.http import StreamingHttpResponse
+from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template.loader import render_to_string
 from django.views.decorators.http import require_GET
 
-from accounts.permissions import SignedInRequest
 from billing import ledger
 from billing.context_processors import BalanceBadge
 from billing.database import in_thread
@@ -18,9 +16,11 @@ KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies
 
 
 @require_GET
-@login_required
-async def balance(request: SignedInRequest) -> StreamingHttpResponse:
+async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
     user_id = await in_thread(lambda: request.user.pk)()
+    if user_id is None:
+        # "No content" tells a browser to stop asking; at the sign-in page's HTML it would try again for ever.
+        return HttpResponse(status=204)
     return StreamingHttpResponse(
         _badges(user_id),
         content_type="text/event-stream",

@@ -263,6 +263,11 @@ def test_signed_out_header_asks_in_vain(client: Client, path: str) -> None:
     assert client.get(path).status_code == 401
 
 
+def test_signed_out_live_channel_is_told_to_stop(client: Client, db: None) -> None:
+    """A browser asks again and again, but not after "no content"."""
+    assert client.get("/live/balance/").status_code == 204
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -274,7 +279,6 @@ def test_signed_out_header_asks_in_vain(client: Client, path: str) -> None:
         "/accounts/email/",
         "/accounts/password/change/",
         "/accounts/2fa/",
-        "/live/balance/",
     ],
 )
 def test_signed_out_people_are_sent_to_sign_in(client: Client, path: str) -> None:
@@ -283,7 +287,7 @@ def test_signed_out_people_are_sent_to_sign_in(client: Client, path: str) -> Non
     assert response["Location"].startswith(f"{reverse('account_login')}?next=/")
 
 
-@pytest.mark.parametrize("path", ["/studio/quote/", "/tokens/checkout/", "/live/draft/"])
+@pytest.mark.parametrize("path", ["/studio/quote/draft/", "/tokens/checkout/", "/live/draft/"])
 def test_signed_out_people_post_nothing(client: Client, path: str) -> None:
     response = client.post(path)
     assert response.status_code == 302
