@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help run test screenshots audit css lint format bench bench-history storm lock clean
+.PHONY: help run test screenshots audit css lint format bench bench-history bench-dashboard storm lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ bench: .venv/stamp-dev ## Measure the debit beside pgbench, and a metered AI cal
 
 bench-history: .venv/stamp-dev ## Measure the history of an account with a million entries (takes some minutes)
 	@$(BIN)/python -m tests.benchmarks.history
+
+bench-dashboard: .venv/stamp-dev ## Measure the dashboard on a million ledger entries (takes some minutes)
+	@$(BIN)/python -m tests.benchmarks.dashboard
 
 storm: .venv/stamp-dev ## Let 200 people pay while everything fails, and check the books (SEED=… repeats one)
 	@$(BIN)/python -m tests.storms.payments $(if $(SEED),--seed $(SEED))

@@ -99,7 +99,7 @@ class User(AbstractBaseUser):
         triggers = [
             pgtrigger.Trigger(
                 name="role_change_audited",
-                operation=pgtrigger.UpdateOf("role"),
+                operation=pgtrigger.UpdateOf("role"),  # type: ignore[no-untyped-call]
                 when=pgtrigger.After,
                 condition=pgtrigger.Q(old__role__df=pgtrigger.F("new__role")),
                 func=_audit_role_sql(

@@ -1,16 +1,14 @@
 """/tokens/usage/: what a person's AI operations cost. Not in billing, because projects and results are named here."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
 from typing import Any, cast, get_args
 
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils import timezone
-from django.utils.formats import date_format
 from django.views.decorators.http import require_GET
 
 from accounts.models import User
@@ -19,6 +17,7 @@ from ai_ops import operations
 from ai_ops.models import Project
 from ai_ops.tables import UsageTable
 from billing import periods, pricing, stats
+from billing.charts import BUCKET_LABELS, Chart, Table, bucket_head, bucket_labels, number_or_dash, percent
 from billing.models import ModelPrice, TokenTransaction, TokenUsage
 from billing.models.fields import Provider
 from billing.periods import InvalidPeriod, Period
@@ -29,54 +28,11 @@ DEFAULT_PERIOD = "30d"
 LOG_PAGE = 25
 MAX_SERIES = 7  # colours that are told apart; what is less used is added up as "Other"
 MAX_BARS = 10
-BUCKET_LABELS: dict[BucketName, str] = {"hour": "Hours", "day": "Days", "week": "Weeks", "month": "Months"}
 DIMENSION_LABELS: dict[Dimension, str] = {"operation": "Operation", "model": "Model", "project": "Project"}
 OTHER = "Other"
 
 
 # --- Charts -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The numbers of a chart as text; the first cell of a row is its head."""
-
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    @property
-    def labelled_rows(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """The head of each row, and its other cells with the names of their columns."""
-        return [(row[0], list(zip(self.headers[1:], row[1:], strict=True))) for row in self.rows]
-
-
-@dataclass(frozen=True, slots=True)
-class Chart:
-    """What static/js/charts.js draws, and the same as a table. `summary` is what somebody hears who cannot see it."""
-
-    id: str
-    title: str
-    summary: str
-    kind: str  # stacked, line or bars
-    labels: Sequence[str]
-    series: Sequence[tuple[str, Sequence[int | None]]]
-    table: Table
-    note: str = ""
-    is_table_folded: bool = True
-    tones: Sequence[str] = field(default=())  # of the series; else the colours of the palette in their order
-
-    @property
-    def data_id(self) -> str:
-        return f"chart-{self.id}-data"
-
-    @property
-    def data(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "labels": self.labels,
-            "series": [{"label": label, "values": values} for label, values in self.series],
-            "tones": self.tones,
-        }
 
 
 def _charts_over_time(
@@ -86,7 +42,7 @@ def _charts_over_time(
     over_time: Mapping[tuple[int, Any], Figures],
     name_of: Callable[[Dimension, Any], str],
 ) -> list[Chart]:
-    labels = _bucket_labels(edges, bucket)
+    labels = bucket_labels(edges, bucket)
     buckets = range(len(labels))
     totals = [Figures()] * len(labels)
     of_key: dict[Any, Figures] = {}
@@ -116,7 +72,7 @@ def _charts_over_time(
             labels=labels,
             series=series,
             table=Table(
-                [_bucket_head(bucket), *(label for label, _ in series), "All"],
+                [bucket_head(bucket), *(label for label, _ in series), "All"],
                 [
                     [labels[n], *(f"{values[n]:,}" for _, values in series), f"{totals[n].billable_tokens:,}"]
                     for n in buckets
@@ -139,7 +95,7 @@ def _charts_over_time(
             tones=("ok", "bad"),
             note="A failed operation costs nothing.",
             table=Table(
-                [_bucket_head(bucket), "Succeeded", "Failed", "Success rate"],
+                [bucket_head(bucket), "Succeeded", "Failed", "Success rate"],
                 [
                     [
                         labels[n],
@@ -160,7 +116,7 @@ def _charts_over_time(
             series=[("Tokens per operation", [figures.tokens_per_operation for figures in totals])],
             note="The average of the operations that were charged.",
             table=Table(
-                [_bucket_head(bucket), "Operations charged", "Tokens per operation"],
+                [bucket_head(bucket), "Operations charged", "Tokens per operation"],
                 [
                     [label, f"{sums.charged:,}", number_or_dash(sums.tokens_per_operation)]
                     for label, sums in zip(labels, totals, strict=True)
@@ -206,42 +162,6 @@ def _breakdown(dimension: Dimension, groups: Sequence[UsageGroup], name_of: Call
             ],
         ),
     )
-
-
-def _bucket_head(bucket: BucketName) -> str:
-    return BUCKET_LABELS[bucket].removesuffix("s")
-
-
-def _bucket_labels(edges: Sequence[datetime], bucket: BucketName) -> list[str]:
-    is_one_day = (edges[-1].date() - edges[0].date()).days <= 1
-    is_one_year = edges[0].year == edges[-2].year == timezone.localtime().year
-    day = "j M" if is_one_year else "j M Y"
-
-    def label(start: datetime, end: datetime) -> str:
-        if bucket == "hour":
-            return date_format(start, "H:i" if is_one_day else f"{day}, H:i")
-        if bucket == "day":
-            return date_format(start, f"D {day}")
-        if bucket == "month":
-            return date_format(start, "M Y")
-        last = (end.astimezone(UTC) - timedelta(seconds=1)).astimezone(start.tzinfo)
-        return f"{date_format(start, 'j M')} – {date_format(last, day)}"
-
-    labels = [label(start, end) for start, end in pairwise(edges)]
-    # When the clock is put back an hour comes twice, and only the zone tells the two apart.
-    twice = {text for text in labels if bucket == "hour" and labels.count(text) > 1}
-    return [f"{text} {start.tzname()}" if text in twice else text for text, start in zip(labels, edges, strict=False)]
-
-
-def percent(permille: int | None) -> str:
-    """One decimal, rounded down: only all is 100 %. A dash for None."""
-    if permille is None:
-        return "–"
-    return f"{permille // 10} %" if permille % 10 == 0 else f"{permille // 10}.{permille % 10} %"
-
-
-def number_or_dash(number: int | None) -> str:
-    return "–" if number is None else f"{number:,}"
 
 
 # --- Spans ------------------------------------------------------------------------------------------------------------

@@ -18,14 +18,20 @@ from django.utils.functional import cached_property
 from django.utils.html import format_html, format_html_join
 from django.utils.timezone import localtime
 
-from billing import catalogue, ledger, system_settings, webhooks
+from accounts.models import User
+from billing import catalogue, ledger, packages, system_settings, webhooks
 from billing.models import (
+    BulkJob,
+    BulkJobRow,
     Drift,
+    GrantRequest,
+    LedgerHour,
     ModelPrice,
     ModelPriceChange,
     Notification,
     PaymentReversal,
     Purchase,
+    RollUp,
     SettingChange,
     StripeEvent,
     SystemSettings,
@@ -33,6 +39,7 @@ from billing.models import (
     TokenPricing,
     TokenTransaction,
     TokenUsage,
+    UsageDay,
     UsageHour,
 )
 
@@ -177,7 +184,7 @@ class StripeEventAdmin(ReadOnlyAdmin):
 
     @admin.action(description="Dealt with (what was kept aside)")
     def settle_by_hand(self, request: HttpRequest, queryset: models.QuerySet[StripeEvent]) -> None:
-        settled = sum(webhooks.settle_by_hand(event, by=str(request.user)) for event in queryset)
+        settled = sum(webhooks.settle_by_hand(event, by=cast(User, request.user)) for event in queryset)
         self.message_user(request, f"{settled} events are noted as dealt with.")
 
 
@@ -210,6 +217,26 @@ class UsageHourAdmin(ReadOnlyAdmin):
     list_filter = ("provider", "operation_type", "status")
     date_hierarchy = "hour"
     ordering = ("-hour", "-id")
+
+
+@admin.register(UsageDay)
+class UsageDayAdmin(UsageHourAdmin):
+    list_display = ("day", "provider", "model", "operation_type", "status", "operations", "billable_tokens")
+    date_hierarchy = "day"
+    ordering = ("-day", "-id")
+
+
+@admin.register(LedgerHour)
+class LedgerHourAdmin(ReadOnlyAdmin):
+    list_display = ("hour", "type", "currency", "transactions", "tokens", "paid_cents", "discount_cents")
+    list_filter = ("type", "currency")
+    date_hierarchy = "hour"
+    ordering = ("-hour", "-id")
+
+
+@admin.register(RollUp)
+class RollUpAdmin(ReadOnlyAdmin):
+    list_display = ("rolled_until", "sealing_until", "updated_at")
 
 
 @admin.register(SettingChange)
@@ -330,11 +357,49 @@ class CatalogueAdmin(admin.ModelAdmin):
 
 @admin.register(TokenPricing)
 class TokenPricingAdmin(CatalogueAdmin):
+    """Saved through billing/packages.py, which keeps who changed what."""
+
     form = TokenPricingForm
     list_display = ("name", "tokens", "price_usd_cents", "is_popular", "is_active", "sort_order")
     list_filter = ("is_active",)
     search_fields = ("name",)
     readonly_fields = ("created_at", "updated_at")
+
+    def save_model(self, request: HttpRequest, obj: TokenPricing, form: forms.ModelForm, change: bool) -> None:
+        by = cast(int, request.user.pk)
+        if change:
+            changes = {name: form.cleaned_data[name] for name in form.changed_data}
+            packages.update_package(obj.pk, changed_by_id=by, **changes)
+        else:
+            obj.pk = packages.create_package(changed_by_id=by, **form.cleaned_data).pk
+
+
+@admin.register(GrantRequest)
+class GrantRequestAdmin(ReadOnlyAdmin):
+    """Decided on the dashboard, never here."""
+
+    list_display = ("id", "created_at", "kind", "user", "tokens", "state", "requested_by", "decided_by", "reason")
+    list_filter = ("state", "kind")
+    list_select_related = ("user", "requested_by", "decided_by")
+    search_fields = ("user__email", "requested_by__email")
+    date_hierarchy = "created_at"
+
+
+@admin.register(BulkJob)
+class BulkJobAdmin(ReadOnlyAdmin):
+    list_display = ("id", "created_at", "kind", "state", "tokens", "reason", "requested_by", "finished_at")
+    list_filter = ("state", "kind")
+    list_select_related = ("requested_by",)
+    search_fields = ("requested_by__email",)
+
+
+@admin.register(BulkJobRow)
+class BulkJobRowAdmin(ReadOnlyAdmin):
+    list_display = ("id", "job", "account", "state", "message", "finished_at")
+    list_filter = ("state",)
+    list_select_related = ("job", "account__user")
+    search_fields = ("account__user__email", "job__id__exact")
+    ordering = ("-id",)
 
 
 @admin.register(ModelPrice)

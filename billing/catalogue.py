@@ -15,8 +15,11 @@ from django.db import transaction
 from django.db.models import Q, QuerySet
 from django.utils import timezone
 
+from accounts import audit
+from accounts.models import User
 from billing import pricing
 from billing.models import ModelPrice, ModelPriceChange, SystemSettings
+from billing.models.model_price import PriceChangeSource
 from billing.pricing import TokenPools
 
 PRICE_FIELDS = tuple(field.name for field in ModelPrice._meta.concrete_fields if field.name not in ("id", "updated_at"))
@@ -200,6 +203,15 @@ def _keep_changes(price: ModelPrice, before: Mapping[str, Any], *, changed_by_id
         for name, old, new in values
         if old != new
     )
+    if changed := {name: (old, new) for name, old, new in values if old != new}:
+        audit.write(
+            action=audit.Action.PRICE_CHANGED,
+            summary=f"Price of {price.display_name}: {', '.join(changed)} ({PriceChangeSource(source).label.lower()})",
+            actor=None if changed_by_id is None else User.objects.get(pk=changed_by_id),
+            about=("model_price", price.pk),
+            before={name: old for name, (old, _) in changed.items()},
+            after={name: new for name, (_, new) in changed.items()},
+        )
 
 
 def _as_text(value: Any) -> str:

@@ -1,12 +1,15 @@
+from decimal import Decimal
 from typing import Any, cast
 
 from django import forms
 
 from accounts.profile import ProfileForm
-from billing import packages, purchases, refunds
+from billing import accounts, grants, packages, purchases, refunds
 from billing.ledger import MAX_TOKENS
-from billing.models import Purchase, TokenAccount
+from billing.models import Purchase, SystemSettings, TokenAccount
 from billing.models.fields import Currency
+from billing.models.grant_request import GrantKind
+from billing.pricing import display_price
 from billing.purchases import Terms
 
 CURRENCY_NAMES = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
@@ -175,3 +178,194 @@ class SettingsForm(ProfileForm):
             # Disabled, the field keeps the account's whatever a browser sends.
             currency.disabled = True
             currency.help_text = reason
+
+
+# --- The dashboard --------------------------------------------------------------------------------------------------
+
+
+class PlainDecimalField(forms.DecimalField):
+    """A number in our own digits; Python would take any script's."""
+
+    def to_python(self, value: Any) -> Any:
+        if value not in self.empty_values and not str(value).strip().isascii():
+            raise forms.ValidationError(self.error_messages["invalid"], code="invalid")
+        return super().to_python(value)
+
+
+class GrantForm(forms.Form):
+    """Tokens for somebody, or from them; cleaned, the reason is as it will be kept."""
+
+    user_id = forms.IntegerField(min_value=1, max_value=2**63 - 1, widget=forms.HiddenInput)
+    kind = forms.ChoiceField(
+        label="What to do",
+        choices=[(GrantKind.GRANT, "Give tokens"), (GrantKind.DEDUCTION, "Take tokens")],
+        widget=forms.RadioSelect,
+    )
+    tokens = WholeNumberField(label="Tokens", min_value=1, max_value=MAX_TOKENS)
+    reason = forms.CharField(
+        label="Reason",
+        max_length=grants.MAX_REASON_LENGTH,
+        help_text="The person reads it in their history and in the notice.",
+    )
+    request_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z", widget=forms.HiddenInput)
+
+    def clean_reason(self) -> str:
+        try:
+            return grants.clean_reason(self.cleaned_data["reason"])
+        except grants.GrantNotPossible as error:
+            raise forms.ValidationError(error.message) from error
+
+
+class AccountStatusForm(forms.Form):
+    """What becomes of an account, out of what it can become now."""
+
+    status = forms.ChoiceField(label="What to do", widget=forms.RadioSelect)
+    reason = forms.CharField(
+        label="Reason",
+        max_length=accounts.MAX_REASON_LENGTH,
+        help_text="The person is told it.",
+    )
+
+    def __init__(self, *args: Any, account: TokenAccount, **options: Any) -> None:
+        options.setdefault("auto_id", "id_status_%s")
+        super().__init__(*args, **options)
+        status = TokenAccount.Status
+        words = {
+            status.SUSPENDED: "Suspend: nothing new starts until it is reactivated",
+            status.BLOCKED: "Block: for good",
+            status.ACTIVE: "Reactivate",
+        }
+        if not account.has_debt:  # a debt's suspension can be made one that does not lift itself
+            words.pop(status(account.status), None)
+        else:
+            del words[status.ACTIVE]
+        cast(forms.ChoiceField, self.fields["status"]).choices = list(words.items())
+
+    def clean_reason(self) -> str:
+        try:
+            return accounts.clean_reason(self.cleaned_data["reason"])
+        except accounts.StatusNotPossible as error:
+            raise forms.ValidationError(error.message) from error
+
+
+def _tokens_setting(label: str, help_text: str = "", *, required: bool = True) -> WholeNumberField:
+    return WholeNumberField(label=label, help_text=help_text, min_value=0, max_value=MAX_TOKENS, required=required)
+
+
+class SystemSettingsForm(forms.Form):
+    """Every setting of the installation; `changes` are those that differ from what applies now."""
+
+    billing_enabled = forms.BooleanField(
+        required=False,
+        label="Charge for operations",
+        help_text="Switched off, AI operations run and are recorded, and cost nothing.",
+    )
+    token_multiplier = PlainDecimalField(
+        label="Multiplier",
+        min_value=Decimal("0.0001"),
+        max_digits=8,
+        decimal_places=4,
+        help_text="A text costs the provider’s tokens times this, rounded up.",
+    )
+    dalle3_cost_tokens = _tokens_setting("DALL-E 3", "Tokens for one image.")
+    dalle2_cost_tokens = _tokens_setting("DALL-E 2", "Tokens for one image.")
+    imagen_cost_tokens = _tokens_setting("Imagen", "Tokens for one image.")
+    tokens_per_usd = PlainDecimalField(
+        label="Tokens for one US dollar",
+        min_value=Decimal("0.0001"),
+        max_digits=14,
+        decimal_places=4,
+        help_text="For amounts that people choose themselves; packages have prices of their own.",
+    )
+    minimum_purchase_cents = MoneyField(label="Smallest purchase in US dollars")
+    welcome_bonus_tokens = _tokens_setting("Welcome bonus", "Tokens, once for each person.")
+    low_balance_tokens = _tokens_setting("Low balance", "With this many tokens or fewer, people are told.")
+    critical_balance_tokens = _tokens_setting("Critical balance", "With fewer tokens, they are told again.")
+    admin_grant_limit_tokens = _tokens_setting(
+        "Admins grant by themselves",
+        "Tokens in 24 hours, for each admin. 0: every grant of an admin waits for a superadmin.",
+    )
+    grant_approval_tokens = _tokens_setting(
+        "Two superadmins above",
+        "Grants and deductions of more tokens need two superadmins. Empty: one is enough.",
+        required=False,
+    )
+
+    GROUPS = (
+        ("Operations", ("billing_enabled", "token_multiplier")),
+        ("Images without a price of their own", ("dalle3_cost_tokens", "dalle2_cost_tokens", "imagen_cost_tokens")),
+        ("Purchases and the welcome bonus", ("tokens_per_usd", "minimum_purchase_cents", "welcome_bonus_tokens")),
+        ("Balances", ("low_balance_tokens", "critical_balance_tokens")),
+        ("Grants", ("admin_grant_limit_tokens", "grant_approval_tokens")),
+    )
+
+    def __init__(self, *args: Any, settings: SystemSettings, **options: Any) -> None:
+        self.settings = settings
+        initial = {name: getattr(settings, name) for name in self.base_fields}
+        for name in ("token_multiplier", "tokens_per_usd"):
+            initial[name] = f"{initial[name].normalize():f}"
+        cents = settings.minimum_purchase_cents
+        initial["minimum_purchase_cents"] = f"{cents // 100}.{cents % 100:02}"
+        super().__init__(*args, initial=initial, **options)
+
+    def clean_minimum_purchase_cents(self) -> int:
+        cents = int(self.cleaned_data["minimum_purchase_cents"])
+        if cents <= 0:
+            raise forms.ValidationError("Enter an amount above 0.")
+        return cents
+
+    def clean(self) -> dict[str, Any]:
+        cleaned = super().clean() or {}
+        low, critical = cleaned.get("low_balance_tokens"), cleaned.get("critical_balance_tokens")
+        if low is not None and critical is not None and critical > low:
+            self.add_error("critical_balance_tokens", "It cannot be above the low balance.")
+        return cleaned
+
+    @property
+    def groups(self) -> list[tuple[str, list[forms.BoundField]]]:
+        return [(title, [self[name] for name in names]) for title, names in self.GROUPS]
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Settings that would get another value. The form must be valid."""
+        return {name: value for name, value in self.cleaned_data.items() if value != getattr(self.settings, name)}
+
+    @property
+    def changed_rows(self) -> list[tuple[str, str, str]]:
+        """The changes for people: label, from, to."""
+        return [
+            (self.label_of(name), self._in_words(name, getattr(self.settings, name)), self._in_words(name, value))
+            for name, value in self.changes.items()
+        ]
+
+    @property
+    def current_groups(self) -> list[tuple[str, list[tuple[str, str, str]]]]:
+        """What applies now, for those who may only look: label, value, help."""
+        return [
+            (
+                title,
+                [
+                    (
+                        self.label_of(name),
+                        self._in_words(name, getattr(self.settings, name)),
+                        str(self.fields[name].help_text),
+                    )
+                    for name in names
+                ],
+            )
+            for title, names in self.GROUPS
+        ]
+
+    def label_of(self, name: str) -> str:
+        """What a setting is called on the page; an old one goes by its name."""
+        return str(self.base_fields[name].label) if name in self.base_fields else name
+
+    @staticmethod
+    def _in_words(name: str, value: Any) -> str:
+        if value is None:
+            return "none"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if name == "minimum_purchase_cents":
+            return display_price(value)
+        return f"{value.normalize():,f}" if isinstance(value, Decimal) else f"{value:,}"

@@ -599,9 +599,7 @@ PERSONAL_FIELDS = frozenset(
 def without_personal_data(value: Any) -> Any:
     """A copy of an event's JSON in which nobody is named; all that the `read_…` functions need stays."""
     if isinstance(value, Mapping):
-        return {
-            name: None if name in PERSONAL_FIELDS else without_personal_data(each) for name, each in value.items()
-        }
+        return {name: None if name in PERSONAL_FIELDS else without_personal_data(each) for name, each in value.items()}
     return [without_personal_data(each) for each in value] if isinstance(value, list) else value
 
 

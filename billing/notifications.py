@@ -37,7 +37,11 @@ from billing.pricing import display_price
 logger = logging.getLogger(__name__)
 
 # The account does not work as its owner set it up, and only they can mend it.
-ALWAYS_EMAILED = (Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION, Kind.AUTO_RECHARGE_SWITCHED_OFF)
+ALWAYS_EMAILED = (
+    Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
+    Kind.AUTO_RECHARGE_SWITCHED_OFF,
+    Kind.ACCOUNT_STATUS_CHANGED,
+)
 FOR_ADMINS = (Kind.WEEKLY_SUMMARY,)
 
 # The waits triple: 2, 6, 18 minutes … a day. A mail server may be away for a night.
@@ -199,6 +203,44 @@ def grant_received(account: TokenAccount, *, tokens: int, reason: str, key: str)
         link=_tokens_page("transactions"),
         action="See your balance",
         facts=[("Tokens", f"{tokens:,}"), ("Reason", reason), ("Balance now", f"{account.balance:,}")],
+    )
+
+
+def tokens_deducted(account: TokenAccount, *, tokens: int, reason: str, key: str) -> None:
+    """An admin took tokens; `account` is the one after it."""
+    _notify(
+        user_id=account.user_id,
+        kind=Kind.TOKENS_DEDUCTED,
+        key=key,
+        title=f"{_tokens(tokens)} were taken from your balance",
+        body=f"The Postmate team took them. The reason they gave: {_sentence(reason)} Contact support if it is wrong.",
+        link=_tokens_page("transactions"),
+        action="See your balance",
+        facts=[("Tokens", f"{tokens:,}"), ("Reason", reason), ("Balance now", f"{account.balance:,}")],
+    )
+
+
+def account_status_changed(account: TokenAccount, *, reason: str, key: str) -> None:
+    """A superadmin suspended, blocked or reactivated the account; `account` is the one after it."""
+    if account.has_debt:
+        title, body = (
+            "Your account is open again, once the debt is paid",
+            "Buy tokens to go on; they pay the debt first.",
+        )
+    elif account.status == TokenAccount.Status.ACTIVE:
+        title, body = "Your account is open again", "Drafts and images start as before."
+    else:
+        title = f"Your account was {account.status}"
+        body = "New drafts and images do not start. Your tokens stay yours. Contact support to have it reopened."
+    _notify(
+        user_id=account.user_id,
+        kind=Kind.ACCOUNT_STATUS_CHANGED,
+        key=key,
+        title=title,
+        body=f"{body} The reason the Postmate team gave: {_sentence(reason)}",
+        link=_tokens_page("transactions"),
+        action="See your balance",
+        facts=[("Reason", reason), ("Balance", f"{account.balance:,}")],
     )
 
 

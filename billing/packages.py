@@ -4,6 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from django.db import transaction
+
+from accounts import audit
+from accounts.models import User
 from billing import pricing
 from billing.models import TokenPricing
 from billing.models.fields import Currency
@@ -98,22 +102,52 @@ def get_package_by_id(package_id: int) -> TokenPricing | None:
     return TokenPricing.objects.filter(pk=package_id).first()
 
 
-def create_package(**fields: Any) -> TokenPricing:
+def create_package(*, changed_by_id: int | None = None, **fields: Any) -> TokenPricing:
     """Put a package on sale. Raises ValidationError naming each wrong field."""
     package = TokenPricing(**fields)
     package.full_clean()
-    package.save()
+    with transaction.atomic():
+        package.save()
+        _keep_change(
+            package, "added", changed_by_id, before=None, after={name: getattr(package, name) for name in fields}
+        )
     return package
 
 
-def update_package(package_id: int, **fields: Any) -> TokenPricing:
+def update_package(package_id: int, *, changed_by_id: int | None = None, **fields: Any) -> TokenPricing:
     """Change a package; checkouts under way keep what they began with. Raises ValidationError, DoesNotExist."""
-    package = TokenPricing.objects.get(pk=package_id)
-    for name, value in fields.items():
-        setattr(package, name, value)
-    package.full_clean()
-    package.save()
+    with transaction.atomic():
+        package = TokenPricing.objects.select_for_update().get(pk=package_id)
+        before = {name: getattr(package, name) for name in fields}
+        for name, value in fields.items():
+            setattr(package, name, value)
+        package.full_clean()
+        changed = {name: old for name, old in before.items() if old != getattr(package, name)}
+        if changed:
+            package.save()
+            after = {name: getattr(package, name) for name in changed}
+            _keep_change(package, "changed", changed_by_id, before=changed, after=after)
     return package
+
+
+def list_changes(package_id: int, *, before_id: int | None = None, limit: int = 50) -> audit.AuditPage:
+    """A package's history, newest first: it is kept in the audit log alone."""
+    return audit.find_entries(
+        action=audit.Action.PACKAGE_CHANGED, about=("package", package_id), before_id=before_id, limit=limit
+    )
+
+
+def _keep_change(
+    package: TokenPricing, what: str, changed_by_id: int | None, *, before: dict[str, Any] | None, after: dict[str, Any]
+) -> None:
+    audit.write(
+        action=audit.Action.PACKAGE_CHANGED,
+        summary=f"Package {package.name} {what}: {', '.join(after)}",
+        actor=None if changed_by_id is None else User.objects.get(pk=changed_by_id),
+        about=("package", package.pk),
+        before=before,
+        after=after,
+    )
 
 
 def seed_default_packages() -> int:

@@ -10,9 +10,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
 
+from accounts import audit
+from accounts.models import User
 from billing import gateway, purchases, refunds
 from billing.gateway import Dispute, PaymentIntent, Refund
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
@@ -210,13 +213,23 @@ class _Walk:
             self.report.resolved.append(drift)
 
 
-def resolve_drift(drift: Drift, *, resolution: str, by: str) -> bool:
-    """Note what a person has done about a drift. Returns whether it was open."""
-    return bool(
-        Drift.objects.filter(pk=drift.pk, resolved_at=None).update(
-            resolved_at=timezone.now(), resolution=f"{resolution} ({by})"[:500]
+def resolve_drift(drift: Drift, *, resolution: str, by: User) -> bool:
+    """Note what a person has done about a drift; the audit log says who. Returns whether it was open."""
+    with transaction.atomic():
+        is_resolved = bool(
+            Drift.objects.filter(pk=drift.pk, resolved_at=None).update(
+                resolved_at=timezone.now(), resolution=f"{resolution} ({by})"[:500]
+            )
         )
-    )
+        if is_resolved:
+            audit.write(
+                action=audit.Action.DRIFT_RESOLVED,
+                summary=f"Resolved: {drift.description}",
+                actor=by,
+                about=("drift", drift.pk),
+                reason=resolution,
+            )
+    return is_resolved
 
 
 def _note(

@@ -16,6 +16,7 @@ from django.db import connection, transaction
 from django.db.models import Count, Sum
 from django.utils import timezone
 
+from accounts import audit
 from accounts.models import User
 from billing import gateway, ledger, notifications
 from billing.gateway import Dispute, Refund
@@ -370,6 +371,12 @@ def _open_request(
 ) -> PaymentReversal:
     if not User.objects.filter(pk=requested_by_id, role=User.Role.SUPERADMIN, is_active=True).exists():
         logger.warning("User %s tried to refund purchase %s without being a superadmin.", requested_by_id, purchase_id)
+        audit.write_refusal(
+            action=audit.Action.REFUND,
+            summary="Was refused a refund",
+            actor=User.objects.get(pk=requested_by_id),
+            about=("purchase", purchase_id),
+        )
         raise RefundNotAllowed("Only superadmins can refund a purchase.")
     with transaction.atomic():
         purchase = Purchase.objects.select_for_update().filter(pk=purchase_id).first()
@@ -389,7 +396,7 @@ def _open_request(
                 if left_cents
                 else "Nothing is left of this purchase to refund."
             )
-        return PaymentReversal.objects.create(
+        reversal = PaymentReversal.objects.create(
             kind=Kind.REFUND,
             stripe_id=f"{PaymentReversal.REQUEST_PREFIX}{request_key}",
             request_key=request_key,
@@ -401,6 +408,17 @@ def _open_request(
             reason=reason,
             requested_by_id=requested_by_id,
         )
+        audit.write(
+            action=audit.Action.REFUND,
+            summary=f"Refund of {purchase.money(amount_cents)}, of {purchase.money(left_cents)} left, sent to Stripe",
+            actor=User.objects.get(pk=requested_by_id),
+            subject_id=purchase.user_id,
+            about=("purchase", purchase.pk),
+            before={"refundable_cents": left_cents},
+            after={"refundable_cents": left_cents - amount_cents},
+            reason=reason,
+        )
+        return reversal
 
 
 def _send_request(reversal: PaymentReversal) -> PaymentReversal:

@@ -2,11 +2,14 @@
 trip costs, and is never stale."""
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from django.core.exceptions import ValidationError
 from django.db import transaction
 
+from accounts import audit
+from accounts.models import User
 from billing.models import SettingChange, SystemSettings
 
 EDITABLE_FIELDS = tuple(
@@ -30,23 +33,39 @@ def update_system_settings(*, changes: Mapping[str, Any], changed_by_id: int) ->
 
     Raises ValidationError naming each wrong field; then nothing is changed.
     """
-    unknown = set(changes) - set(EDITABLE_FIELDS)
-    if unknown:
-        raise ValidationError(dict.fromkeys(sorted(unknown), "There is no such setting."))
     initialize_default_settings()
     with transaction.atomic():
-        settings = SystemSettings.objects.select_for_update().get(key="global")
-        before = {name: getattr(settings, name) for name in changes}
-        for name, value in changes.items():
-            setattr(settings, name, value)
-        settings.full_clean()
+        current = SystemSettings.objects.select_for_update().get(key="global")
+        before = {name: getattr(current, name) for name in set(changes).intersection(EDITABLE_FIELDS)}
+        settings = with_changes(current, changes)
         settings.save()
+        changed = {name: (before[name], getattr(settings, name)) for name in changes}
+        changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
         SettingChange.objects.bulk_create(
-            SettingChange(
-                field=name, old_value=str(before[name]), new_value=str(getattr(settings, name)),
-                changed_by_id=changed_by_id,
+            SettingChange(field=name, old_value=_as_text(old), new_value=_as_text(new), changed_by_id=changed_by_id)
+            for name, (old, new) in changed.items()
+        )
+        if changed:
+            audit.write(
+                action=audit.Action.SETTING_CHANGED,
+                summary=f"Settings changed: {', '.join(changed)}",
+                actor=User.objects.get(pk=changed_by_id),
+                before={name: _as_text(old) for name, (old, _) in changed.items()},
+                after={name: _as_text(new) for name, (_, new) in changed.items()},
             )
-            for name in changes
-            if before[name] != getattr(settings, name)
-        )  # fmt: skip
     return settings
+
+
+def with_changes(settings: SystemSettings, changes: Mapping[str, Any]) -> SystemSettings:
+    """The settings as they would be, not saved. Raises ValidationError naming each wrong field."""
+    if unknown := set(changes) - set(EDITABLE_FIELDS):
+        raise ValidationError(dict.fromkeys(sorted(unknown), "There is no such setting."))
+    changed = copy(settings)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    changed.full_clean()
+    return changed
+
+
+def _as_text(value: Any) -> str:
+    return "" if value is None else str(value)

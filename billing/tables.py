@@ -48,3 +48,13 @@ class TransactionTable(tables.Table):
 
     def render_balance_after(self, value: int) -> str:
         return f"{value:,}"
+
+
+class AccountLedgerTable(TransactionTable):
+    """Somebody's ledger as admins read it: numbered, and with the way to the purchase."""
+
+    sequence = tables.Column("No.", attrs=RIGHT, orderable=False)
+    description = tables.TemplateColumn(template_name="dashboard/_entry_about.html", orderable=False)
+
+    class Meta(TransactionTable.Meta):
+        sequence = ("sequence", "...")

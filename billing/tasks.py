@@ -9,7 +9,19 @@ from celery import shared_task
 from django.db import transaction
 from django.utils import timezone
 
-from billing import ledger, notifications, own_data, purchases, recharge, reconcile, refunds, system_settings
+from billing import (
+    bulk,
+    grants,
+    ledger,
+    notifications,
+    own_data,
+    purchases,
+    recharge,
+    reconcile,
+    refunds,
+    rollups,
+    system_settings,
+)
 from billing.background import enqueue_on_commit
 from billing.gateway import GatewayError
 from billing.ledger import Posting
@@ -51,6 +63,11 @@ def sweep_auto_recharges() -> int:
 
 
 @shared_task
+def roll_up_usage() -> None:
+    rollups.roll_up()
+
+
+@shared_task
 def send_notifications() -> int:
     return notifications.send_pending_emails()
 
@@ -73,6 +90,21 @@ def erase_customer(account_id: int) -> None:
 @shared_task
 def sweep_customers() -> int:
     return own_data.sweep_customers()
+
+
+@shared_task
+def expire_grant_requests() -> int:
+    return grants.expire_requests()
+
+
+@shared_task
+def run_bulk_job(job_id: int) -> None:
+    bulk.run_bulk_job(job_id=job_id)
+
+
+@shared_task
+def sweep_bulk_jobs() -> int:
+    return bulk.sweep_bulk_jobs()
 
 
 @shared_task

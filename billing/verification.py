@@ -3,16 +3,17 @@
 `manage.py verify_ledger` runs them in one snapshot, so that a running system does not look broken.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from django.apps import apps
-from django.db import connection, transaction
+from django.db import connection
 
+from billing.database import one_snapshot
 from billing.ledger import WELCOME_BONUS_KEY
 from billing.models import PaymentReversal
+from billing.rollups import RAW_USAGE_SUMS, USAGE_DIMENSIONS, USAGE_SUMS
 
 EXAMPLES = 5  # violations shown of each check
 
@@ -47,6 +48,7 @@ LEDGER = "billing_tokentransaction"
 USAGE = "billing_tokenusage"
 PURCHASES = "billing_purchase"
 CREDITS = "billing_tokentransaction WHERE type IN ('purchase', 'auto_recharge')"
+GRANT_REQUESTS = "billing_grantrequest"
 BY_ADMINS = "billing_tokentransaction WHERE type IN ('admin_grant', 'admin_deduction')"
 
 
@@ -77,6 +79,62 @@ def _takes_money() -> str:
         f"kind = '{kind.value}' AND status IN ({', '.join(repr(status) for status in statuses)})"
         for kind, statuses in PaymentReversal.TAKING_STATUSES.items()
     )
+
+
+def _roll_up_check(name: str, table: str, keys: str, sums: Sequence[str], raw_sql: str) -> Check:
+    """The roll-up `table` has the rows that `raw_sql` finds, by the same keys and with the same sums."""
+    rolled, raw = (", ".join(f"{side}.{column}" for column in sums) for side in ("rolled", "raw"))
+    return Check(
+        name,
+        "4",
+        table,
+        f"""SELECT {keys}, {", ".join(f"rolled.{c} AS rolled_{c}, raw.{c} AS raw_{c}" for c in sums)}
+              FROM {table} AS rolled
+              FULL JOIN ({raw_sql}) AS raw USING ({keys})
+             WHERE ({rolled}) IS DISTINCT FROM ({raw})""",  # noqa: S608
+    )
+
+
+def _roll_up_checks() -> list[Check]:
+    """What was rolled up is what the raw rows come to, below the roll-ups' end, and nothing is above it."""
+    until = "(SELECT rolled_until FROM billing_rollup)"
+    return [
+        _roll_up_check(
+            "The hours of the roll-up are the sums of their operations",
+            "billing_usagehour",
+            f"hour, {USAGE_DIMENSIONS}",
+            USAGE_SUMS,
+            f"""SELECT date_trunc('hour', completed_at, 'UTC') AS hour, {USAGE_DIMENSIONS}, {RAW_USAGE_SUMS}
+                  FROM billing_tokenusage WHERE completed_at < {until} GROUP BY 1, {USAGE_DIMENSIONS}""",  # noqa: S608
+        ),
+        _roll_up_check(
+            "The days of the roll-up are the sums of their hours",
+            "billing_usageday",
+            f"day, {USAGE_DIMENSIONS}",
+            USAGE_SUMS,
+            f"""SELECT date_trunc('day', hour, 'UTC') AS day, {USAGE_DIMENSIONS},
+                       {", ".join(f"sum({column}) AS {column}" for column in USAGE_SUMS)}
+                  FROM billing_usagehour WHERE hour < date_trunc('day', {until}, 'UTC')
+                 GROUP BY 1, {USAGE_DIMENSIONS}""",  # noqa: S608
+        ),
+        _roll_up_check(
+            "The hours of the ledger's roll-up are the sums of their entries",
+            "billing_ledgerhour",
+            "hour, type, currency",
+            ("transactions", "tokens", "paid_cents"),
+            f"""SELECT date_trunc('hour', at, 'UTC') AS hour, type, currency, count(*) AS transactions,
+                       sum(amount) AS tokens, coalesce(sum(paid_cents), 0) AS paid_cents
+                  FROM (
+                    SELECT created_at AS at, type, currency, amount, paid_cents
+                      FROM billing_tokentransaction WHERE type <> 'usage'
+                    UNION ALL
+                    SELECT completed_at, entry.type, entry.currency, entry.amount, entry.paid_cents
+                      FROM billing_tokentransaction AS entry JOIN billing_tokenusage AS usage
+                        ON usage.id = entry.usage_id
+                     WHERE entry.type = 'usage'
+                  ) AS entry WHERE at < {until} GROUP BY 1, 2, 3""",  # noqa: S608
+        ),
+    ]
 
 
 def checks() -> list[Check]:
@@ -364,15 +422,46 @@ def checks() -> list[Check]:
         ),
         # --- People ---
         Check(
-            "Each grant and deduction names a superadmin and a reason",
+            "Each grant and deduction names a reason, and a superadmin or an admin within the limit, as they were then",
             "1",
             BY_ADMINS,
-            """SELECT entry.id AS transaction, entry.type, entry.amount, entry.admin_id AS admin, admin.role,
-                      entry.description AS reason
+            # The entry itself keeps role and limit (grants.py): who is demoted later was right then. An entry that
+            # keeps none is judged by the role of today.
+            """SELECT entry.id AS transaction, entry.type, entry.amount, entry.admin_id AS admin, past.role,
+                      past.limit_tokens, entry.description AS reason
                  FROM billing_tokentransaction AS entry
                  LEFT JOIN accounts_user AS admin ON admin.id = entry.admin_id
+                CROSS JOIN LATERAL (
+                  SELECT coalesce(entry.metadata ->> 'admin_role', admin.role) AS role,
+                         coalesce((entry.metadata ->> 'admin_limit_tokens')::bigint, 0) AS limit_tokens
+                ) AS past
                 WHERE entry.type IN ('admin_grant', 'admin_deduction')
-                  AND (admin.role IS DISTINCT FROM 'superadmin' OR btrim(entry.description) = '')""",
+                  AND (admin.id IS NULL OR btrim(entry.description) = ''
+                       OR (past.role = 'superadmin'
+                           OR past.role = 'admin' AND entry.amount BETWEEN 1 AND past.limit_tokens) IS NOT TRUE)""",
+        ),
+        Check(
+            "Each request for tokens that is done has its one ledger entry, approved by others where it must be",
+            "8",
+            GRANT_REQUESTS,
+            """SELECT request.id AS request, request.state, request.kind, request.tokens, entry.id AS transaction,
+                      entry.amount, entry.admin_id AS admin, request.requested_by_id AS requested_by,
+                      request.approved_by_id AS approved_by, request.decided_by_id AS decided_by
+                 FROM billing_grantrequest AS request
+                 LEFT JOIN billing_tokentransaction AS entry ON entry.id = request.transaction_id
+                WHERE (request.state = 'done') <> (entry.id IS NOT NULL)
+                   OR entry.id IS NOT NULL AND (
+                      (entry.type, entry.amount, entry.account_id, entry.admin_id, entry.description,
+                       (entry.metadata ->> 'grant_request_id')::bigint)
+                      IS DISTINCT FROM
+                      ('admin_' || request.kind,
+                       CASE request.kind WHEN 'grant' THEN request.tokens ELSE -request.tokens END,
+                       request.account_id, request.decided_by_id, request.reason, request.id)
+                      OR request.decided_by_id = request.user_id
+                      OR request.needs_two AND (request.approved_by_id IS NULL
+                         OR request.approved_by_id = request.decided_by_id)
+                      OR request.decided_by_id = request.requested_by_id AND request.requested_by_role = 'admin'
+                         AND (request.kind <> 'grant' OR request.tokens > request.admin_limit_tokens))""",
         ),
         Check(
             "The welcome bonus comes once per user",
@@ -381,18 +470,21 @@ def checks() -> list[Check]:
             f"""SELECT user_id AS user, count(*) AS bonuses FROM billing_tokentransaction
                  WHERE idempotency_key = '{WELCOME_BONUS_KEY}' GROUP BY user_id HAVING count(*) > 1""",  # noqa: S608
         ),
+        # --- The dashboard's roll-ups ---
+        *_roll_up_checks(),
         # --- The database's own guards ---
         Check(
-            "Triggers refuse UPDATE, DELETE and TRUNCATE of the ledger",
+            "Triggers refuse UPDATE, DELETE and TRUNCATE of the ledger and the audit log",
             "3",
-            "(VALUES (1), (2), (3)) AS guarded",
+            "(VALUES (1), (2), (3), (4), (5), (6)) AS guarded",
             # pg_trigger.tgtype: 8 = DELETE, 16 = UPDATE, 32 = TRUNCATE. `tgqual` would make one conditional.
-            """SELECT guarded.operation AS unguarded
-                 FROM (VALUES ('UPDATE', 16), ('DELETE', 8), ('TRUNCATE', 32)) AS guarded (operation, bit)
+            """SELECT guarded.name AS of_table, operation.name AS unguarded
+                 FROM (VALUES ('billing_tokentransaction'), ('accounts_auditentry')) AS guarded (name)
+                CROSS JOIN (VALUES ('UPDATE', 16), ('DELETE', 8), ('TRUNCATE', 32)) AS operation (name, bit)
                 WHERE NOT EXISTS (
                   SELECT FROM pg_trigger AS trigger JOIN pg_proc AS function ON function.oid = trigger.tgfoid
-                   WHERE trigger.tgrelid = 'billing_tokentransaction'::regclass
-                     AND trigger.tgtype & guarded.bit <> 0
+                   WHERE trigger.tgrelid = guarded.name::regclass
+                     AND trigger.tgtype & operation.bit <> 0
                      AND trigger.tgenabled IN ('O', 'A')
                      AND trigger.tgqual IS NULL
                      AND function.prosrc LIKE '%RAISE EXCEPTION%'
@@ -415,7 +507,7 @@ def checks() -> list[Check]:
 
 def verify() -> Iterator[Finding]:
     """Run every check over the whole database, in one snapshot that writes nothing."""
-    with _one_snapshot(), connection.cursor() as cursor:
+    with one_snapshot(), connection.cursor() as cursor:
         counted: dict[str, int] = {}
         for check in checks():
             if check.rows not in counted:
@@ -431,14 +523,3 @@ def verify() -> Iterator[Finding]:
             for example in examples:
                 del example["violations"]
             yield Finding(check, counted[check.rows], violations, examples)
-
-
-@contextmanager
-def _one_snapshot() -> Iterator[None]:
-    if connection.in_atomic_block:  # the caller's transaction, and what it has written so far
-        yield
-        return
-    with transaction.atomic():
-        with connection.cursor() as cursor:
-            cursor.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        yield

@@ -12,6 +12,8 @@ from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
 
+from accounts import audit
+from accounts.models import User
 from billing import gateway, purchases, recharge, refunds
 from billing.gateway import Event
 from billing.models import Purchase, StripeEvent
@@ -132,13 +134,23 @@ def handle_again(row: StripeEvent) -> StripeEvent:
     return _take_in(row, gateway.read_event(row.payload), done=(State.PROCESSED, State.IGNORED))
 
 
-def settle_by_hand(row: StripeEvent, *, by: str) -> bool:
+def settle_by_hand(row: StripeEvent, *, by: User) -> bool:
     """Note that a person has dealt with an event that was kept aside. Returns whether it was."""
-    return bool(
-        StripeEvent.objects.filter(pk=row.pk, state=State.ASIDE).update(
-            state=State.PROCESSED, message=f"{row.message} Dealt with by {by}.", processed_at=timezone.now()
+    with transaction.atomic():
+        is_settled = bool(
+            StripeEvent.objects.filter(pk=row.pk, state=State.ASIDE).update(
+                state=State.PROCESSED, message=f"{row.message} Dealt with by {by}.", processed_at=timezone.now()
+            )
         )
-    )
+        if is_settled:
+            audit.write(
+                action=audit.Action.EVENT_SETTLED,
+                summary=f"Event {row.event_id} ({row.type}) dealt with by hand",
+                actor=by,
+                about=("stripe_event", row.pk),
+                before={"message": row.message},
+            )
+    return is_settled
 
 
 def _take_in(row: StripeEvent, event: Event, *, done: tuple[str, ...]) -> StripeEvent:

@@ -8,10 +8,13 @@ import ai_ops.usage_views
 import ai_ops.views
 import billing.views.live
 import billing.views.settings
-from billing.views import dashboard, history, notifications, tokens, webhook
+from accounts.permissions import superadmin_required
+from billing.views import dashboard, dashboard_accounts, dashboard_figures, history, notifications, tokens, webhook
 from postmate import views
 from postmate.api import api_urls, docs_urlpatterns
 
+# Django admin has no sign-in of its own, which would know neither the limit on guesses nor the second factor.
+admin.site.login = superadmin_required(admin.site.login)  # type: ignore[method-assign]
 admin.site.site_header = admin.site.site_title = "Postmate token billing"
 
 studio_urls = [
@@ -57,9 +60,20 @@ tokens_urls = [
 
 # Above Django admin, whose prefix it shares.
 dashboard_urls = [
+    path("", dashboard_figures.home, name="home"),
+    path("sections/<slug:name>/", dashboard_figures.section, name="section"),
+    path("sections/<slug:name>.csv", dashboard_figures.export, name="figures-export"),
     path("purchases/<int:pk>/", dashboard.purchase, name="purchase"),
     path("drifts/", dashboard.drifts, name="drifts"),
     path("drifts/<int:pk>/", dashboard.resolve_drift, name="resolve-drift"),
+    path("accounts/", dashboard_accounts.account_list, name="accounts"),
+    path("accounts/<int:user_id>/", dashboard_accounts.account, name="account"),
+    path("accounts/<int:user_id>/status/", dashboard_accounts.account_status, name="account-status"),
+    path("grants/new/", dashboard_accounts.new_grant, name="new-grant"),
+    path("requests/", dashboard_accounts.request_list, name="requests"),
+    path("requests/<int:pk>/", dashboard_accounts.decide_request, name="decide-request"),
+    path("audit/", dashboard_accounts.audit_log, name="audit"),
+    path("settings/", dashboard_accounts.settings, name="settings"),
 ]
 
 # All that holds a connection open. In production the proxy sends this prefix to the `live` process.

@@ -1,5 +1,7 @@
 from .account import TokenAccount
+from .bulk_job import BulkJob, BulkJobRow
 from .drift import Drift
+from .grant_request import GrantRequest
 from .model_price import ModelPrice, ModelPriceChange
 from .notification import Notification, NotificationPreference
 from .pricing import TokenPricing
@@ -9,16 +11,21 @@ from .stripe_event import StripeEvent
 from .system_settings import SettingChange, SystemSettings
 from .transaction import TokenTransaction
 from .usage import TokenUsage
-from .usage_hour import UsageHour
+from .usage_hour import LedgerHour, RollUp, UsageDay, UsageHour
 
 __all__ = [
+    "BulkJob",
+    "BulkJobRow",
     "Drift",
+    "GrantRequest",
+    "LedgerHour",
     "ModelPrice",
     "ModelPriceChange",
     "Notification",
     "NotificationPreference",
     "PaymentReversal",
     "Purchase",
+    "RollUp",
     "SettingChange",
     "StripeEvent",
     "SystemSettings",
@@ -26,5 +33,6 @@ __all__ = [
     "TokenPricing",
     "TokenTransaction",
     "TokenUsage",
+    "UsageDay",
     "UsageHour",
 ]

@@ -18,6 +18,8 @@ class NotificationKind(models.TextChoices):
     LOW_BALANCE = "low_balance", "The balance is running low"
     CRITICAL_BALANCE = "critical_balance", "The balance is almost used up"
     GRANT_RECEIVED = "grant_received", "Somebody gave you tokens"
+    TOKENS_DEDUCTED = "tokens_deducted", "Tokens were taken from your balance"
+    ACCOUNT_STATUS_CHANGED = "account_status_changed", "Your account was suspended, blocked or reopened"
     WEEKLY_SUMMARY = "weekly_summary", "The weekly summary of the whole product"
 
 
@@ -30,6 +32,8 @@ WARNINGS = (
     Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
     Kind.LOW_BALANCE,
     Kind.DISPUTE_OPENED,
+    Kind.TOKENS_DEDUCTED,
+    Kind.ACCOUNT_STATUS_CHANGED,
 )
 
 

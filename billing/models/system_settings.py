@@ -25,6 +25,18 @@ class SystemSettings(models.Model):
     welcome_bonus_tokens = models.BigIntegerField(default=10_000)
     low_balance_tokens = models.BigIntegerField("low balance below (tokens)", default=1_000)
     critical_balance_tokens = models.BigIntegerField("critical balance below (tokens)", default=100)
+    admin_grant_limit_tokens = models.BigIntegerField(
+        "grants of an admin without approval (tokens)",
+        default=0,
+        help_text="Together in 24 hours, for each admin. 0: every grant of an admin waits for a superadmin.",
+    )
+    grant_approval_tokens = models.BigIntegerField(
+        "a second superadmin approves above (tokens)",
+        null=True,
+        blank=True,
+        default=None,
+        help_text="Grants and deductions of more tokens need two superadmins. Empty: one is enough.",
+    )
     updated_at = models.DateTimeField(auto_now=True)
 
     class Meta:
@@ -42,7 +54,9 @@ class SystemSettings(models.Model):
                     welcome_bonus_tokens__gte=0,
                     critical_balance_tokens__gte=0,
                     low_balance_tokens__gte=models.F("critical_balance_tokens"),
-                ),
+                    admin_grant_limit_tokens__gte=0,
+                )
+                & (Q(grant_approval_tokens=None) | Q(grant_approval_tokens__gte=0)),
                 name="settings_numbers_sane",
             ),
         ]

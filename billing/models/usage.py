@@ -90,6 +90,8 @@ class TokenUsage(models.Model):
         indexes = [
             models.Index(fields=["user", "created_at"], name="usage_by_user_and_time"),
             models.Index(fields=["created_at"], name="usage_by_time"),
+            # For the roll-ups and what is newer than they are. Partial: a reservation pays nothing for it.
+            models.Index(fields=["completed_at"], condition=Q(completed_at__isnull=False), name="usage_by_completion"),
             models.Index(fields=["project_id"], condition=Q(project_id__isnull=False), name="usage_by_project"),
             models.Index(fields=["content_id"], condition=Q(content_id__isnull=False), name="usage_by_content"),
             # Few rows at any time: the holds that the sweeper and the checks look at.

@@ -87,6 +87,8 @@ def tell_everything(user: User) -> None:
     notifications.low_balance(account, key="1")
     notifications.critical_balance(account, key="1")
     notifications.grant_received(account, tokens=5_000, reason=NASTY, key="1")
+    notifications.tokens_deducted(account, tokens=5_000, reason=NASTY, key="1")
+    notifications.account_status_changed(account, reason=NASTY, key="1")
     notifications.refund_applied(refund, tokens=150_000)
     notifications.refund_failed(refund, tokens=150_000)
     notifications.dispute_opened(dispute, tokens=150_000)

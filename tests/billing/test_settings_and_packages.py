@@ -26,6 +26,8 @@ def test_the_defaults_are_the_products() -> None:
         "welcome_bonus_tokens": 10_000,
         "low_balance_tokens": 1_000,
         "critical_balance_tokens": 100,
+        "admin_grant_limit_tokens": 0,
+        "grant_approval_tokens": None,
     }
     system_settings.initialize_default_settings()
     assert SystemSettings.objects.count() == 1

@@ -213,10 +213,9 @@ def test_span_is_cut_to_its_newest_operations(alice: User) -> None:
     since, until = midnight("2026-03-25", BERLIN), midnight("2026-04-08", BERLIN)
     for hour in range(10):
         add_usage(alice, since + timedelta(hours=hour), billable_tokens=1)
-    bounds = {"user_id": alice.pk, "until": until}
-    assert stats.newest_operations_since(**bounds, since=since, limit=10) == since
-    cut_at = stats.newest_operations_since(**bounds, since=since, limit=4)
-    assert stats.usage_totals(**bounds, since=cut_at).operations == 4
+    assert stats.newest_operations_since(user_id=alice.pk, since=since, until=until, limit=10) == since
+    cut_at = stats.newest_operations_since(user_id=alice.pk, since=since, until=until, limit=4)
+    assert stats.usage_totals(user_id=alice.pk, since=cut_at, until=until).operations == 4
     assert cut_at.tzinfo is BERLIN
 
 
@@ -356,4 +355,3 @@ def test_what_is_no_period_is_refused(query: dict[str, str]) -> None:
     """Row 56, 57."""
     with pytest.raises(periods.InvalidPeriod):
         periods.read_period(query, default="30d")
-

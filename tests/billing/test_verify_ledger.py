@@ -14,10 +14,11 @@ from django.db import connection
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, verification
+from billing import grants, ledger, verification
 from billing.ledger import Operation
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
 from billing.pricing import TokenPools
+from tests.billing.test_rollups import roll_up_until
 from tests.conftest import MakeUser
 
 pytestmark = pytest.mark.django_db
@@ -82,14 +83,8 @@ def busy(db: None) -> User:
         status="succeeded",
     )
     ledger.deduct_tokens(user_id=user.pk, tokens=1_000, type="refund", purchase_id=purchase.pk, may_leave_debt=True)
-    ledger.add_tokens(
-        user_id=user.pk,
-        tokens=50,
-        type="admin_grant",
-        admin_id=susan.pk,
-        description="Sorry",
-        idempotency_key="grant",
-    )
+    grants.grant_tokens(admin=susan, user_id=user.pk, tokens=50, reason="Sorry", request_key="sorry")
+    User.objects.filter(pk=susan.pk).update(role="user")  # who gave them is no superadmin any more
     ledger.settle_usage(usage_id=reserve(user, "settled"), pools=TokenPools(output_tokens=100))
     ledger.settle_usage(usage_id=reserve(user, "beyond its quote"), pools=TokenPools(output_tokens=1_000))
     ledger.release_usage(usage_id=reserve(user, "failed"))
@@ -97,6 +92,7 @@ def busy(db: None) -> User:
     ledger.deduct_tokens(user_id=user.pk, tokens=20, operation=DRAFT, pools=TokenPools(output_tokens=9))
     make_purchase(user, state="open")
     reserve(user, "running")
+    roll_up_until(timezone.now() + timedelta(days=2))
     return user
 
 
@@ -303,14 +299,35 @@ TAMPERING: list[tuple[str, str]] = [
         "No reservation is open 15 minutes after its expiry",
         "UPDATE billing_tokenusage SET expires_at = now() - interval '16 minutes' WHERE id = " + BY_KEY % "running",
     ),
-    ("Each grant and deduction names a superadmin and a reason", "UPDATE accounts_user SET role = 'admin'"),
-    (
-        "Each grant and deduction names a superadmin and a reason",
-        "UPDATE billing_tokentransaction SET description = ' ' WHERE type = 'admin_grant'",
+    *(
+        (
+            "Each grant and deduction names a reason, and a superadmin or an admin within the limit, as they were then",
+            f"UPDATE billing_tokentransaction SET {change} WHERE type = 'admin_grant'",
+        )
+        for change in (
+            "description = ' '",
+            "admin_id = NULL",
+            "metadata = metadata || '{{\"admin_role\": \"admin\"}}'",
+            "metadata = metadata || '{{\"admin_role\": \"admin\", \"admin_limit_tokens\": 49}}'",
+            "metadata = '{{}}', admin_id = user_id",
+        )
     ),
-    (
-        "Each grant and deduction names a superadmin and a reason",
-        "UPDATE billing_tokentransaction SET admin_id = NULL WHERE type = 'admin_grant'",
+    *(
+        (
+            "Each request for tokens that is done has its one ledger entry, approved by others where it must be",
+            f"UPDATE billing_grantrequest SET {change}",
+        )
+        for change in (
+            "tokens = 51",
+            "kind = 'deduction'",
+            "state = 'requested'",
+            "transaction_id = NULL",
+            "account_id = {idle}",
+            "reason = 'Another'",
+            "needs_two = true",
+            "requested_by_role = 'admin'",
+            "decided_by_id = user_id",
+        )
     ),
     (
         "The welcome bonus comes once per user",
@@ -318,8 +335,28 @@ TAMPERING: list[tuple[str, str]] = [
         "UPDATE billing_tokentransaction SET idempotency_key = 'welcome-bonus' WHERE type = 'admin_grant'",
     ),
     (
-        "Triggers refuse UPDATE, DELETE and TRUNCATE of the ledger",
+        "Triggers refuse UPDATE, DELETE and TRUNCATE of the ledger and the audit log",
         "ALTER TABLE billing_tokentransaction DISABLE TRIGGER USER",
+    ),
+    (
+        "Triggers refuse UPDATE, DELETE and TRUNCATE of the ledger and the audit log",
+        "ALTER TABLE accounts_auditentry DISABLE TRIGGER USER",
+    ),
+    (
+        "The hours of the roll-up are the sums of their operations",
+        "UPDATE billing_usagehour SET unbilled_tokens = unbilled_tokens + 1",
+    ),
+    (
+        "The hours of the roll-up are the sums of their operations",
+        "UPDATE billing_tokenusage SET provider_cost_microusd = provider_cost_microusd + 1 WHERE status = 'succeeded'",
+    ),
+    (
+        "The days of the roll-up are the sums of their hours",
+        "DELETE FROM billing_usageday WHERE id = (SELECT min(id) FROM billing_usageday)",
+    ),
+    (
+        "The hours of the ledger's roll-up are the sums of their entries",
+        "UPDATE billing_ledgerhour SET tokens = tokens + 1 WHERE type = 'bonus'",
     ),
     (
         "Every constraint that guards the laws is in place",
@@ -352,7 +389,7 @@ def _check_constraints() -> list[tuple[str, str]]:
             """SELECT conrelid::regclass::text, conname FROM pg_constraint
                 WHERE contype = 'c' AND conrelid IN (
                     'billing_tokenaccount'::regclass, 'billing_tokentransaction'::regclass,
-                    'billing_tokenusage'::regclass)"""
+                    'billing_tokenusage'::regclass, 'billing_grantrequest'::regclass)"""
         )
         return cursor.fetchall()
 

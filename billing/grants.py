@@ -1,0 +1,391 @@
+"""Grants and deductions: tokens that admins give and take, each with a reason and an entry in the audit log.
+
+A superadmin's is carried out at once. An admin's grant waits for a superadmin, unless it is within what the settings
+let admins grant by themselves; an admin's deduction always waits, and so does anything for oneself. Above a number of
+tokens in the settings it takes two superadmins. Nobody approves what they asked for.
+
+Locks are taken in one order: the request, then (in the ledger) the account.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+from django.db import IntegrityError, connection, transaction
+from django.db.models import F, QuerySet, Sum
+from django.db.models.functions import Now
+from django.utils import timezone
+
+from accounts import audit
+from accounts.audit import Action
+from accounts.models import User
+from billing import ledger, notifications, system_settings
+from billing.models import GrantRequest, SystemSettings, TokenAccount, TokenTransaction
+from billing.models.fields import ClockTimestamp
+from billing.models.grant_request import GrantKind as Kind
+from billing.models.grant_request import GrantState as State
+
+MAX_REASON_LENGTH = 500
+LIMIT_SPAN = timedelta(hours=24)
+REQUEST_LIFETIME = timedelta(days=14)
+
+
+class GrantError(Exception):
+    """Refused; no token moved. `message` is for the person."""
+
+    http_status = 400
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+class GrantNotPossible(GrantError):
+    """The account, the tokens or the reason do not allow it."""
+
+
+class GrantNotAllowed(GrantError):
+    """Not by this person (row 64); the attempt is in the audit log."""
+
+    http_status = 403
+
+
+class GrantKeyConflict(GrantError):
+    """The form was sent before with other contents."""
+
+    http_status = 409
+
+
+class GrantAlreadyDecided(GrantError):
+    """Somebody else was quicker."""
+
+    http_status = 409
+
+
+@dataclass(frozen=True, slots=True)
+class GrantPreview:
+    """What a grant or deduction would do, for the confirmation."""
+
+    balance_tokens: int
+    new_balance_tokens: int
+    approvals_needed: int  # by superadmins other than who asks; 0: it is carried out at once
+
+
+# --- Asking ---------------------------------------------------------------------------------------------------------
+
+
+def preview(*, admin: User, user_id: int, tokens: int, kind: str = Kind.GRANT) -> GrantPreview:
+    """What `grant_tokens` or `deduct_granted_tokens` would do now; raises as these. Writes nothing."""
+    require_tokens(tokens)
+    account = _get_account(user_id)
+    amount_tokens = tokens if kind == Kind.GRANT else -tokens
+    if kind == Kind.DEDUCTION:
+        _require_available(account, tokens)
+    settings = system_settings.get_system_settings()
+    needs_two = _needs_two(settings, tokens)
+    if _is_at_once(admin, kind, user_id=user_id, tokens=tokens, settings=settings):
+        approvals_needed = 0
+    else:
+        counts_as_first = admin.is_superadmin and admin.pk != user_id
+        approvals_needed = (2 if needs_two else 1) - (counts_as_first and needs_two)
+    return GrantPreview(account.balance, account.balance + amount_tokens, approvals_needed)
+
+
+def grant_tokens(*, admin: User, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
+    """Give tokens, or ask for it: the returned request is `done`, or open and waits for a superadmin.
+
+    `request_key` is the form's: sent twice it is one grant, and the second time returns the first outcome (law 8).
+    Raises GrantNotAllowed for who is no admin, GrantNotPossible, GrantKeyConflict.
+    """
+    return _ask(Kind.GRANT, admin, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
+
+
+def deduct_granted_tokens(*, admin: User, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
+    """Take tokens, or ask for it, like `grant_tokens`. It leaves no debt: more than is available is not possible."""
+    return _ask(Kind.DEDUCTION, admin, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
+
+
+def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
+    require_tokens(tokens)
+    reason = clean_reason(reason)
+    asker = User.objects.filter(pk=admin.pk, is_active=True).first()  # the role of this moment, not of the sign-in
+    if asker is None or not asker.is_admin:
+        _refuse(admin, user_id, f"Was refused a {kind} of {tokens:,} tokens", Action(kind))
+        raise GrantNotAllowed("Only admins give or take tokens.")
+    account = _get_account(user_id)
+    with transaction.atomic():
+        if asker.role == User.Role.ADMIN:
+            _one_at_a_time(asker)  # two grants at once must not both count the same rest of the limit
+        settings = system_settings.get_system_settings()
+        needs_two = _needs_two(settings, tokens)
+        try:
+            with transaction.atomic():
+                request = GrantRequest.objects.create(
+                    kind=kind,
+                    account=account,
+                    user_id=user_id,
+                    tokens=tokens,
+                    reason=reason,
+                    requested_by=asker,
+                    requested_by_role=asker.role,
+                    request_key=request_key,
+                    admin_limit_tokens=settings.admin_grant_limit_tokens,
+                    needs_two=needs_two,
+                    state=State.REQUESTED,
+                    expires_at=timezone.now() + REQUEST_LIFETIME,
+                )
+        except IntegrityError:
+            # Law 8: the unique key of the form. Who was first has committed by now.
+            return _sent_before(kind, asker, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
+        if _is_at_once(asker, kind, user_id=user_id, tokens=tokens, settings=settings):
+            return _carry_out(request, by=asker, action=Action(kind))
+        if asker.is_superadmin and needs_two and asker.pk != user_id:
+            _approve_first(request, by=asker)
+        if kind == Kind.DEDUCTION:
+            _require_available(account, tokens)
+        _write(request, Action(kind), by=asker, words="asked for", outcome=audit.Outcome.REQUESTED)
+    return request
+
+
+def _is_at_once(asker: User, kind: str, *, user_id: int, tokens: int, settings: SystemSettings) -> bool:
+    """Whether it needs nobody else's approval. For an admin, call it under `_one_at_a_time`."""
+    if asker.pk == user_id or _needs_two(settings, tokens):
+        return False
+    if asker.is_superadmin:
+        return True
+    if kind != Kind.GRANT:
+        return False
+    # Together in a day: else the limit is passed in small pieces.
+    granted_tokens = GrantRequest.objects.filter(
+        requested_by=asker,
+        decided_by=F("requested_by"),
+        kind=Kind.GRANT,
+        state=State.DONE,
+        created_at__gt=Now() - LIMIT_SPAN,
+    ).aggregate(tokens=Sum("tokens", default=0))["tokens"]
+    return int(granted_tokens) + tokens <= settings.admin_grant_limit_tokens
+
+
+def _needs_two(settings: SystemSettings, tokens: int) -> bool:
+    return settings.grant_approval_tokens is not None and tokens > settings.grant_approval_tokens
+
+
+def _one_at_a_time(asker: User) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"grants-of-{asker.pk}"])
+
+
+def _sent_before(kind: str, asker: User, *, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
+    request = GrantRequest.objects.get(requested_by=asker, request_key=request_key)
+    if (request.kind, request.user_id, request.tokens, request.reason) != (kind, user_id, tokens, reason):
+        raise GrantKeyConflict("This form was already sent with other contents. Reload the page.")
+    return request
+
+
+# --- Deciding -------------------------------------------------------------------------------------------------------
+
+
+def approve_request(*, superadmin: User, request_id: int) -> GrantRequest:
+    """Carry a request out, or be the first of two superadmins who approve it. Approving twice is once.
+
+    Raises GrantNotAllowed (also for one's own, and for what is for oneself), GrantAlreadyDecided, GrantNotPossible.
+    """
+    approver = _require_decider(superadmin, request_id, "approve")
+    with transaction.atomic():
+        # The lock decides between two who approve, or decline, at once: the second finds it decided.
+        request = GrantRequest.objects.select_for_update().get(pk=request_id)
+        if request.state == State.DONE and request.decided_by_id == approver.pk:
+            return request
+        _require_open(request)
+        if request.needs_two and request.approved_by_id is None:
+            _approve_first(request, by=approver)
+            _write(request, Action.GRANT_APPROVED, by=approver, words="approved first", outcome=audit.Outcome.REQUESTED)
+            return request
+        if request.needs_two and request.approved_by_id == approver.pk:
+            return request  # the second must be somebody else
+        return _carry_out(request, by=approver, action=Action.GRANT_APPROVED)
+
+
+def decline_request(*, superadmin: User, request_id: int, reason: str) -> GrantRequest:
+    """Close a request without moving a token. Raises as `approve_request`."""
+    reason = clean_reason(reason)
+    decider = _require_decider(superadmin, request_id, "decline")
+    with transaction.atomic():
+        request = GrantRequest.objects.select_for_update().get(pk=request_id)
+        if request.state == State.DECLINED and request.decided_by_id == decider.pk:
+            return request
+        _require_open(request)
+        _close(request, State.DECLINED, by=decider, decision_reason=reason)
+        _write(request, Action.GRANT_DECLINED, by=decider, words="declined", reason=reason)
+    return request
+
+
+def expire_requests() -> int:
+    """Close what nobody decided within two weeks. Returns how many."""
+    due = GrantRequest.objects.filter(state__in=GrantRequest.OPEN_STATES, expires_at__lt=ClockTimestamp())
+    return due.update(state=State.EXPIRED)
+
+
+def list_open_requests() -> QuerySet[GrantRequest]:
+    """The queue, oldest first."""
+    waiting = GrantRequest.objects.filter(state__in=GrantRequest.OPEN_STATES)
+    return waiting.select_related("account", "user", "requested_by", "approved_by").order_by("id")
+
+
+def may_decide(request: GrantRequest, user: User) -> bool:
+    """Whether to show somebody the buttons; `approve_request` and `decline_request` decide."""
+    return (
+        request.is_open
+        and user.is_superadmin
+        and user.pk not in (request.requested_by_id, request.user_id, request.approved_by_id)
+    )
+
+
+def _require_decider(superadmin: User, request_id: int, verb: str) -> User:
+    request = GrantRequest.objects.filter(pk=request_id).first()
+    if request is None:
+        raise GrantNotPossible("There is no such request.")
+    decider = User.objects.filter(pk=superadmin.pk, is_active=True, role=User.Role.SUPERADMIN).first()
+    if decider is None:
+        message = "Only superadmins decide on requests."
+    elif decider.pk == request.requested_by_id:
+        message = "Nobody decides on their own request: ask another superadmin."
+    elif decider.pk == request.user_id:
+        message = "Nobody decides on tokens of their own: ask another superadmin."
+    else:
+        return decider
+    _refuse(superadmin, request.user_id, f"Was refused to {verb} a request", Action.GRANT_APPROVED, request)
+    raise GrantNotAllowed(message)
+
+
+def _require_open(request: GrantRequest) -> None:
+    if not request.is_open:
+        raise GrantAlreadyDecided(f"This request is closed already: {request.get_state_display().lower()}.")
+    # Row 76: by the database's clock.
+    if GrantRequest.objects.filter(pk=request.pk, expires_at__lt=ClockTimestamp()).exists():
+        raise GrantAlreadyDecided("This request has expired. It can be made again.")
+
+
+# --- What moves tokens ----------------------------------------------------------------------------------------------
+
+
+def _carry_out(request: GrantRequest, *, by: User, action: Action) -> GrantRequest:
+    """Move the tokens, close the request, tell the user: all in the caller's transaction, so all of it or nothing."""
+    if request.account.status_reason == TokenAccount.ANONYMISED:
+        raise GrantNotPossible("This account was anonymised: nobody can use its tokens.")
+    entry: dict[str, Any] = {
+        "user_id": request.user_id,
+        "tokens": request.tokens,
+        "admin_id": by.pk,
+        "description": request.reason,
+        # Law 8: the request's own key, so a request moves tokens once, whoever runs this however often.
+        "idempotency_key": f"grant-request-{request.pk}",
+        # What made it right at that time, in a row that is never changed (law 3): `verify_ledger` reads it.
+        "metadata": {
+            "grant_request_id": request.pk,
+            "admin_role": by.role,
+            "admin_limit_tokens": request.admin_limit_tokens,
+            "requested_by_id": request.requested_by_id,
+            "first_approved_by_id": request.approved_by_id,
+        },
+    }
+    try:
+        # Laws 1 and 2: the ledger writes balance and entry; law 12: a grant is recorded for suspended accounts, too.
+        if request.kind == Kind.GRANT:
+            posting = ledger.add_tokens(type=TokenTransaction.Type.ADMIN_GRANT, **entry)
+        else:
+            posting = ledger.deduct_tokens(type=TokenTransaction.Type.ADMIN_DEDUCTION, **entry)  # law 4: no debt
+    except ledger.AccountNotActive as error:  # a debit that does not fit a suspended account
+        raise _too_much(request) from error
+    except ledger.InsufficientTokens as error:
+        raise _too_much(request) from error
+    request.transaction_id = posting.transaction_id
+    _close(request, State.DONE, by=by)
+    account = TokenAccount.objects.get(pk=request.account_id)
+    _write(
+        request,
+        action,
+        by=by,
+        words="carried out",
+        before={"balance_tokens": posting.balance_tokens - posting.amount_tokens},
+        after={"balance_tokens": posting.balance_tokens},
+    )
+    tell = notifications.grant_received if request.kind == Kind.GRANT else notifications.tokens_deducted
+    tell(account, tokens=request.tokens, reason=request.reason, key=f"grant-request-{request.pk}")
+    return request
+
+
+def _approve_first(request: GrantRequest, *, by: User) -> None:
+    request.state = State.APPROVED
+    request.approved_by = by
+    request.approved_at = timezone.now()
+    request.save(update_fields=["state", "approved_by", "approved_at"])
+
+
+def _close(request: GrantRequest, state: State, *, by: User, decision_reason: str = "") -> None:
+    request.state = state
+    request.decided_by = by
+    request.decided_at = timezone.now()
+    request.decision_reason = decision_reason
+    request.save(update_fields=["state", "decided_by", "decided_at", "decision_reason", "transaction"])
+
+
+# --- Helpers --------------------------------------------------------------------------------------------------------
+
+
+def _get_account(user_id: int) -> TokenAccount:
+    account = TokenAccount.objects.filter(user_id=user_id).first()
+    if account is None:
+        raise GrantNotPossible("This person has no token account.")
+    return account
+
+
+def require_tokens(tokens: Any) -> None:
+    """Raises GrantNotPossible unless it is a number of tokens that can be granted."""
+    # Row 56: `True` is an int to Python.
+    if type(tokens) is not int or not 0 < tokens <= ledger.MAX_TOKENS:
+        raise GrantNotPossible(f"The number of tokens must be a whole number from 1 to {ledger.MAX_TOKENS:,}.")
+
+
+def _require_available(account: TokenAccount, tokens: int) -> None:
+    if account.available < tokens:
+        raise GrantNotPossible(_available_words(account))
+
+
+def _too_much(request: GrantRequest) -> GrantNotPossible:
+    return GrantNotPossible(_available_words(TokenAccount.objects.get(pk=request.account_id)))
+
+
+def _available_words(account: TokenAccount) -> str:
+    return f"Only {max(account.available, 0):,} tokens are available, and a deduction leaves no debt."
+
+
+def clean_reason(reason: str) -> str:
+    """One line of readable text. Raises GrantNotPossible."""
+    reason = " ".join("".join(each if each.isprintable() else " " for each in reason).split())
+    if not reason:
+        raise GrantNotPossible("Enter a reason.")
+    if len(reason) > MAX_REASON_LENGTH:
+        raise GrantNotPossible(f"Enter a reason of at most {MAX_REASON_LENGTH} characters.")
+    return reason
+
+
+def _write(request: GrantRequest, action: Action, *, by: User, words: str, **details: Any) -> None:
+    audit.write(
+        action=action,
+        summary=f"{request.get_kind_display()} of {request.tokens:,} tokens {words}",
+        actor=by,
+        subject_id=request.user_id,
+        about=("grant_request", request.pk),
+        **({"reason": request.reason} | details),
+    )
+
+
+def _refuse(who: User, user_id: int, summary: str, action: Action, request: GrantRequest | None = None) -> None:
+    audit.write_refusal(
+        action=action,
+        summary=summary,
+        actor=who,
+        subject_id=user_id if User.objects.filter(pk=user_id).exists() else None,
+        about=("grant_request", request.pk) if request else None,
+    )

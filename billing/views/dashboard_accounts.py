@@ -1,0 +1,408 @@
+"""/admin/tokens/: people's accounts, what is given to them, who did what, and the settings. Admins look and ask;
+superadmins act."""
+
+from typing import Any
+from uuid import uuid4
+
+from django.contrib import messages
+from django.core.exceptions import ValidationError
+from django.core.paginator import Paginator
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.utils.crypto import salted_hmac
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
+
+from accounts import audit
+from accounts.models import AuditEntry
+from accounts.permissions import SignedInRequest, admin_required, superadmin_required
+from billing import accounts, grants, history, periods, settings_preview, system_settings
+from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
+from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
+from billing.models.account import AccountStatus
+from billing.models.grant_request import GrantKind
+from billing.tables import AccountLedgerTable
+
+ROWS_PER_PAGE = 25
+ENTRIES_PER_PAGE = 15
+NEWEST = 10  # of each kind of thing on the page of one account
+MAX_OPEN_REQUESTS = 100
+
+BANDS = {
+    "debt": "In debt",
+    "critical": "Critical",
+    "low": "Low",
+    "healthy": "Healthy",
+    "high": "High",
+}
+SORTS = {
+    "-balance": "Balance, largest first",
+    "balance": "Balance, smallest first",
+    "-usage": "Usage, most first",
+    "usage": "Usage, least first",
+    "-last_purchase": "Last purchase, newest first",
+    "last_purchase": "Last purchase, oldest first",
+    "-joined": "Joined, newest first",
+    "joined": "Joined, oldest first",
+}
+
+
+# --- Accounts -------------------------------------------------------------------------------------------------------
+
+
+@require_GET
+@admin_required
+def account_list(request: SignedInRequest) -> HttpResponse:
+    """Find accounts. The address says which, in which order and from where on."""
+    asked = {name: request.GET.get(name, "") for name in ("search", "status", "band")}
+    sort = request.GET.get("sort") or "-balance"
+    context: dict[str, Any] = {
+        "asked": asked,
+        "is_narrowed": any(asked.values()),
+        "sort": sort,
+        "sorts": SORTS,
+        "bands": BANDS,
+        "statuses": dict(AccountStatus.choices),
+        "cursor": request.GET.get("page", ""),
+    }
+    try:
+        context["found"] = accounts.get_user_accounts(
+            **asked, sort=sort, cursor=request.GET.get("page", ""), limit=ROWS_PER_PAGE
+        )
+    except accounts.InvalidSearch as error:
+        return render(request, "dashboard/accounts.html", context | {"search_error": error.message}, status=422)
+    return render(request, "dashboard/accounts.html", context)
+
+
+@require_GET
+@admin_required
+def account(request: SignedInRequest, user_id: int) -> HttpResponse:
+    """One account with everything that is known about it."""
+    return _render_account(request, _get_account(user_id))
+
+
+@require_POST
+@superadmin_required
+def account_status(request: SignedInRequest, user_id: int) -> HttpResponse:
+    """Suspend, block or reactivate an account, with a reason."""
+    account = _get_account(user_id)
+    form = AccountStatusForm(request.POST, account=account)
+    if not form.is_valid():
+        return _render_account(request, account, status_form=form, status=400)
+    change = {
+        AccountStatus.SUSPENDED: accounts.suspend_account,
+        AccountStatus.BLOCKED: accounts.block_account,
+        AccountStatus.ACTIVE: accounts.reactivate_account,
+    }[form.cleaned_data["status"]]
+    try:
+        changed = change(superadmin=request.user, user_id=user_id, reason=form.cleaned_data["reason"])
+    except accounts.AccountError as error:
+        form.add_error(None, error.message)
+        return _render_account(request, _get_account(user_id), status_form=form, status=error.http_status)
+    words = "suspended until the debt is paid" if changed.has_debt else changed.get_status_display().lower()
+    messages.success(request, f"The account of {changed.user} is now {words}.")
+    return redirect("dashboard:account", user_id)
+
+
+def _get_account(user_id: int) -> TokenAccount:
+    found = TokenAccount.objects.select_related("user", "workspace", "auto_recharge_package")
+    return get_object_or_404(found, user_id=user_id)
+
+
+def _render_account(
+    request: SignedInRequest,
+    account: TokenAccount,
+    *,
+    status_form: AccountStatusForm | None = None,
+    status: int = 200,
+) -> HttpResponse:
+    person = account.user
+    is_anonymised = account.status_reason == TokenAccount.ANONYMISED
+    if status_form is None and request.user.is_superadmin and request.user.pk != person.pk and not is_anonymised:
+        status_form = AccountStatusForm(account=account)
+    page = history.get_page(
+        history.select_transactions(user_id=person.pk),
+        cursor=history.Cursor.parse(request.GET.get("page", "")),
+        limit=ENTRIES_PER_PAGE,
+    )
+    table = AccountLedgerTable(page.entries, caption="Ledger", orderable=False)
+    table.htmx_target = "ledger"
+    table.cursors = page
+    open_requests = GrantRequest.objects.filter(account=account, state__in=GrantRequest.OPEN_STATES)
+    context = {
+        "account": account,
+        "person": person,
+        "is_anonymised": is_anonymised,
+        "table": table,
+        "last_balance": history.balance_at(account.pk, account.sequence),
+        "usages": TokenUsage.objects.filter(user=person).order_by("-created_at")[:NEWEST],
+        "purchases": Purchase.objects.filter(user=person).order_by("-created_at")[:NEWEST],
+        "notices": Notification.objects.filter(user=person).order_by("-id")[:NEWEST],
+        "audit_entries": _with_changes(audit.find_entries(subject=str(person.pk), limit=NEWEST).entries),
+        "open_requests": open_requests.select_related("requested_by").order_by("id"),
+        "status_form": status_form,
+        "grant_form": None if is_anonymised else _new_grant_form(person.pk),
+    }
+    return render(request, "dashboard/account.html", context, status=status)
+
+
+# --- Grants ---------------------------------------------------------------------------------------------------------
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@admin_required
+def new_grant(request: SignedInRequest) -> HttpResponse:
+    """Give or take tokens: find the person, say how many and why, see the new balance, confirm."""
+    if request.method == "POST":
+        return _grant(request)
+    user_id = _number(request.GET.get("user", ""))
+    if user_id is not None:
+        return _render_grant(request, _new_grant_form(user_id), account=_get_account(user_id))
+    search = request.GET.get("search", "")
+    context: dict[str, Any] = {"search": search}
+    if search.strip():
+        context["found"] = accounts.get_user_accounts(search=search, limit=NEWEST)
+    return render(request, "dashboard/grant_person.html", context)
+
+
+def _grant(request: SignedInRequest) -> HttpResponse:
+    account = _get_account(_number(request.POST.get("user_id", "")) or 0)
+    form = GrantForm(request.POST)
+    if not form.is_valid() or "change" in request.POST:
+        return _render_grant(request, form, account=account, status=400 if form.errors else 200)
+    asked = {name: form.cleaned_data[name] for name in ("user_id", "tokens")}
+    kind = form.cleaned_data["kind"]
+    try:
+        if "confirmed" not in request.POST:
+            preview = grants.preview(admin=request.user, **asked, kind=kind)
+            return _render_grant(request, form, account=account, preview=preview)
+        give_or_take = grants.grant_tokens if kind == GrantKind.GRANT else grants.deduct_granted_tokens
+        outcome = give_or_take(
+            admin=request.user,
+            **asked,
+            reason=form.cleaned_data["reason"],
+            request_key=form.cleaned_data["request_key"],
+        )
+    except grants.GrantKeyConflict as error:
+        # What was typed stays; the key of the earlier form goes, so that sending it again can succeed.
+        data = request.POST.copy()
+        data["request_key"] = uuid4().hex
+        form = GrantForm(data)
+        form.is_valid()
+        form.add_error(None, error.message)
+        return _render_grant(request, form, account=account, status=error.http_status)
+    except grants.GrantError as error:
+        form.add_error("tokens" if isinstance(error, grants.GrantNotPossible) else None, error.message)
+        return _render_grant(request, form, account=account, status=error.http_status)
+    if outcome.is_open:
+        messages.info(
+            request,
+            f"Your request is made: {_what(outcome)}. No token moves until a superadmin has approved it.",
+        )
+    elif outcome.state == GrantRequest.State.DONE:
+        messages.success(request, f"Done: {_what(outcome)}.")
+    else:
+        messages.warning(request, f"This was sent before: {outcome.get_state_display().lower()}. No token moved.")
+    return redirect("dashboard:account", account.user_id)
+
+
+def _what(request: GrantRequest) -> str:
+    way = "for" if request.kind == GrantKind.GRANT else "taken from"
+    return f"{request.tokens:,} tokens {way} {request.user}"
+
+
+def _new_grant_form(user_id: int) -> GrantForm:
+    return GrantForm(initial={"user_id": user_id, "kind": GrantKind.GRANT, "request_key": uuid4().hex})
+
+
+def _render_grant(
+    request: SignedInRequest,
+    form: GrantForm,
+    *,
+    account: TokenAccount,
+    preview: grants.GrantPreview | None = None,
+    status: int = 200,
+) -> HttpResponse:
+    context = {"form": form, "account": account, "person": account.user, "preview": preview}
+    return render(request, "dashboard/grant.html", context, status=status)
+
+
+# --- Requests -------------------------------------------------------------------------------------------------------
+
+
+@require_GET
+@admin_required
+def request_list(request: SignedInRequest) -> HttpResponse:
+    """What waits for superadmins, and what became of the rest."""
+    return _render_requests(request)
+
+
+@require_POST
+@superadmin_required
+def decide_request(request: SignedInRequest, pk: int) -> HttpResponse:
+    """Approve a request, which moves the tokens, or decline it with a reason."""
+    get_object_or_404(GrantRequest, pk=pk)
+    reason = request.POST.get("reason", "")
+    try:
+        if request.POST.get("decision") == "approve":
+            decided = grants.approve_request(superadmin=request.user, request_id=pk)
+        elif request.POST.get("decision") == "decline":
+            decided = grants.decline_request(superadmin=request.user, request_id=pk, reason=reason)
+        else:
+            raise grants.GrantNotPossible("Choose whether to approve or to decline.")
+    except grants.GrantError as error:
+        return _render_requests(
+            request, refused={"pk": pk, "message": error.message, "reason": reason}, status=error.http_status
+        )
+    if decided.is_open:
+        messages.info(request, f"Approved: {_what(decided)}. It waits for a second superadmin now.")
+    elif decided.state == GrantRequest.State.DONE:
+        messages.success(request, f"Approved and done: {_what(decided)}.")
+    else:
+        messages.success(request, f"Declined: {_what(decided)}. No token moved.")
+    return redirect("dashboard:requests")
+
+
+def _render_requests(
+    request: SignedInRequest, *, refused: dict[str, Any] | None = None, status: int = 200
+) -> HttpResponse:
+    before_id = _number(request.GET.get("before", ""))
+    closed = GrantRequest.objects.exclude(state__in=GrantRequest.OPEN_STATES)
+    if before_id is not None:
+        closed = closed.filter(pk__lt=before_id)
+    rows = list(closed.select_related("user", "requested_by", "decided_by").order_by("-id")[: ROWS_PER_PAGE + 1])
+    waiting = [
+        {
+            "request": each,
+            "may_decide": grants.may_decide(each, request.user),
+            "new_balance_tokens": each.account.balance
+            + (each.tokens if each.kind == GrantKind.GRANT else -each.tokens),
+        }
+        for each in grants.list_open_requests()[:MAX_OPEN_REQUESTS]
+    ]
+    context = {
+        "waiting": waiting,
+        "refused": refused,
+        "is_refused_shown": refused is not None and refused["pk"] in [each["request"].pk for each in waiting],
+        "closed": rows[:ROWS_PER_PAGE],
+        "next_before_id": rows[ROWS_PER_PAGE - 1].pk if len(rows) > ROWS_PER_PAGE else None,
+        "before_id": before_id,
+    }
+    return render(request, "dashboard/requests.html", context, status=status)
+
+
+# --- Audit log ------------------------------------------------------------------------------------------------------
+
+
+@require_GET
+@admin_required
+def audit_log(request: SignedInRequest) -> HttpResponse:
+    """Search the audit log. The address says for what."""
+    asked = {name: request.GET.get(name, "").strip() for name in ("actor", "subject", "action", "outcome")}
+    actions, outcomes = dict(audit.Action.choices), dict(AuditEntry.Outcome.choices)
+    for name, known in (("action", actions), ("outcome", outcomes)):
+        asked[name] = asked[name] if asked[name] in known else ""
+    context: dict[str, Any] = {
+        "asked": asked,
+        "actions": actions,
+        "outcomes": outcomes,
+        "presets": periods.PRESETS,
+        "period": periods.preset_period("all"),
+    }
+    try:
+        period = periods.read_period(request.GET, default="all")
+    except periods.InvalidPeriod as error:
+        return render(request, "dashboard/audit.html", context | {"period_error": error.message}, status=422)
+    before_id = _number(request.GET.get("before", ""))
+    found = audit.find_entries(
+        **asked, since=period.since, until=period.until, before_id=before_id, limit=ROWS_PER_PAGE
+    )
+    context |= {
+        "period": period,
+        "entries": _with_changes(found.entries),
+        "next_before_id": found.next_before_id,
+        "before_id": before_id,
+        "is_narrowed": any(asked.values()) or period.preset != "all",
+    }
+    return render(request, "dashboard/audit.html", context)
+
+
+def _with_changes(entries: list[AuditEntry]) -> list[dict[str, Any]]:
+    """Entries with their action in words and what they changed: (name, from, to)."""
+    rows = []
+    for entry in entries:
+        before, after = entry.before or {}, entry.after or {}
+        changes = [
+            (name.replace("_", " ").capitalize(), before.get(name), after.get(name))
+            for name in dict.fromkeys([*before, *after])
+        ]
+        rows.append({"entry": entry, "action": audit.action_label(entry), "changes": changes})
+    return rows
+
+
+# --- Settings -------------------------------------------------------------------------------------------------------
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@admin_required
+def settings(request: SignedInRequest) -> HttpResponse:
+    """The settings of the installation and who changed them. Superadmins change them: previewed first, then saved."""
+    if request.method == "POST":
+        return _change_settings(request)
+    return _render_settings(request, SystemSettingsForm(settings=system_settings.get_system_settings()))
+
+
+@superadmin_required
+def _change_settings(request: SignedInRequest) -> HttpResponse:
+    current = system_settings.get_system_settings()
+    form = SystemSettingsForm(request.POST, settings=current)
+    if not form.is_valid():
+        return _render_settings(request, form, status=400)
+    changes = form.changes
+    if not changes:
+        messages.info(request, "Nothing is different: these are the settings that apply now.")
+        return redirect("dashboard:settings")
+    fingerprint = _fingerprint(current, changes)
+    try:
+        if "save" in request.POST and request.POST.get("previewed") == fingerprint:
+            system_settings.update_system_settings(changes=changes, changed_by_id=request.user.pk)
+            messages.success(request, "Saved. Operations that are running keep their prices.")
+            return redirect("dashboard:settings")
+        preview = settings_preview.preview_settings(changes)
+    except ValidationError as error:
+        form.add_error(None, error)
+        return _render_settings(request, form, status=400)
+    if "save" in request.POST:
+        messages.warning(request, "Not saved yet: this is not what the last preview showed. Look at the new one.")
+    return _render_settings(request, form, preview=preview, fingerprint=fingerprint)
+
+
+def _fingerprint(current: SystemSettings, changes: dict[str, Any]) -> str:
+    """Names one change, from which values to which. Another one needs a preview of its own: also when somebody else
+    saved something meanwhile, which the form of before would silently take back."""
+    text = repr([(name, str(getattr(current, name)), str(value)) for name, value in sorted(changes.items())])
+    return salted_hmac("billing.settings-preview", text).hexdigest()
+
+
+def _render_settings(
+    request: HttpRequest,
+    form: SystemSettingsForm,
+    *,
+    preview: settings_preview.SettingsPreview | None = None,
+    fingerprint: str = "",
+    status: int = 200,
+) -> HttpResponse:
+    changes = SettingChange.objects.select_related("changed_by")
+    page = Paginator(changes, ROWS_PER_PAGE).get_page(request.GET.get("page"))
+    context = {
+        "form": form,
+        "preview": preview,
+        "fingerprint": fingerprint,
+        "page": page,
+        "history": [(change, form.label_of(change.field)) for change in page],
+    }
+    return render(request, "dashboard/settings.html", context, status=status)
+
+
+def _number(text: str) -> int | None:
+    """An id in an address or a hidden field; anything else is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None

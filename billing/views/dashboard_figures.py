@@ -1,0 +1,766 @@
+"""/admin/tokens/: the figures of the whole business, for admins. Each section is asked for by itself, or as a file."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+from django.db.models import Min
+from django.http import Http404, HttpResponse
+from django.shortcuts import redirect, render
+from django.template.defaultfilters import date as date_text
+from django.urls import reverse
+from django.utils import timezone
+from django.utils.text import capfirst
+from django.views.decorators.http import require_GET
+
+from accounts import audit
+from accounts.permissions import SignedInRequest, admin_required
+from billing import charts, dashboard_stats, periods, pricing, stats
+from billing.charts import BUCKET_LABELS, Chart, Table, percent
+from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
+from billing.exports import Cell, csv_lines
+from billing.models import ModelPrice, TokenAccount, TokenUsage
+from billing.periods import InvalidPeriod, Period
+from billing.stats import BucketName
+
+DEFAULT_PERIOD = "30d"
+LIVE_EVERY_SECONDS = 30
+MAX_BARS = 10
+COHORT_MONTHS = 12
+MAX_COHORT_MONTHS = 36  # beyond that the table is wider than anybody reads
+
+
+# --- Figures and how they are written ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """How figures of a kind are written: as text for people, and as a number in a file."""
+
+    name: str  # "" where the label says it
+    text: Callable[[int], str]
+    number: Callable[[int], Cell] = int
+
+
+def _signed(value: int, text: Callable[[int], str]) -> str:
+    return f"−{text(-value)}" if value < 0 else text(value)
+
+
+def _micros_text(micros: int, currency: str) -> str:
+    """To the cent, towards zero; less than one whole to four digits, so that small costs do not look like none."""
+    symbol = pricing.display_price(0, currency).removesuffix("0.00")
+    if 0 < micros < 1_000_000:
+        return f"{symbol}0.{micros // 100:04d}" if micros >= 100 else f"< {symbol}0.0001"
+    return pricing.display_price(micros // 10_000, currency)
+
+
+def _duration_text(milliseconds: int) -> str:
+    tenths = -(-milliseconds // 100)
+    return f"{milliseconds} ms" if milliseconds < 1_000 else f"{tenths // 10:,}.{tenths % 10} s"
+
+
+def cents_of(currency: str) -> Unit:
+    return Unit(
+        currency.upper(),
+        lambda value: _signed(value, lambda cents: pricing.display_price(cents, currency)),
+        lambda value: Decimal(value) / 100,
+    )
+
+
+def micros_of(currency: str) -> Unit:
+    return Unit(
+        currency.upper(),
+        lambda value: _signed(value, lambda micros: _micros_text(micros, currency)),
+        lambda value: Decimal(value) / 1_000_000,
+    )
+
+
+COUNT = Unit("", lambda value: _signed(value, "{:,}".format))
+TOKENS = Unit("tokens", COUNT.text)
+PERCENT = Unit("%", lambda value: _signed(value, percent), lambda permille: Decimal(permille) / 10)
+MILLISECONDS = Unit("ms", _duration_text)
+DAYS = Unit("days", COUNT.text)
+USD_MICROS = micros_of("usd")
+
+
+@dataclass(frozen=True, slots=True)
+class Amount:
+    """A number of a unit; None is one that there is not."""
+
+    value: int | None
+    unit: Unit
+
+    @property
+    def text(self) -> str:
+        return "–" if self.value is None else self.unit.text(self.value)
+
+    @property
+    def number(self) -> Cell:
+        return None if self.value is None else self.unit.number(self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A number with its name, and what it was before."""
+
+    label: str
+    now: Amount
+    before: Amount | None = None
+    tone: str = ""  # bad or warn, where somebody has to look
+
+    @property
+    def change(self) -> str:
+        if self.before is None or self.before.value is None or self.now.value is None:
+            return ""
+        return change_text(self.now.value, self.before.value, self.now.unit)
+
+
+def change_text(now: int, before: int, unit: Unit) -> str:
+    """In words: by how much a figure rose or fell. A rate, and what changed its sign, is named as it was."""
+    if now == before:
+        return "as before"
+    if unit is PERCENT or before <= 0 or now < 0:
+        return f"{unit.text(before)} before"
+    permille = abs(dashboard_stats.change_permille(now, before) or 0)
+    if not permille:
+        return "about as before"
+    # Whole per cents are enough, except for small changes.
+    amount = f"{permille // 10:,} %" if permille >= 100 else percent(permille)
+    return f"{amount} {'more' if now > before else 'less'}"
+
+
+@dataclass(frozen=True, slots=True)
+class DataTable:
+    """Numbers in rows; the first cell of each is its head. The page and the file are written from the same cells."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str | Amount]]
+    note: str = ""
+    is_wide: bool = False  # scrolls on phones instead of standing in cards
+
+    @property
+    def table(self) -> Table:
+        return Table(self.headers, [[_text(cell) for cell in row] for row in self.rows])
+
+
+def _text(cell: str | Amount) -> str:
+    return cell if isinstance(cell, str) else cell.text
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """A chart and the cells that it is drawn from."""
+
+    chart: Chart
+    data: DataTable
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a section shows."""
+
+    figures: Sequence[Figure] = ()
+    drawings: Sequence[Drawing] = ()
+    tables: Sequence[DataTable] = ()
+    problem: str = ""
+    empty: str = ""  # says so where there is nothing to show
+    buckets: Sequence[tuple[BucketName, str]] = field(default=())  # that can be chosen
+    bucket: BucketName | None = None
+
+    def lines(self) -> Iterator[list[Cell]]:
+        """All its numbers, table after table, with a blank line between two of them."""
+        if self.problem:
+            yield [self.problem]
+        if self.figures:
+            yield ["Figure", "Value", "Unit", "Before"]
+            for figure in self.figures:
+                before = figure.before.number if figure.before else None
+                yield [figure.label, figure.now.number, figure.now.unit.name, before]
+        for data in [*self.tables, *(drawing.data for drawing in self.drawings)]:
+            columns = zip(*data.rows, strict=True) if data.rows else ((),) * len(data.headers)
+            units = [{cell.unit.name for cell in column if isinstance(cell, Amount)} for column in columns]
+            yield []
+            yield [data.title]
+            yield [
+                f"{header} ({min(names)})" if len(names) == 1 and min(names) not in ("", header) else header
+                for header, names in zip(data.headers, units, strict=True)
+            ]
+            for row in data.rows:
+                yield [cell if isinstance(cell, str) else cell.number for cell in row]
+
+
+# --- Spans ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """What the page is about, and the time it is compared with: as many days, and only as far as this one has come."""
+
+    period: Period
+    since: datetime
+    until: datetime
+    before: tuple[datetime, datetime] | None  # None for all time
+    is_so_far: bool
+    error: str = ""
+
+    @property
+    def days(self) -> int:
+        return (self.until.date() - self.since.date()).days
+
+
+def read_span(request: SignedInRequest) -> Span:
+    try:
+        return _span(periods.read_period(request.GET, default=DEFAULT_PERIOD))
+    except InvalidPeriod as invalid:
+        return _span(periods.preset_period(DEFAULT_PERIOD), error=invalid.message)
+
+
+def _span(period: Period, *, error: str = "") -> Span:
+    """Not beyond today. Raises InvalidPeriod for one that has not begun."""
+    today = timezone.localdate()
+    last_day = min(period.last_day or today, today)
+    first_day = period.first_day or _first_day()
+    if first_day > last_day:
+        if period.since is not None:
+            raise InvalidPeriod("That period has not begun yet.")
+        first_day = last_day
+    since, until = periods.midnight(first_day), periods.midnight(last_day + timedelta(days=1))
+    if period.since is None:
+        return Span(period, since, until, None, is_so_far=False, error=error)
+    days = (last_day - first_day).days + 1
+    before_since = periods.midnight(first_day - timedelta(days=days))
+    now = timezone.now()
+    is_so_far = now < until
+    before_until = min(before_since.astimezone(UTC) + (now - since), since.astimezone(UTC)) if is_so_far else since
+    before = (before_since, before_until.astimezone(since.tzinfo))
+    return Span(period, since, until, before, is_so_far, error)
+
+
+def _first_day() -> date:
+    first_at = TokenAccount.objects.aggregate(at=Min("created_at"))["at"]
+    return timezone.localdate(first_at) if first_at else timezone.localdate()
+
+
+def _buckets(span: Span, wanted: str) -> tuple[list[tuple[BucketName, str]], BucketName]:
+    """The buckets that are offered, and the one that is wanted where it is among them."""
+    offered = stats.list_buckets(since=span.since, until=span.until)
+    default = stats.default_bucket(since=span.since, until=span.until)
+    chosen = next((name for name in offered if name == wanted), default)
+    return [(name, BUCKET_LABELS[name]) for name in offered], chosen
+
+
+# --- Sections ---------------------------------------------------------------------------------------------------------
+
+
+def live(span: Span, request: SignedInRequest) -> Content:
+    """How things stand now; the period does not matter."""
+    now = dashboard_stats.get_live_stats()
+    webhooks = now.webhooks
+    return Content(
+        figures=[
+            Figure("Owed to users", Amount(now.balance_tokens, TOKENS)),
+            Figure("Average balance", Amount(now.average_balance_tokens, TOKENS)),
+            Figure("Reserved", Amount(now.reserved_tokens, TOKENS)),
+            Figure("Running operations", Amount(now.running_operations, COUNT)),
+            Figure("Accounts", Amount(now.accounts, COUNT)),
+            Figure("Active accounts", Amount(now.active_accounts, COUNT)),
+            Figure("Suspended accounts", Amount(now.suspended_accounts, COUNT)),
+            Figure("Blocked accounts", Amount(now.blocked_accounts, COUNT)),
+            Figure("Accounts in debt", Amount(now.indebted_accounts, COUNT), tone=_tone(now.indebted_accounts)),
+            Figure("Low balances", Amount(now.low_accounts, COUNT)),
+            Figure("Critical balances", Amount(now.critical_accounts, COUNT)),
+            Figure("Auto-recharge on", Amount(now.auto_recharging_accounts, COUNT)),
+            Figure("Stripe events waiting", Amount(webhooks.waiting, COUNT)),
+            Figure("Stripe events to repeat", Amount(webhooks.failed, COUNT), tone=_tone(webhooks.failed)),
+            Figure("Stripe events set aside", Amount(webhooks.aside, COUNT), tone=_tone(webhooks.aside, "bad")),
+            Figure("Typical delay of an event", Amount(webhooks.median_lag_ms, MILLISECONDS)),
+        ]
+    )
+
+
+def _tone(number: int, tone: str = "warn") -> str:
+    return tone if number else ""
+
+
+def system(span: Span, request: SignedInRequest) -> Content:
+    now = dashboard_stats.get_token_stats(since=span.since, until=span.until)
+    before = dashboard_stats.get_token_stats(since=span.before[0], until=span.before[1]) if span.before else None
+
+    def figure(label: str, unit: Unit, value: Callable[[TokenStats], int | None], tone: str = "") -> Figure:
+        return Figure(label, Amount(value(now), unit), Amount(value(before), unit) if before else None, tone)
+
+    figures = [
+        figure("Billable tokens", TOKENS, lambda each: each.usage.billable_tokens),
+        figure("Actual tokens", TOKENS, lambda each: each.usage.actual_tokens),
+        figure("Multiplier margin", PERCENT, lambda each: each.usage.multiplier_margin_permille),
+        figure("Unbilled tokens", TOKENS, lambda each: each.usage.unbilled_tokens),
+        figure("Operations", COUNT, lambda each: each.usage.operations),
+        figure("Success rate", PERCENT, lambda each: each.usage.success_permille),
+        figure("Provider cost", USD_MICROS, lambda each: each.usage.provider_cost_microusd),
+        figure("Real margin", USD_MICROS, lambda each: each.real_margin_microusd),
+        figure("Real margin, of revenue", PERCENT, lambda each: each.real_margin_permille),
+        figure("Tokens granted", TOKENS, lambda each: each.granted_tokens),
+        figure("Tokens taken back", TOKENS, lambda each: each.refunded_tokens),
+        figure("Tokens deducted", TOKENS, lambda each: each.deducted_tokens),
+        figure("New accounts", COUNT, lambda each: each.new_accounts),
+        figure("Failed payments", COUNT, lambda each: each.failed_payments, _tone(now.failed_payments)),
+        figure("Refunds", COUNT, lambda each: each.refunds),
+        figure("Disputes", COUNT, lambda each: each.disputes, _tone(now.disputes, "bad")),
+    ]
+    net_before = {each.currency: each.net_cents for each in before.revenue} if before else {}
+    rows: list[list[str | Amount]] = []
+    for each in now.revenue:
+        cents = cents_of(each.currency)
+        rows.append(
+            [
+                each.currency.upper(),
+                Amount(each.sales, COUNT),
+                Amount(each.sold_tokens, TOKENS),
+                Amount(each.sales_cents, cents),
+                Amount(each.discount_cents, cents),
+                Amount(each.refunded_cents, cents),
+                Amount(each.net_cents, cents),
+                Amount(net_before.get(each.currency, 0) if before else None, cents),
+                Amount(now.recognised_micros.get(each.currency, 0), micros_of(each.currency)),
+            ]
+        )
+    return Content(
+        figures=figures,
+        tables=[
+            DataTable(
+                "Revenue by currency",
+                ["Currency", "Sales", "Tokens sold", "Sold for", "Discounts", "Refunded", "Net", "Net before",
+                 "Recognised"],
+                rows,
+                note="" if rows else "Nothing was sold or refunded in this period.",
+            )
+        ],
+    )  # fmt: skip
+
+
+def models(span: Span, request: SignedInRequest) -> Content:
+    found = dashboard_stats.get_model_usage_stats(since=span.since, until=span.until)
+    earlier: dict[tuple[str, ...], UsageSums] = {}
+    if span.before:
+        sums = dashboard_stats.sum_usage(edges=list(span.before), by="model")
+        earlier = {key: each for (_, key), each in sums.items()}
+    names = {(price.provider, price.model): price.display_name for price in ModelPrice.objects.all()}
+    found = [each for each in found if each.now.operations or (each.provider, each.model) in earlier]
+    if not found:
+        return Content(empty="No operation ended in this period.")
+    rows: list[list[str | Amount]] = []
+    for each in found:
+        now, before = each.now, earlier.get((each.provider, each.model), UsageSums())
+        rows.append(
+            [
+                names.get((each.provider, each.model), each.model),
+                Amount(now.operations, COUNT),
+                Amount(now.billable_tokens, TOKENS),
+                _trend(now.billable_tokens, before.billable_tokens) if span.before else "–",
+                Amount(now.actual_tokens, TOKENS),
+                Amount(now.multiplier_margin_permille, PERCENT),
+                Amount(now.provider_cost_microusd, USD_MICROS),
+                Amount(each.real_margin_microusd, USD_MICROS),
+                Amount(now.unbilled_tokens, TOKENS),
+                Amount(now.success_permille, PERCENT),
+            ]
+        )
+    data = DataTable(
+        "By model",
+        ["Model", "Operations", "Billable", "Trend", "Actual", "Multiplier margin", "Provider cost", "Real margin",
+         "Unbilled", "Success rate"],
+        rows,
+        is_wide=True,
+    )  # fmt: skip
+    bars = [each for each in found if each.now.billable_tokens][:MAX_BARS]
+    labels = [names.get((each.provider, each.model), each.model) for each in bars]
+    tokens = [each.now.billable_tokens for each in bars]
+    chart = Chart(
+        id="models",
+        title="Models",
+        summary="Bars of the billable tokens: "
+        + "; ".join(f"{label} {value:,}" for label, value in zip(labels, tokens, strict=True))
+        + ".",
+        kind="bars",
+        labels=labels,
+        series=[("Billable tokens", tokens)],
+        note=f"The chart shows the first {MAX_BARS}." if len(found) > MAX_BARS else "",
+        is_table_folded=False,
+        table=data.table,
+    )
+    return Content(drawings=[Drawing(chart, data)]) if bars else Content(tables=[data])
+
+
+def _trend(now: int, before: int) -> str:
+    return "new" if now and not before else capfirst(change_text(now, before, TOKENS))
+
+
+def operations(span: Span, request: SignedInRequest) -> Content:
+    buckets, bucket = _buckets(span, request.GET.get("by", ""))
+    found = dashboard_stats.get_operation_stats(since=span.since, until=span.until, bucket=bucket)
+    if not found.totals:
+        return Content(empty="No operation ended in this period.", buckets=buckets, bucket=bucket)
+    types = dict(TokenUsage.OperationType.choices)
+    total = sum(found.totals.values(), UsageSums())
+    rows: list[list[str | Amount]] = []
+    for type, each in [*found.totals.items(), ("", total)]:
+        latency = found.latency.get(type)
+        rows.append(
+            [
+                str(types.get(type, type or "All")),
+                Amount(each.operations, COUNT),
+                Amount(each.operations * 1_000 // total.operations, PERCENT),
+                Amount(each.tokens_per_operation, TOKENS),
+                Amount(each.success_permille, PERCENT),
+                Amount(each.failed * 1_000 // each.operations if each.operations else None, PERCENT),
+                Amount(each.failed - each.expired, COUNT),
+                Amount(each.expired, COUNT),
+                Amount(each.mean_duration_ms, MILLISECONDS),
+                Amount(latency.median_ms if latency else None, MILLISECONDS),
+                Amount(latency.p95_ms if latency else None, MILLISECONDS),
+            ]
+        )
+    by_type = DataTable(
+        "By operation",
+        ["Operation", "Ended", "Share", "Tokens each", "Success rate", "Failure rate", "Failed", "Expired",
+         "Mean time", "Median time", "95 % within"],
+        rows,
+        is_wide=True,
+    )  # fmt: skip
+    labels = charts.bucket_labels(found.edges, bucket)
+    head = charts.bucket_head(bucket)
+    shown = list(found.totals)
+    trend = [[found.trend.get((number, type), UsageSums()) for type in shown] for number in range(len(labels))]
+    sums = [sum(row, UsageSums()) for row in trend]
+    data = DataTable(
+        "Operations over time",
+        [head, *(str(types.get(type, type)) for type in shown), "All", "Succeeded", "Failed", "Success rate"],
+        [
+            [
+                label,
+                *(Amount(each.operations, COUNT) for each in row),
+                Amount(each_sum.operations, COUNT),
+                Amount(each_sum.succeeded, COUNT),
+                Amount(each_sum.failed, COUNT),
+                Amount(each_sum.success_permille, PERCENT),
+            ]
+            for label, row, each_sum in zip(labels, trend, sums, strict=True)
+        ],
+        is_wide=True,
+    )
+    times = DataTable(
+        "Time taken",
+        [head, "Mean time", "Tokens each"],
+        [
+            [label, Amount(each.mean_duration_ms, MILLISECONDS), Amount(each.tokens_per_operation, TOKENS)]
+            for label, each in zip(labels, sums, strict=True)
+        ],
+    )
+    highest = max(range(len(labels)), key=lambda number: sums[number].operations)
+    return Content(
+        tables=[by_type],
+        drawings=[
+            Drawing(
+                Chart(
+                    id="operations",
+                    title=data.title,
+                    summary=(
+                        f"Bars of the operations that ended: {total.operations:,} in all, "
+                        f"the most in {labels[highest]}: {sums[highest].operations:,}."
+                    ),
+                    kind="stacked",
+                    labels=labels,
+                    series=[
+                        (str(types.get(type, type)), [row[column].operations for row in trend])
+                        for column, type in enumerate(shown)
+                    ],
+                    table=data.table,
+                ),
+                data,
+            ),
+            Drawing(
+                Chart(
+                    id="latency",
+                    title=times.title,
+                    summary=f"A line of the mean time: {Amount(total.mean_duration_ms, MILLISECONDS).text} in all.",
+                    kind="line",
+                    labels=labels,
+                    series=[("Milliseconds", [each.mean_duration_ms for each in sums])],
+                    note="The mean of the operations that succeeded, in milliseconds.",
+                    table=times.table,
+                ),
+                times,
+            ),
+        ],
+        buckets=buckets,
+        bucket=bucket,
+    )
+
+
+def customers(span: Span, request: SignedInRequest) -> Content:
+    """Cohorts by the month of sign-up: those of the period, but of twelve months at least."""
+    last_month = (span.until - timedelta(days=1)).date().replace(day=1)
+    first_month = min(span.since.date().replace(day=1), periods.add_months(last_month, 1 - COHORT_MONTHS))
+    first_month = max(first_month, periods.add_months(last_month, 1 - MAX_COHORT_MONTHS))
+    cohorts = dashboard_stats.get_cohorts(
+        since=periods.midnight(first_month), until=periods.midnight(periods.add_months(last_month, 1)), bucket="month"
+    )
+    sales = dashboard_stats.get_package_sales(since=span.since, until=span.until)
+    now = dashboard_stats.get_live_stats()
+    if not cohorts and not sales:
+        return Content(empty="Nobody has signed up or bought anything in this time.")
+
+    figures = [
+        Figure("Have ever bought", Amount(_permille(now.paying_accounts, now.accounts), PERCENT)),
+        Figure("Paying accounts", Amount(now.paying_accounts, COUNT)),
+        Figure("Auto-recharge on", Amount(_permille(now.auto_recharging_accounts, now.accounts), PERCENT)),
+    ]
+    for currency in sorted({each.currency for each in sales}):
+        number = sum(each.sales for each in sales if each.currency == currency)
+        paid = sum(each.paid_cents for each in sales if each.currency == currency)
+        figures.append(Figure(f"Average purchase, {currency.upper()}", Amount(paid // number, cents_of(currency))))
+    currencies = sorted({currency for each in cohorts for currency in each.lifetime_cents})
+    accounts = sum(each.accounts for each in cohorts)
+    for currency in currencies:
+        cents = sum(each.lifetime_cents.get(currency, 0) for each in cohorts)
+        figures.append(Figure(f"Lifetime value, {currency.upper()}", Amount(cents // accounts, cents_of(currency))))
+    return Content(
+        figures=figures, tables=[*_package_tables(sales), *_cohort_tables(cohorts, currencies, first_month, last_month)]
+    )
+
+
+def _permille(part: int, whole: int) -> int | None:
+    return part * 1_000 // whole if whole else None
+
+
+def _package_tables(sales: Sequence[dashboard_stats.PackageSales]) -> Iterator[DataTable]:
+    total = sum(each.sales for each in sales)
+    yield DataTable(
+        "Packages sold in the period",
+        ["Package", "Currency", "Sales", "Share of sales", "Tokens", "Sold for", "Discounts", "Average",
+         "By auto-recharge", "Buyers"],
+        [
+            [
+                each.package_name,
+                each.currency.upper(),
+                Amount(each.sales, COUNT),
+                Amount(_permille(each.sales, total), PERCENT),
+                Amount(each.tokens, TOKENS),
+                Amount(each.paid_cents, cents_of(each.currency)),
+                Amount(each.discount_cents, cents_of(each.currency)),
+                Amount(each.average_cents, cents_of(each.currency)),
+                Amount(each.auto_recharges, COUNT),
+                Amount(each.buyers, COUNT),
+            ]
+            for each in sales
+        ],
+        note="" if sales else "Nothing was sold in this period.",
+        is_wide=True,
+    )  # fmt: skip
+
+
+def _cohort_tables(
+    cohorts: Sequence[dashboard_stats.Cohort], currencies: Sequence[str], first_month: date, last_month: date
+) -> Iterator[DataTable]:
+    if not cohorts:
+        return
+    month = [date_text(each.since, "M Y") for each in cohorts]
+    yield DataTable(
+        "By month of sign-up",
+        ["Month", "Accounts", "Bought", "Conversion", "Days to the first purchase", "Auto-recharge on", "Tokens used",
+         *(f"Spent per account, {currency.upper()}" for currency in currencies)],
+        [
+            [
+                label,
+                Amount(each.accounts, COUNT),
+                Amount(each.paying, COUNT),
+                Amount(each.conversion_permille, PERCENT),
+                Amount(each.median_days_to_pay, DAYS),
+                Amount(_permille(each.auto_recharging, each.accounts), PERCENT),
+                Amount(each.used_tokens, TOKENS),
+                *(Amount(each.lifetime_value_cents(currency), cents_of(currency)) for currency in currencies),
+            ]
+            for label, each in zip(month, cohorts, strict=True)
+        ],
+        is_wide=True,
+    )  # fmt: skip
+    for currency in currencies:
+        yield _spending_table(cohorts, month, currency, first_month, last_month)
+
+
+def _spending_table(
+    cohorts: Sequence[dashboard_stats.Cohort], labels: Sequence[str], currency: str, first_month: date, last_month: date
+) -> DataTable:
+    """What each cohort spent in its first month, its second, and so on; no figure for months that are yet to come."""
+    cents = cents_of(currency)
+    months = _months_between(cohorts[0].since, last_month) + 1
+    rows: list[list[str | Amount]] = []
+    for label, each in zip(labels, cohorts, strict=True):
+        number = _months_between(first_month, each.since)
+        age = _months_between(each.since, last_month)
+        spent = [
+            each.spent_cents.get((number + month, currency), 0) if month <= age else None for month in range(months)
+        ]
+        total = Amount(each.lifetime_cents.get(currency, 0), cents)
+        rows.append([label, total, *(Amount(value, cents) for value in spent)])
+    return DataTable(
+        f"Spent by month of sign-up, {currency.upper()}",
+        ["Month", "Until now", *(f"Month {number}" for number in range(1, months + 1))],
+        rows,
+        is_wide=True,
+    )
+
+
+def _months_between(first: date, second: date) -> int:
+    return (second.year - first.year) * 12 + second.month - first.month
+
+
+def liability(span: Span, request: SignedInRequest) -> Content:
+    bucket: BucketName = "month" if span.days > 62 else "week" if span.days > 14 else "day"
+    edges = stats.time_edges(since=span.since, until=span.until, bucket=bucket)
+    try:
+        rows = dashboard_stats.liability_roll_forward(edges=edges)
+    except LiabilityDoesNotBalance as error:
+        return Content(problem=str(error))
+    whole = LiabilityRow(
+        since=span.since,
+        until=span.until,
+        opening_tokens=rows[0].opening_tokens,
+        sold_tokens=sum(each.sold_tokens for each in rows),
+        granted_tokens=sum(each.granted_tokens for each in rows),
+        used_tokens=sum(each.used_tokens for each in rows),
+        refunded_tokens=sum(each.refunded_tokens for each in rows),
+        deducted_tokens=sum(each.deducted_tokens for each in rows),
+        closing_tokens=rows[-1].closing_tokens,
+    )
+    labels = [*charts.bucket_labels(edges, bucket), "Whole period"]
+    columns = ("opening", "sold", "granted", "used", "refunded", "deducted", "closing")
+    names = ("Opening", "+ Sold", "+ Granted", "− Used", "− Refunded", "− Deducted", "= Closing")
+
+    def amounts(row: LiabilityRow) -> list[Amount]:
+        return [Amount(getattr(row, f"{name}_tokens"), TOKENS) for name in columns]
+
+    return Content(
+        figures=[Figure(name, amount) for name, amount in zip(names, amounts(whole), strict=True)],
+        tables=[
+            DataTable(
+                "Roll-forward",
+                [charts.bucket_head(bucket), *names],
+                [[label, *amounts(row)] for label, row in zip(labels, [*rows, whole], strict=True)],
+                is_wide=True,
+            )
+        ],
+    )
+
+
+# --- Pages ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    name: str
+    title: str
+    content: Callable[[Span, SignedInRequest], Content]
+    polls: bool = False  # shows how things stand now, whatever the period
+
+
+# How their figures are reckoned, says templates/dashboard/_definitions.html.
+SECTIONS = {
+    section.name: section
+    for section in (
+        Section("live", "Now", live, polls=True),
+        Section("system", "The period", system),
+        Section("models", "Models", models),
+        Section("operations", "Operations", operations),
+        Section("customers", "Customers", customers),
+        Section("liability", "Owed to users", liability),
+    )
+}
+
+
+@require_GET
+@admin_required
+def home(request: SignedInRequest) -> HttpResponse:
+    """The page opens at once, its sections come by themselves. `?all=1` is one plain page, for who has no scripts."""
+    span = read_span(request)
+    is_whole = "all" in request.GET
+    context = {
+        "sections": [_section_context(request, section, span, with_content=is_whole) for section in SECTIONS.values()],
+        "is_whole": is_whole,
+        "span": span,
+        "period": span.period,
+        "period_error": span.error,
+        "presets": periods.PRESETS,
+        "target": "figures",
+        "time_zone": timezone.get_current_timezone_name(),
+    }
+    return render(request, "dashboard/figures.html", context)
+
+
+@require_GET
+@admin_required
+def section(request: SignedInRequest, name: str) -> HttpResponse:
+    """One section of the page. Who opens its address in a window is led to the page."""
+    wanted = _section_or_404(name)
+    if not request.htmx:  # type: ignore[attr-defined]
+        return redirect(f"{reverse('dashboard:home')}?{_query(request, all='1')}#figures-{name}")
+    return render(request, "dashboard/_section.html", _section_context(request, wanted, read_span(request)))
+
+
+@require_GET
+@admin_required
+def export(request: SignedInRequest, name: str) -> HttpResponse:
+    """The numbers of a section as a file, which the audit log notes."""
+    wanted = _section_or_404(name)
+    span = read_span(request)
+    content = wanted.content(span, request)
+    about = "now" if wanted.polls else f"{span.since:%Y-%m-%d} to {span.until - timedelta(days=1):%Y-%m-%d}"
+    audit.write(
+        action=audit.Action.EXPORT,
+        summary=f"Exported the dashboard’s section “{wanted.title}” ({about}) as CSV",
+        actor=request.user,
+    )
+
+    def rows() -> Iterator[Sequence[Cell]]:
+        yield [f"Postmate: {wanted.title}", about, timezone.get_current_timezone_name()]
+        yield from content.lines()
+
+    filename = f"postmate-{name}-{timezone.localdate().isoformat()}.csv"
+    return HttpResponse(
+        csv_lines(rows()),
+        content_type="text/csv; charset=utf-8",
+        headers={"Content-Disposition": f'attachment; filename="{filename}"'},
+    )
+
+
+def _section_or_404(name: str) -> Section:
+    if name not in SECTIONS:
+        raise Http404
+    return SECTIONS[name]
+
+
+def _section_context(
+    request: SignedInRequest, section: Section, span: Span, *, with_content: bool = True
+) -> dict[str, Any]:
+    query = _query(request)
+    return {
+        "section": section,
+        "content": section.content(span, request) if with_content else None,
+        "span": span,
+        "section_url": f"{reverse('dashboard:section', args=[section.name])}?{query}",
+        "export_url": f"{reverse('dashboard:figures-export', args=[section.name])}?{query}",
+        "poll_seconds": LIVE_EVERY_SECONDS,
+        "timed_operations": dashboard_stats.MAX_TIMED_OPERATIONS,
+    }
+
+
+def _query(request: SignedInRequest, **more: str) -> str:
+    """What of the address the sections understand, and more."""
+    query = request.GET.copy()
+    for name in set(query) - {"period", "from", "to", "by"}:
+        del query[name]
+    query.update(more)
+    return query.urlencode()
