@@ -109,9 +109,12 @@ def _stripe_process() -> Iterator[StripeStandIn]:
 
 
 @pytest.fixture
-def stripe(_stripe_process: StripeStandIn) -> StripeStandIn:
-    """The Stripe stand-in, empty."""
+def stripe(request: pytest.FixtureRequest, _stripe_process: StripeStandIn) -> StripeStandIn:
+    """The Stripe stand-in, empty. Its events go to `web`; in a test without it they wait until the test delivers them,
+    for a `web` that is still there from another test would take them, and commit that it did."""
     _stripe_process.control("reset")
+    if "_web_process" not in request.fixturenames:
+        _stripe_process.control("deliveries/hold")
     return _stripe_process
 
 
