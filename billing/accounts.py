@@ -215,7 +215,7 @@ def _in_band(band: str) -> Q:
     bounds = bands(system_settings.get_system_settings())
     if band not in bounds:
         raise InvalidSearch("There is no such range of balances.")
-    low, high = bounds[cast(Band, band)]
+    low, high = bounds[band]
     condition = Q() if low is None else Q(available_tokens__gte=low)
     return condition if high is None else condition & Q(available_tokens__lt=high)
 

@@ -1,12 +1,14 @@
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, cast
 
 from django import forms
 
+from accounts.models import User
 from accounts.profile import ProfileForm
 from billing import accounts, grants, packages, purchases, refunds
 from billing.ledger import MAX_TOKENS
 from billing.models import Purchase, SystemSettings, TokenAccount
+from billing.models.bulk_job import BulkKind
 from billing.models.fields import Currency
 from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
@@ -248,6 +250,42 @@ class AccountStatusForm(forms.Form):
             raise forms.ValidationError(error.message) from error
 
 
+class BulkForm(forms.Form):
+    """What to do with many accounts; cleaned, its fields are arguments of `bulk.start_bulk_job`."""
+
+    kind = forms.ChoiceField(label="What to do", choices=BulkKind, widget=forms.RadioSelect)
+    tokens = WholeNumberField(
+        label="Tokens for each", required=False, min_value=1, max_value=MAX_TOKENS, help_text="Only for a grant."
+    )
+    reason = forms.CharField(
+        label="Reason",
+        required=False,
+        max_length=accounts.MAX_REASON_LENGTH,
+        help_text="For a grant or a suspension. The people are told it.",
+    )
+    request_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z", widget=forms.HiddenInput)
+
+    def __init__(self, *args: Any, person: User, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not person.is_superadmin:
+            # What they may choose. What they send all the same is refused, and noted, by billing/bulk.py.
+            kind = cast(forms.RadioSelect, self.fields["kind"].widget)
+            kind.choices = [(BulkKind.EXPORT.value, BulkKind.EXPORT.label)]
+            del self.fields["tokens"], self.fields["reason"]
+
+    def clean(self) -> dict[str, Any]:
+        cleaned = super().clean() or {}
+        kind = cleaned.get("kind")
+        if "tokens" in self.fields and kind == BulkKind.GRANT and cleaned.get("tokens", 0) is None:
+            self.add_error("tokens", "Enter how many tokens each of them gets.")
+        if "reason" in self.fields and kind in (BulkKind.GRANT, BulkKind.SUSPEND) and "reason" in cleaned:
+            try:
+                cleaned["reason"] = accounts.clean_reason(cleaned["reason"])
+            except accounts.StatusNotPossible as error:
+                self.add_error("reason", error.message)
+        return cleaned
+
+
 def _tokens_setting(label: str, help_text: str = "", *, required: bool = True) -> WholeNumberField:
     return WholeNumberField(label=label, help_text=help_text, min_value=0, max_value=MAX_TOKENS, required=required)
 
@@ -306,7 +344,8 @@ class SystemSettingsForm(forms.Form):
             initial[name] = f"{initial[name].normalize():f}"
         cents = settings.minimum_purchase_cents
         initial["minimum_purchase_cents"] = f"{cents // 100}.{cents % 100:02}"
-        super().__init__(*args, initial=initial, **options)
+        options["initial"] = initial
+        super().__init__(*args, **options)
 
     def clean_minimum_purchase_cents(self) -> int:
         cents = int(self.cleaned_data["minimum_purchase_cents"])
@@ -359,6 +398,17 @@ class SystemSettingsForm(forms.Form):
     def label_of(self, name: str) -> str:
         """What a setting is called on the page; an old one goes by its name."""
         return str(self.base_fields[name].label) if name in self.base_fields else name
+
+    @classmethod
+    def kept_in_words(cls, name: str, text: str) -> str:
+        """A value out of the history of changes, which keeps them as text."""
+        if text in ("", "True", "False"):
+            return cls._in_words(name, {"True": True, "False": False}.get(text))
+        try:
+            number = Decimal(text)
+        except InvalidOperation:
+            return text
+        return cls._in_words(name, int(number) if number == number.to_integral_value() else number)
 
     @staticmethod
     def _in_words(name: str, value: Any) -> str:

@@ -141,7 +141,7 @@ SELECT coalesce(sum(billed), 0)::bigint, coalesce(sum(would_be), 0)::bigint,
 
 def _billed(since: datetime, current: SystemSettings, changed: SystemSettings) -> tuple[int, int, int, int, int]:
     """Tokens billed, tokens that would have been, people who would have run out, operations, provider cost."""
-    parameters = {
+    parameters: dict[str, Any] = {
         "since": since,
         "was_enabled": current.billing_enabled,
         "billing_enabled": changed.billing_enabled,

@@ -58,3 +58,4 @@ class AccountLedgerTable(TransactionTable):
 
     class Meta(TransactionTable.Meta):
         sequence = ("sequence", "...")
+        row_attrs = {}  # on a phone, too, each entry has all its numbers with their names

@@ -9,7 +9,7 @@ import ai_ops.views
 import billing.views.live
 import billing.views.settings
 from accounts.permissions import superadmin_required
-from billing.views import dashboard, dashboard_accounts, dashboard_figures, history, notifications, tokens, webhook
+from billing.views import dashboard, dashboard_accounts, dashboard_bulk, dashboard_figures, history, notifications, tokens, webhook
 from postmate import views
 from postmate.api import api_urls, docs_urlpatterns
 
@@ -70,6 +70,9 @@ dashboard_urls = [
     path("accounts/<int:user_id>/", dashboard_accounts.account, name="account"),
     path("accounts/<int:user_id>/status/", dashboard_accounts.account_status, name="account-status"),
     path("grants/new/", dashboard_accounts.new_grant, name="new-grant"),
+    path("bulk/new/", dashboard_bulk.new_job, name="new-bulk-job"),
+    path("bulk/<int:pk>/", dashboard_bulk.job, name="bulk-job"),
+    path("bulk/<int:pk>.csv", dashboard_bulk.job_export, name="bulk-job-export"),
     path("requests/", dashboard_accounts.request_list, name="requests"),
     path("requests/<int:pk>/", dashboard_accounts.decide_request, name="decide-request"),
     path("audit/", dashboard_accounts.audit_log, name="audit"),

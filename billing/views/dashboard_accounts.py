@@ -1,6 +1,7 @@
 """/admin/tokens/: people's accounts, what is given to them, who did what, and the settings. Admins look and ask;
 superadmins act."""
 
+from itertools import pairwise
 from typing import Any
 from uuid import uuid4
 
@@ -20,6 +21,7 @@ from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
 from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
 from billing.models.account import AccountStatus
 from billing.models.grant_request import GrantKind
+from billing.pricing import display_price
 from billing.tables import AccountLedgerTable
 
 ROWS_PER_PAGE = 25
@@ -35,14 +37,14 @@ BANDS = {
     "high": "High",
 }
 SORTS = {
-    "-balance": "Balance, largest first",
-    "balance": "Balance, smallest first",
-    "-usage": "Usage, most first",
-    "usage": "Usage, least first",
-    "-last_purchase": "Last purchase, newest first",
-    "last_purchase": "Last purchase, oldest first",
-    "-joined": "Joined, newest first",
-    "joined": "Joined, oldest first",
+    "-balance": "Largest balance first",
+    "balance": "Smallest balance first",
+    "-usage": "Most used first",
+    "usage": "Least used first",
+    "-last_purchase": "Newest purchase first",
+    "last_purchase": "Oldest purchase first",
+    "-joined": "Newest account first",
+    "joined": "Oldest account first",
 }
 
 
@@ -127,13 +129,16 @@ def _render_account(
     table = AccountLedgerTable(page.entries, caption="Ledger", orderable=False)
     table.htmx_target = "ledger"
     table.cursors = page
+    last_balance = history.balance_at(account.pk, account.sequence)
     open_requests = GrantRequest.objects.filter(account=account, state__in=GrantRequest.OPEN_STATES)
     context = {
         "account": account,
         "person": person,
         "is_anonymised": is_anonymised,
         "table": table,
-        "last_balance": history.balance_at(account.pk, account.sequence),
+        "last_balance": last_balance,
+        "is_chain_broken": last_balance != account.balance
+        or any(newer.balance_before != older.balance_after for newer, older in pairwise(page.entries)),
         "usages": TokenUsage.objects.filter(user=person).order_by("-created_at")[:NEWEST],
         "purchases": Purchase.objects.filter(user=person).order_by("-created_at")[:NEWEST],
         "notices": Notification.objects.filter(user=person).order_by("-id")[:NEWEST],
@@ -270,6 +275,7 @@ def _render_requests(
     if before_id is not None:
         closed = closed.filter(pk__lt=before_id)
     rows = list(closed.select_related("user", "requested_by", "decided_by").order_by("-id")[: ROWS_PER_PAGE + 1])
+    open_requests = list(grants.list_open_requests()[:MAX_OPEN_REQUESTS])
     waiting = [
         {
             "request": each,
@@ -277,12 +283,12 @@ def _render_requests(
             "new_balance_tokens": each.account.balance
             + (each.tokens if each.kind == GrantKind.GRANT else -each.tokens),
         }
-        for each in grants.list_open_requests()[:MAX_OPEN_REQUESTS]
+        for each in open_requests
     ]
     context = {
         "waiting": waiting,
         "refused": refused,
-        "is_refused_shown": refused is not None and refused["pk"] in [each["request"].pk for each in waiting],
+        "is_refused_shown": refused is not None and refused["pk"] in [each.pk for each in open_requests],
         "closed": rows[:ROWS_PER_PAGE],
         "next_before_id": rows[ROWS_PER_PAGE - 1].pk if len(rows) > ROWS_PER_PAGE else None,
         "before_id": before_id,
@@ -314,7 +320,14 @@ def audit_log(request: SignedInRequest) -> HttpResponse:
         return render(request, "dashboard/audit.html", context | {"period_error": error.message}, status=422)
     before_id = _number(request.GET.get("before", ""))
     found = audit.find_entries(
-        **asked, since=period.since, until=period.until, before_id=before_id, limit=ROWS_PER_PAGE
+        actor=asked["actor"],
+        subject=asked["subject"],
+        action=asked["action"],
+        outcome=asked["outcome"],
+        since=period.since,
+        until=period.until,
+        before_id=before_id,
+        limit=ROWS_PER_PAGE,
     )
     context |= {
         "period": period,
@@ -332,11 +345,17 @@ def _with_changes(entries: list[AuditEntry]) -> list[dict[str, Any]]:
     for entry in entries:
         before, after = entry.before or {}, entry.after or {}
         changes = [
-            (name.replace("_", " ").capitalize(), before.get(name), after.get(name))
+            (name.replace("_", " ").capitalize(), _in_words(before.get(name)), _in_words(after.get(name)))
             for name in dict.fromkeys([*before, *after])
         ]
         rows.append({"entry": entry, "action": audit.action_label(entry), "changes": changes})
     return rows
+
+
+def _in_words(value: Any) -> str:
+    if value is None or value == "":
+        return "–"
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 # --- Settings -------------------------------------------------------------------------------------------------------
@@ -396,11 +415,46 @@ def _render_settings(
     context = {
         "form": form,
         "preview": preview,
+        "preview_rows": _preview_rows(preview),
         "fingerprint": fingerprint,
         "page": page,
-        "history": [(change, form.label_of(change.field)) for change in page],
+        "history": [
+            (
+                change,
+                form.label_of(change.field),
+                form.kept_in_words(change.field, change.old_value),
+                form.kept_in_words(change.field, change.new_value),
+            )
+            for change in page
+        ],
     }
     return render(request, "dashboard/settings.html", context, status=status)
+
+
+def _preview_rows(preview: settings_preview.SettingsPreview | None) -> list[tuple[str, str, str]]:
+    """The preview for people: figure, as it was, as it would have been."""
+    if preview is None:
+        return []
+
+    def percent(outcome: settings_preview.Outcome) -> str:
+        return "–" if outcome.margin_percent is None else f"{outcome.margin_percent} %"
+
+    now, then = preview.now, preview.then
+    return [
+        ("Billed tokens", f"{now.billed_tokens:,}", f"{then.billed_tokens:,}"),
+        ("Their value at the exchange rate", _dollars(now.value_microusd), _dollars(then.value_microusd)),
+        ("What the providers cost", _dollars(now.provider_cost_microusd), _dollars(then.provider_cost_microusd)),
+        ("Margin", _dollars(now.margin_microusd), _dollars(then.margin_microusd)),
+        ("Margin, of the value", percent(now), percent(then)),
+        ("Welcome bonuses (tokens)", f"{now.bonus_tokens:,}", f"{then.bonus_tokens:,}"),
+        ("Accounts with a low balance now", f"{now.low_accounts:,}", f"{then.low_accounts:,}"),
+        ("Accounts with a critical balance now", f"{now.critical_accounts:,}", f"{then.critical_accounts:,}"),
+    ]
+
+
+def _dollars(microusd: int) -> str:
+    """To the nearest cent."""
+    return ("−" if microusd < 0 else "") + display_price((abs(microusd) + 5_000) // 10_000)
 
 
 def _number(text: str) -> int | None:

@@ -152,10 +152,10 @@ def _text(cell: str | Amount) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A chart and the cells that it is drawn from."""
+    """A chart, and the cells of its table where no other table of the section has them."""
 
     chart: Chart
-    data: DataTable
+    data: DataTable | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +165,7 @@ class Content:
     figures: Sequence[Figure] = ()
     drawings: Sequence[Drawing] = ()
     tables: Sequence[DataTable] = ()
+    newest_event_at: datetime | None = None  # of Stripe's
     problem: str = ""
     empty: str = ""  # says so where there is nothing to show
     buckets: Sequence[tuple[BucketName, str]] = field(default=())  # that can be chosen
@@ -179,7 +180,7 @@ class Content:
             for figure in self.figures:
                 before = figure.before.number if figure.before else None
                 yield [figure.label, figure.now.number, figure.now.unit.name, before]
-        for data in [*self.tables, *(drawing.data for drawing in self.drawings)]:
+        for data in [*self.tables, *(drawing.data for drawing in self.drawings if drawing.data)]:
             columns = zip(*data.rows, strict=True) if data.rows else ((),) * len(data.headers)
             units = [{cell.unit.name for cell in column if isinstance(cell, Amount)} for column in columns]
             yield []
@@ -246,7 +247,7 @@ def _first_day() -> date:
 
 def _buckets(span: Span, wanted: str) -> tuple[list[tuple[BucketName, str]], BucketName]:
     """The buckets that are offered, and the one that is wanted where it is among them."""
-    offered = stats.list_buckets(since=span.since, until=span.until)
+    offered = dashboard_stats.trend_buckets(since=span.since, until=span.until)
     default = stats.default_bucket(since=span.since, until=span.until)
     chosen = next((name for name in offered if name == wanted), default)
     return [(name, BUCKET_LABELS[name]) for name in offered], chosen
@@ -277,7 +278,8 @@ def live(span: Span, request: SignedInRequest) -> Content:
             Figure("Stripe events to repeat", Amount(webhooks.failed, COUNT), tone=_tone(webhooks.failed)),
             Figure("Stripe events set aside", Amount(webhooks.aside, COUNT), tone=_tone(webhooks.aside, "bad")),
             Figure("Typical delay of an event", Amount(webhooks.median_lag_ms, MILLISECONDS)),
-        ]
+        ],
+        newest_event_at=webhooks.newest_received_at,
     )
 
 
@@ -289,8 +291,8 @@ def system(span: Span, request: SignedInRequest) -> Content:
     now = dashboard_stats.get_token_stats(since=span.since, until=span.until)
     before = dashboard_stats.get_token_stats(since=span.before[0], until=span.before[1]) if span.before else None
 
-    def figure(label: str, unit: Unit, value: Callable[[TokenStats], int | None], tone: str = "") -> Figure:
-        return Figure(label, Amount(value(now), unit), Amount(value(before), unit) if before else None, tone)
+    def figure(label: str, unit: Unit, value: Callable[[TokenStats], int | None]) -> Figure:
+        return Figure(label, Amount(value(now), unit), Amount(value(before), unit) if before else None)
 
     figures = [
         figure("Billable tokens", TOKENS, lambda each: each.usage.billable_tokens),
@@ -306,9 +308,9 @@ def system(span: Span, request: SignedInRequest) -> Content:
         figure("Tokens taken back", TOKENS, lambda each: each.refunded_tokens),
         figure("Tokens deducted", TOKENS, lambda each: each.deducted_tokens),
         figure("New accounts", COUNT, lambda each: each.new_accounts),
-        figure("Failed payments", COUNT, lambda each: each.failed_payments, _tone(now.failed_payments)),
+        figure("Failed payments", COUNT, lambda each: each.failed_payments),
         figure("Refunds", COUNT, lambda each: each.refunds),
-        figure("Disputes", COUNT, lambda each: each.disputes, _tone(now.disputes, "bad")),
+        figure("Disputes", COUNT, lambda each: each.disputes),
     ]
     net_before = {each.currency: each.net_cents for each in before.revenue} if before else {}
     rows: list[list[str | Amount]] = []
@@ -378,20 +380,18 @@ def models(span: Span, request: SignedInRequest) -> Content:
     bars = [each for each in found if each.now.billable_tokens][:MAX_BARS]
     labels = [names.get((each.provider, each.model), each.model) for each in bars]
     tokens = [each.now.billable_tokens for each in bars]
+    pairs = list(zip(labels, tokens, strict=True))
     chart = Chart(
         id="models",
-        title="Models",
-        summary="Bars of the billable tokens: "
-        + "; ".join(f"{label} {value:,}" for label, value in zip(labels, tokens, strict=True))
-        + ".",
+        title="Billable tokens by model",
+        summary="Bars of the billable tokens: " + "; ".join(f"{label} {value:,}" for label, value in pairs) + ".",
         kind="bars",
         labels=labels,
         series=[("Billable tokens", tokens)],
-        note=f"The chart shows the first {MAX_BARS}." if len(found) > MAX_BARS else "",
-        is_table_folded=False,
-        table=data.table,
+        note=f"The first {MAX_BARS}." if len(found) > MAX_BARS else "",
+        table=Table(["Model", "Billable tokens"], [[label, f"{value:,}"] for label, value in pairs]),
     )
-    return Content(drawings=[Drawing(chart, data)]) if bars else Content(tables=[data])
+    return Content(tables=[data], drawings=[Drawing(chart)] if bars else [])
 
 
 def _trend(now: int, before: int) -> str:
@@ -415,7 +415,7 @@ def operations(span: Span, request: SignedInRequest) -> Content:
                 Amount(each.operations * 1_000 // total.operations, PERCENT),
                 Amount(each.tokens_per_operation, TOKENS),
                 Amount(each.success_permille, PERCENT),
-                Amount(each.failed * 1_000 // each.operations if each.operations else None, PERCENT),
+                Amount(None if each.success_permille is None else 1_000 - each.success_permille, PERCENT),
                 Amount(each.failed - each.expired, COUNT),
                 Amount(each.expired, COUNT),
                 Amount(each.mean_duration_ms, MILLISECONDS),
@@ -570,8 +570,8 @@ def _cohort_tables(
     month = [date_text(each.since, "M Y") for each in cohorts]
     yield DataTable(
         "By month of sign-up",
-        ["Month", "Accounts", "Bought", "Conversion", "Days to the first purchase", "Auto-recharge on", "Tokens used",
-         *(f"Spent per account, {currency.upper()}" for currency in currencies)],
+        ["Month", "Accounts", "Bought", "Conversion", "Days to buy", "Auto-recharge", "Tokens used",
+         *(f"Per account, {currency.upper()}" for currency in currencies)],
         [
             [
                 label,

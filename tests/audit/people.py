@@ -144,6 +144,9 @@ def samples() -> dict[str, list[dict[str, Any]]]:
         "tokens:receipt": checkouts[:1],
         "tokens:confirm": [{"pk": purchase.pk} for purchase in purchases.filter(kind="auto_recharge")],
         "dashboard:purchase": checkouts,
+        "dashboard:account": [{"user_id": writer.pk}],
+        "dashboard:section": [{"name": "system"}],
+        "dashboard:figures-export": [{"name": "system"}],
         "account_confirm_email": [{"key": "no-such-key"}],
         "account_reset_password_from_key": [{"uidb36": "1", "key": "no-such-key"}],
     }

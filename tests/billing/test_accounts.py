@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from django.utils import timezone
@@ -181,7 +181,8 @@ def test_search_and_status(crowd: dict[str, User]) -> None:
     assert found(status="blocked") == ["rich"]
     assert found(status="suspended") == ["deb"]
     assert found(status="blocked", search="deb") == []
-    for wrong in ({"status": "open"}, {"band": "rich"}, {"sort": "email; DROP"}, {"cursor": "x"}, {"cursor": "W10="}):
+    wrongs: list[dict[str, Any]] = [{"status": "open"}, {"band": "rich"}, {"sort": "email; DROP"}, {"cursor": "x"}]
+    for wrong in [*wrongs, {"cursor": "W10="}]:
         with pytest.raises(AccountError):
             accounts.get_user_accounts(**wrong)
 
@@ -198,12 +199,12 @@ def test_order(crowd: dict[str, User]) -> None:
             account=account, user=crowd[name], workspace=account.workspace, kind="checkout", package_name="Starter",
             tokens=5, amount_cents=500, currency="usd", state="review", paid_at=now - timedelta(days=days),
         )  # fmt: skip
-    assert [account.last_purchase_at for account in accounts.get_user_accounts().accounts] == [None] * 6
+    assert [row.last_purchase_at for row in cast(Any, accounts.get_user_accounts().accounts)] == [None] * 6
     Purchase.objects.update(state="paid")
     try:
         assert found(sort="-last_purchase")[:2] == ["rich", "low"]
         page = accounts.get_user_accounts(sort="-last_purchase", limit=2)
-        assert [account.last_purchase_at for account in page.accounts] == [
+        assert [row.last_purchase_at for row in cast(Any, page.accounts)] == [
             now - timedelta(days=1), now - timedelta(days=3),
         ]  # fmt: skip
     finally:

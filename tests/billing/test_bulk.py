@@ -186,8 +186,9 @@ def test_who_was_demoted_does_nothing_more(susan: User, team: list[User]) -> Non
     ],
 )
 def test_what_cannot_be_started_writes_nothing(susan: User, team: list[User], wrong: dict[str, Any]) -> None:
+    values: dict[str, Any] = {"admin": susan, "kind": "grant"} | wrong
     with pytest.raises(bulk.BulkNotPossible):
-        start(**({"admin": susan, "kind": "grant"} | wrong))
+        start(**values)
     assert not BulkJob.objects.exists()
 
 

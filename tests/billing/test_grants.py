@@ -110,9 +110,11 @@ def test_a_grant_sent_twice_is_one(susan: User, alice: User, bob: User) -> None:
     entries = AuditEntry.objects.count()
     assert grant(susan, alice, request_key="form-1") == first
     assert (balance(alice), AuditEntry.objects.count()) == (10_500, entries)
-    for other in ({"tokens": 501}, {"reason": "Another"}, {"user": bob}):
+    others: list[dict[str, Any]] = [{"tokens": 501}, {"reason": "Another"}, {"user": bob}]
+    for other in others:
+        values: dict[str, Any] = {"admin": susan, "user": alice, "request_key": "form-1"}
         with pytest.raises(grants.GrantKeyConflict):
-            grant(**{"admin": susan, "user": alice, "request_key": "form-1"} | other)
+            grant(**values | other)
     with pytest.raises(grants.GrantKeyConflict):
         deduct(susan, alice, request_key="form-1", reason="Sorry for the outage")
     assert balance(alice) == 10_500

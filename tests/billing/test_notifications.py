@@ -778,7 +778,12 @@ def test_choosing_the_emails(signed_in: Client, alice: User) -> None:
     )
     html = answer.content.decode()
     assert "Your choice was saved." in html
-    assert checked(html) == {"low_balance", "auto_recharge_needs_confirmation", "auto_recharge_switched_off"}
+    assert checked(html) == {
+        "low_balance",
+        "auto_recharge_needs_confirmation",
+        "auto_recharge_switched_off",
+        "account_status_changed",
+    }
     assert not NotificationPreference.objects.filter(kind__in=["weekly_summary", "no_such_kind"]).exists()
     signed_in.post(reverse("tokens:notification_settings"), {"email": sorted(everything)})
     assert checked(page(signed_in, "tokens:notification_settings")) == everything

@@ -1,0 +1,79 @@
+"""/admin/tokens/bulk/: one action on all the accounts that a filter finds, carried out by the workers."""
+
+from typing import Any
+from uuid import uuid4
+
+from django.contrib import messages
+from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.shortcuts import get_object_or_404, redirect, render
+from django.views.decorators.http import require_GET, require_http_methods
+
+from accounts.permissions import SignedInRequest, admin_required
+from billing import accounts, bulk, exports
+from billing.accounts import AccountFilter
+from billing.forms import BulkForm
+from billing.models import BulkJob
+
+NEWEST_ROWS = 100
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@admin_required
+def new_job(request: SignedInRequest) -> HttpResponse:
+    """Choose what to do with the accounts that the address's filter finds, see how many they are, confirm."""
+    asked = request.POST if request.method == "POST" else request.GET
+    found = AccountFilter(**{name: asked.get(name, "") for name in ("search", "status", "band")})
+    context: dict[str, Any] = {"found": found}
+    try:
+        context["count"] = bulk.count_rows(found)
+    except accounts.InvalidSearch as error:
+        messages.error(request, error.message)
+        return redirect("dashboard:accounts")
+    if request.method != "POST":
+        form = BulkForm(initial={"request_key": uuid4().hex}, person=request.user)
+        return render(request, "dashboard/bulk_new.html", context | {"form": form})
+    form = BulkForm(request.POST, person=request.user)
+    context["form"] = form
+    if not form.is_valid() or "change" in request.POST:
+        return render(request, "dashboard/bulk_new.html", context, status=400 if form.errors else 200)
+    if "confirmed" not in request.POST:
+        return render(request, "dashboard/bulk_new.html", context | {"is_confirmation": True})
+    try:
+        job = bulk.start_bulk_job(admin=request.user, filter=found, **form.cleaned_data)
+    except bulk.BulkError as error:
+        form.add_error(None, error.message)
+        return render(request, "dashboard/bulk_new.html", context, status=error.http_status)
+    return redirect("dashboard:bulk-job", job.pk)
+
+
+@require_http_methods(["GET", "HEAD", "POST"])
+@admin_required
+def job(request: SignedInRequest, pk: int) -> HttpResponse:
+    """How far a job is, and what became of each account. A POST cancels it."""
+    job = get_object_or_404(BulkJob.objects.select_related("requested_by"), pk=pk)
+    if request.method == "POST":
+        try:
+            bulk.cancel_bulk_job(admin=request.user, job_id=pk)
+        except bulk.BulkError as error:
+            messages.error(request, error.message)
+        return redirect("dashboard:bulk-job", pk)
+    rows = job.rows.exclude(finished_at=None).select_related("account__user").order_by("-id")
+    context = {
+        "job": job,
+        "progress": bulk.progress(job),
+        "rows": rows[:NEWEST_ROWS],
+        "may_cancel": request.user.is_superadmin or request.user.pk == job.requested_by_id,
+    }
+    return render(request, "dashboard/bulk_job.html", context)
+
+
+@require_GET
+@admin_required
+def job_export(request: SignedInRequest, pk: int) -> HttpResponseBase:
+    """The figures that an export has gathered, as a file."""
+    job = get_object_or_404(BulkJob, pk=pk, kind=BulkJob.Kind.EXPORT)
+    return StreamingHttpResponse(
+        exports.csv_lines(bulk.exported_rows(job)),
+        content_type="text/csv; charset=utf-8",
+        headers={"Content-Disposition": f'attachment; filename="postmate-accounts-{job.pk}.csv"'},
+    )
