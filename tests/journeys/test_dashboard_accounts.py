@@ -4,8 +4,8 @@ from django.test import Client
 from playwright.sync_api import Page, expect
 
 from accounts.models import User
-from billing import accounts, grants, system_settings
-from billing.models import TokenAccount
+from billing import accounts, bulk, grants, system_settings
+from billing.models import BulkJob, TokenAccount
 from tests.conftest import MakeUser
 from tests.journeys.conftest import OpenContext, shoot, sign_in
 from tests.payments import STARTER_TOKENS, buy, deliver, event_of
@@ -136,3 +136,26 @@ def test_changing_the_settings(page: Page, open_context: OpenContext, adam: User
     expect(looking.get_by_text("Superadmins change these settings.")).to_be_visible()
     expect(looking.get_by_role("textbox")).to_have_count(0)
     shoot(looking, "dashboard-settings-admin")
+
+
+def test_giving_tokens_to_many(page: Page, susan: User, alice: User, bob: User) -> None:
+    sign_in(page, "susan")
+    page.goto("/admin/tokens/accounts/?search=example")
+    page.get_by_role("link", name="Grant to, suspend or export all that were found").click()
+    page.get_by_label("Grant tokens").check()
+    page.get_by_role("button", name="Go on").click()
+    expect(page.get_by_text("Enter how many tokens each of them gets.")).to_be_visible()
+    page.get_by_label("Tokens for each").fill("750")
+    page.get_by_label("Reason").fill("Ten years of Postmate")
+    page.get_by_role("button", name="Go on").click()
+    expect(page.get_by_role("heading", name="Give 750 tokens to each of 3 accounts?")).to_be_visible()
+    shoot(page, "dashboard-bulk-confirm")
+    page.get_by_role("button", name="Start").click()
+    expect(page.get_by_role("progressbar")).to_be_visible()
+    for job in BulkJob.objects.all():
+        bulk.run_bulk_job(job_id=job.pk)
+    expect(page.get_by_role("heading", name="Done, 100 %")).to_be_visible()
+    expect(page.get_by_role("cell", name="750 tokens granted")).to_have_count(2)
+    expect(page.get_by_role("row", name="susan@example.com")).to_contain_text("waits for approval")  # her own
+    shoot(page, "dashboard-bulk")
+    assert (balance(alice), balance(bob)) == (10_750, 10_750)

@@ -10,6 +10,7 @@ from django.utils import timezone
 from playwright.sync_api import Page, expect
 
 from accounts.models import AuditEntry, User
+from tests.audit.axe import find_violations
 from tests.billing.test_rollups import invent_history, roll_up_until
 from tests.conftest import MakeUser
 from tests.journeys.conftest import PHONE, OpenContext, shoot, sign_in
@@ -105,3 +106,12 @@ def test_figures_of_an_empty_business_on_a_phone(page: Page, make_user: MakeUser
     page.get_by_label("To", exact=True).fill("2026-03-01")
     page.get_by_role("button", name="Show", exact=True).click()
     expect(page.get_by_text("The first day comes after the last one.")).to_be_visible()
+
+
+def test_figures_are_accessible(admin: User, open_context: OpenContext) -> None:
+    page = open_context(bypass_csp=True, reduced_motion="reduce").new_page()
+    sign_in(page, "adam")
+    page.goto("/admin/tokens/?period=12m")
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+    page.locator("#figures-system-reckoned").click()
+    assert find_violations(page, widths=(390, 1440)) == []
