@@ -706,7 +706,8 @@ def _add_version(
 
 
 def _require_newest(piece: ContentPiece, base_number: int) -> None:
-    if newest_number(piece) != base_number:
+    # What was kept aside has changed nothing of the text.
+    if piece.versions.filter(is_used=True, number__gt=base_number).exists():
         raise TextChanged(
             "This text was changed in another window or by another operation. Press Save to see both; "
             "nothing you typed is lost."

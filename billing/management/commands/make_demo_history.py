@@ -200,11 +200,12 @@ class Command(BaseCommand):
         made_rows = history.tables.counts
         self.stdout.write(
             f"{made_rows['accounts_user']:,} people, {made_rows['billing_tokenusage']:,} operations, "
-            f"{made_rows['billing_purchase']:,} purchases, {made_rows['billing_tokentransaction']:,} ledger entries; "
-            f"roll-ups until {reached:%Y-%m-%d %H:%M} UTC."
-            if reached
-            else "The history is made; another transaction holds the roll-ups up. Run roll_up_usage later."
+            f"{made_rows['billing_purchase']:,} purchases, {made_rows['billing_tokentransaction']:,} ledger entries."
         )
+        if reached:
+            self.stdout.write(f"Roll-ups until {reached:%Y-%m-%d %H:%M} UTC.")
+        else:
+            self.stdout.write("Another transaction holds the roll-ups up. Run `manage.py roll_up_usage` later.")
 
 
 class History:
