@@ -1,6 +1,8 @@
 """What our PDFs share. Pure Python; the fonts are vendored, so that any name can be printed."""
 
+from collections.abc import Sequence
 from datetime import datetime
+from typing import Literal
 
 from django.conf import settings
 from fpdf import FPDF
@@ -13,8 +15,15 @@ MARGIN_MM = 20
 class Document(FPDF):
     """An A4 page with our head and, on documents of several pages, their numbers."""
 
-    def __init__(self, *, title: str, subtitle: str, written_at: datetime) -> None:
-        super().__init__(format="A4")
+    def __init__(
+        self,
+        *,
+        title: str,
+        subtitle: str,
+        written_at: datetime,
+        orientation: Literal["portrait", "landscape"] = "portrait",
+    ) -> None:
+        super().__init__(format="A4", orientation=orientation)
         self.set_title(title)
         self.set_creation_date(written_at)
         self.add_font("DejaVu", "", FONTS / "DejaVuSans.ttf")
@@ -47,6 +56,21 @@ class Document(FPDF):
         self.set_font("DejaVu", style, 10)
         self.set_text_color(*BLACK)
         self.multi_cell(0, 8, value, align=align, new_x="LMARGIN", new_y="NEXT")
+
+    def table_of(self, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table whose first column names the rows and whose other columns are numbers."""
+        self.set_font("DejaVu", "", 8)
+        self.set_text_color(*BLACK)
+        self.set_draw_color(*RULE)
+        with self.table(
+            col_widths=(1.5, *[1] * (len(headers) - 1)),
+            text_align=("LEFT", *["RIGHT"] * (len(headers) - 1)),
+            borders_layout="HORIZONTAL_LINES",
+            line_height=4.5,
+            padding=(1, 1),
+        ) as table:
+            for row in (headers, *rows):
+                table.row(row)
 
     def rule(self) -> None:
         self.ln(6)

@@ -11,6 +11,7 @@ from django.utils import timezone
 
 from billing import (
     bulk,
+    finance,
     grants,
     ledger,
     notifications,
@@ -105,6 +106,11 @@ def run_bulk_job(job_id: int) -> None:
 @shared_task
 def sweep_bulk_jobs() -> int:
     return bulk.sweep_bulk_jobs()
+
+
+@shared_task
+def export_finance() -> None:
+    finance.export_missing()
 
 
 @shared_task

@@ -284,6 +284,7 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 120.0,
         "options": {"expires": 120},
     },
+    "write the finance export": {"task": "billing.tasks.export_finance", "schedule": crontab(minute=23, hour=1)},
     "erase anonymised people at Stripe": {"task": "billing.tasks.sweep_customers", "schedule": 600.0},
     "erase anonymised people's work": {"task": "ai_ops.tasks.sweep_content", "schedule": 600.0},
     # One that waited for its worker longer than that has a successor.

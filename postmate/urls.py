@@ -14,6 +14,7 @@ from billing.views import (
     dashboard_accounts,
     dashboard_bulk,
     dashboard_figures,
+    dashboard_finance,
     history,
     notifications,
     tokens,
@@ -72,6 +73,7 @@ dashboard_urls = [
     path("", dashboard_figures.home, name="home"),
     path("sections/<slug:name>/", dashboard_figures.section, name="section"),
     path("sections/<slug:name>.csv", dashboard_figures.export, name="figures-export"),
+    path("sections/<slug:name>.pdf", dashboard_figures.export_pdf, name="figures-pdf"),
     path("purchases/<int:pk>/", dashboard.purchase, name="purchase"),
     path("drifts/", dashboard.drifts, name="drifts"),
     path("drifts/<int:pk>/", dashboard.resolve_drift, name="resolve-drift"),
@@ -86,6 +88,10 @@ dashboard_urls = [
     path("requests/<int:pk>/", dashboard_accounts.decide_request, name="decide-request"),
     path("audit/", dashboard_accounts.audit_log, name="audit"),
     path("settings/", dashboard_accounts.settings, name="settings"),
+    path("finance/", dashboard_finance.home, name="finance"),
+    re_path(
+        r"^finance/postmate-(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})\.zip$", dashboard_finance.file, name="finance-file"
+    ),
 ]
 
 # All that holds a connection open. In production the proxy sends this prefix to the `live` process.

@@ -1,15 +1,18 @@
 """/admin/tokens/: the figures of the whole business, for admins. Each section is asked for by itself, or as a file."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from html import unescape
 from typing import Any
 
 from django.db.models import Min
 from django.http import Http404, HttpResponse
 from django.shortcuts import redirect, render
 from django.template.defaultfilters import date as date_text
+from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils import timezone
 from django.utils.text import capfirst
@@ -22,6 +25,7 @@ from billing.charts import BUCKET_LABELS, Chart, Table, percent
 from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
 from billing.exports import Cell, csv_lines
 from billing.models import ModelPrice, TokenAccount, TokenUsage
+from billing.pdf import GREY, Document
 from billing.periods import InvalidPeriod, Period
 from billing.stats import BucketName
 
@@ -30,6 +34,7 @@ LIVE_EVERY_SECONDS = 30
 MAX_BARS = 10
 COHORT_MONTHS = 12
 MAX_COHORT_MONTHS = 36  # beyond that the table is wider than anybody reads
+MAX_PRINTED_COLUMNS = 10  # of numbers side by side on paper; the others follow below
 
 
 # --- Figures and how they are written ---------------------------------------------------------------------------------
@@ -171,6 +176,10 @@ class Content:
     buckets: Sequence[tuple[BucketName, str]] = field(default=())  # that can be chosen
     bucket: BucketName | None = None
 
+    @property
+    def data_tables(self) -> list[DataTable]:
+        return [*self.tables, *(drawing.data for drawing in self.drawings if drawing.data)]
+
     def lines(self) -> Iterator[list[Cell]]:
         """All its numbers, table after table, with a blank line between two of them."""
         if self.problem:
@@ -180,7 +189,7 @@ class Content:
             for figure in self.figures:
                 before = figure.before.number if figure.before else None
                 yield [figure.label, figure.now.number, figure.now.unit.name, before]
-        for data in [*self.tables, *(drawing.data for drawing in self.drawings if drawing.data)]:
+        for data in self.data_tables:
             columns = zip(*data.rows, strict=True) if data.rows else ((),) * len(data.headers)
             units = [{cell.unit.name for cell in column if isinstance(cell, Amount)} for column in columns]
             yield []
@@ -714,15 +723,7 @@ def section(request: SignedInRequest, name: str) -> HttpResponse:
 @admin_required
 def export(request: SignedInRequest, name: str) -> HttpResponse:
     """The numbers of a section as a file, which the audit log notes."""
-    wanted = _section_or_404(name)
-    span = read_span(request)
-    content = wanted.content(span, request)
-    about = "now" if wanted.polls else f"{span.since:%Y-%m-%d} to {span.until - timedelta(days=1):%Y-%m-%d}"
-    audit.write(
-        action=audit.Action.EXPORT,
-        summary=f"Exported the dashboard’s section “{wanted.title}” ({about}) as CSV",
-        actor=request.user,
-    )
+    wanted, content, about = _exported(request, name, "CSV")
 
     def rows() -> Iterator[Sequence[Cell]]:
         yield [f"Postmate: {wanted.title}", about, timezone.get_current_timezone_name()]
@@ -734,6 +735,86 @@ def export(request: SignedInRequest, name: str) -> HttpResponse:
         content_type="text/csv; charset=utf-8",
         headers={"Content-Disposition": f'attachment; filename="{filename}"'},
     )
+
+
+@require_GET
+@admin_required
+def export_pdf(request: SignedInRequest, name: str) -> HttpResponse:
+    """A section as a report to print or to pass on, which the audit log notes."""
+    wanted, content, about = _exported(request, name, "PDF")
+    filename = f"postmate-{name}-{timezone.localdate().isoformat()}.pdf"
+    return HttpResponse(
+        _render_report(wanted, content, about),
+        content_type="application/pdf",
+        headers={"Content-Disposition": f'attachment; filename="{filename}"'},
+    )
+
+
+def _exported(request: SignedInRequest, name: str, form: str) -> tuple[Section, Content, str]:
+    """The section that a file is made of, and the period in words. The audit log has it before anybody has the file."""
+    wanted = _section_or_404(name)
+    span = read_span(request)
+    content = wanted.content(span, request)
+    about = "now" if wanted.polls else f"{span.since:%Y-%m-%d} to {span.until - timedelta(days=1):%Y-%m-%d}"
+    audit.write(
+        action=audit.Action.EXPORT,
+        summary=f"Exported the dashboard’s section “{wanted.title}” ({about}) as {form}",
+        actor=request.user,
+    )
+    return wanted, content, about
+
+
+def _render_report(section: Section, content: Content, about: str) -> bytes:
+    written_at = timezone.localtime()
+    title = f"Dashboard: {section.title}"
+    pdf = Document(title=title, subtitle=title, written_at=written_at, orientation="landscape")
+    pdf.fact("Period", "how things stand now" if section.polls else about)
+    pdf.fact("Time zone", timezone.get_current_timezone_name())
+    pdf.fact("Written on", f"{written_at:%Y-%m-%d %H:%M}")
+    pdf.rule()
+    for words in (content.problem, content.empty):
+        if words:
+            pdf.text_line(words, size=10, height=6)
+    if content.figures:
+        befores = [figure.before.text if figure.before else "" for figure in content.figures]
+        rows = [
+            [figure.label, figure.now.text, before] for figure, before in zip(content.figures, befores, strict=True)
+        ]
+        # Only where something is compared there is a column for it.
+        columns = 3 if any(befores) else 2
+        pdf.table_of(["Figure", "Value", "Before"][:columns], [row[:columns] for row in rows])
+    for data in content.data_tables:
+        pdf.ln(6)
+        pdf.text_line(data.title, size=11, height=8, style="B")
+        if data.note:
+            pdf.text_line(data.note, size=9, height=6, colour=GREY)
+        if data.rows:
+            _print_table(pdf, data.table)
+    pdf.ln(8)
+    pdf.text_line("How this is reckoned", size=11, height=8, style="B")
+    for term, words in _definitions(section):
+        pdf.text_line(f"{term}: {words}", size=8, height=5, colour=GREY)
+    return bytes(pdf.output())
+
+
+def _print_table(pdf: Document, table: Table) -> None:
+    """Below each other what is too wide for the paper, each part with the names of the rows."""
+    for first in range(1, max(len(table.headers), 2), MAX_PRINTED_COLUMNS):
+        part = slice(first, first + MAX_PRINTED_COLUMNS)
+        if first > 1:
+            pdf.ln(3)
+        pdf.table_of(
+            [table.headers[0], *table.headers[part]], [[str(row[0]), *map(str, row[part])] for row in table.rows]
+        )
+
+
+def _definitions(section: Section) -> list[tuple[str, str]]:
+    """Each term and its meaning, as the page has them."""
+    context = {"section": section, "timed_operations": dashboard_stats.MAX_TIMED_OPERATIONS}
+    found = re.findall(
+        r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", render_to_string("dashboard/_definitions.html", context), re.DOTALL
+    )
+    return [(unescape(term), " ".join(unescape(words).split())) for term, words in found]
 
 
 def _section_or_404(name: str) -> Section:
@@ -752,6 +833,7 @@ def _section_context(
         "span": span,
         "section_url": f"{reverse('dashboard:section', args=[section.name])}?{query}",
         "export_url": f"{reverse('dashboard:figures-export', args=[section.name])}?{query}",
+        "pdf_url": f"{reverse('dashboard:figures-pdf', args=[section.name])}?{query}",
         "poll_seconds": LIVE_EVERY_SECONDS,
         "timed_operations": dashboard_stats.MAX_TIMED_OPERATIONS,
     }

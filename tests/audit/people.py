@@ -158,6 +158,8 @@ def samples() -> dict[str, list[dict[str, Any]]]:
         "dashboard:bulk-job-export": [{"pk": job.pk} for job in BulkJob.objects.all()],
         "dashboard:section": [{"name": "system"}],
         "dashboard:figures-export": [{"name": "system"}],
+        "dashboard:figures-pdf": [{"name": "system"}],
+        "dashboard:finance-file": [{"day": "2000-01-01"}],
         "account_confirm_email": [{"key": "no-such-key"}],
         "account_reset_password_from_key": [{"uidb36": "1", "key": "no-such-key"}],
     }

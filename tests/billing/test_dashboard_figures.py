@@ -2,6 +2,8 @@
 
 import csv
 import re
+import shutil
+import subprocess
 from datetime import timedelta
 from decimal import Decimal
 from html import unescape
@@ -247,3 +249,35 @@ def test_changes_are_told_in_words() -> None:
     assert change_text(-5, 100, cents_of("usd")) == "$1.00 before"
     assert change_text(100, 200, PERCENT) == "20 % before"
     assert Figure("x", Amount(5, COUNT), Amount(None, COUNT)).change == ""
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_report_of_an_empty_database(admin: Client, name: str) -> None:
+    TokenAccount.objects.all().update(balance=0)
+    for query in ("", "period=today", "period=all"):
+        response = admin.get(f"/admin/tokens/sections/{name}.pdf?{query}")
+        assert response["Content-Type"] == "application/pdf"
+        assert response.content.startswith(b"%PDF-")
+
+
+@pytest.mark.skipif(not shutil.which("pdftotext"), reason="reads PDFs with pdftotext")
+def test_report_says_what_the_page_and_the_file_say(history: None, admin: Client) -> None:
+    """Every table, however wide, with what it means; and the audit log knows."""
+    for name, each in SECTIONS.items():
+        report = admin.get(f"/admin/tokens/sections/{name}.pdf?period=12m")
+        assert f"postmate-{name}-" in report["Content-Disposition"]
+        command = ["pdftotext", "-layout", "-", "-"]
+        text = subprocess.run(command, input=report.content, capture_output=True, check=True).stdout.decode()
+        words = " ".join(text.split())
+        assert f"Dashboard: {each.title}" in words
+        assert timezone.get_current_timezone_name() in words
+        assert "How this is reckoned" in words
+        # The page's numbers, but for how things stand now, which go on while one looks.
+        if not each.polls:
+            shown = figures(section(admin, name, "period=12m")) if name in ("system", "customers", "liability") else {}
+            for label, value in shown.items():
+                assert re.search(rf"{re.escape(label)} +{re.escape(value)}", text), (name, label, value)
+        titles = [row[0] for row in rows(admin, name, "period=12m") if len(row) == 1]
+        assert all(title in words for title in titles), name
+    entries = AuditEntry.objects.filter(action="export", summary__endswith="as PDF")
+    assert entries.count() == len(SECTIONS)
