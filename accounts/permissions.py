@@ -5,9 +5,13 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+from allauth.mfa.utils import is_mfa_enabled
+from django.conf import settings
+from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest, HttpResponse
+from django.shortcuts import redirect
 
 from accounts import audit
 from accounts.models import User
@@ -34,6 +38,17 @@ def superadmin_required(view: View) -> View:
     return _require(view, lambda user: user.is_superadmin)
 
 
+def lacks_second_factor(user: User) -> bool:
+    """Whether the admin side is closed to this person until they have one; in development nobody needs it."""
+    return settings.ADMIN_MFA_REQUIRED and not is_mfa_enabled(user)
+
+
+def may_enter_django_admin(request: HttpRequest) -> bool:
+    """Whom Django admin sends to its sign-in instead, which `superadmin_required` guards: it says what is missing."""
+    user = request.user
+    return isinstance(user, User) and user.is_active and user.is_superadmin and not lacks_second_factor(user)
+
+
 def _require(view: View, may: Callable[[User], bool]) -> View:
     @login_required
     @wraps(view)
@@ -48,6 +63,9 @@ def _require(view: View, may: Callable[[User], bool]) -> View:
                 actor=request.user,
             )
             raise PermissionDenied
+        if lacks_second_factor(request.user):
+            messages.warning(request, "Set up two-factor authentication first: the admin side needs it.")
+            return redirect("mfa_index")
         return view(request, *args, **kwargs)
 
     return guarded

@@ -8,7 +8,7 @@ import ai_ops.usage_views
 import ai_ops.views
 import billing.views.live
 import billing.views.settings
-from accounts.permissions import superadmin_required
+from accounts.permissions import may_enter_django_admin, superadmin_required
 from billing.views import (
     dashboard,
     dashboard_accounts,
@@ -25,6 +25,7 @@ from postmate.api import api_urls, docs_urlpatterns
 
 # Django admin has no sign-in of its own, which would know neither the limit on guesses nor the second factor.
 admin.site.login = superadmin_required(admin.site.login)  # type: ignore[method-assign]
+admin.site.has_permission = may_enter_django_admin  # type: ignore[method-assign]
 admin.site.site_header = admin.site.site_title = "Postmate token billing"
 
 studio_urls = [

@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+from allauth.mfa.models import Authenticator
 from django.core import mail
 from django.core.cache import cache
 from django.db import IntegrityError, transaction
@@ -304,3 +305,17 @@ def test_everybody_may_open(client: Client, seeded: None, path: str) -> None:
 def test_start_page_leads_on_to_the_studio(client: Client, alice: User) -> None:
     client.force_login(alice)
     assert client.get("/")["Location"] == reverse("studio:home")
+
+
+@pytest.mark.parametrize("path", ["/admin/", "/admin/billing/purchase/", "/admin/tokens/", "/admin/tokens/audit/"])
+def test_admin_side_needs_a_second_factor_in_production(
+    client: Client, susan: User, settings: Settings, path: str
+) -> None:
+    """Closed until it is set up, and the page where that is done is where one is sent."""
+    settings.ADMIN_MFA_REQUIRED = True
+    client.force_login(susan)
+    answer = client.get(path, follow=True)
+    assert answer.redirect_chain[-1] == (reverse("mfa_index"), 302)
+    assert "Set up two-factor authentication first" in answer.content.decode()
+    Authenticator.objects.create(user=susan, type=Authenticator.Type.TOTP, data={"secret": "x"})
+    assert client.get(path).status_code == 200

@@ -29,6 +29,7 @@ LIVE_PORT, WSGI_PORT = environment.free_port(), environment.free_port()
 # The stand-ins' keys and addresses are set by tests.environment.
 os.environ |= {
     "DEBUG": "false",
+    "ADMIN_MFA_REQUIRED": "false",  # no page looks different for it, and none would be reached
     "DATABASE_URL": urlsplit(SERVER_URL)._replace(path=f"/{SCRATCH}").geturl(),
     "DATABASE_POOL_SIZE": "20",
     "REDIS_URL": environment.redis_database(os.environ["REDIS_URL"], REDIS_DATABASE),
