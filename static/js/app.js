@@ -144,6 +144,15 @@
     event.detail.elt.closest?.("[data-quiet]")?.classList.remove("is-stale");
   });
 
+  // ---- the drawer: a page's part beside the list that it was opened from --------------------------------------------
+  document.addEventListener("htmx:afterSwap", (event) => {
+    const { target, pathInfo } = event.detail;
+    if (target?.id !== "drawer-body") return;
+    const drawer = target.closest("dialog");
+    drawer.querySelector("[data-drawer-link]").href = pathInfo.requestPath;
+    drawer.showModal();
+  });
+
   // The same balance again is no news: do not swap it, so that it neither flickers nor is read out twice.
   function isOldNews(html) {
     const region = document.getElementById("balance");
