@@ -43,8 +43,8 @@ TARGET = 0.5
 INPUT_TOKENS, OUTPUT_TOKENS, COST_TOKENS = 1_000, 500, 2_250
 
 SEED = f"""
-INSERT INTO accounts_user (password, email, name, role, is_active, date_joined)
-SELECT '', 'user' || n || '@example.com', '', 'user', true, now() FROM generate_series(1, {ACCOUNTS}) AS n;
+INSERT INTO accounts_user (password, email, name, role, is_active, date_joined, time_zone)
+SELECT '', 'user' || n || '@example.com', '', 'user', true, now(), '' FROM generate_series(1, {ACCOUNTS}) AS n;
 INSERT INTO accounts_workspace (name, owner_id, created_at) SELECT 'Personal', id, now() FROM accounts_user;
 INSERT INTO billing_tokenaccount (user_id, workspace_id, balance, sequence, lifetime_granted_tokens)
 SELECT owner_id, id, 1000000000000, 1, 1000000000000 FROM accounts_workspace ORDER BY owner_id;
