@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpResponse
-from django.shortcuts import get_object_or_404, redirect, render
+from django.shortcuts import get_object_or_404, render
 from django.utils import timezone
 from django.views.decorators.http import require_GET
 
@@ -422,13 +422,3 @@ def usage_entry(request: SignedInRequest, pk: int) -> HttpResponse:
         ],
     }
     return render(request, "billing/usage_entry.html", context)
-
-
-@require_GET
-@login_required
-def usage_result(request: SignedInRequest, pk: int) -> HttpResponse:
-    """Leads to what an operation made; billing, which lies below, knows its number alone (row 63: of one's own)."""
-    result = operations.find_result(get_object_or_404(TokenUsage, pk=pk, user=request.user))
-    if result is None:
-        raise Http404
-    return redirect(result.get_absolute_url())

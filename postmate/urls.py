@@ -42,7 +42,6 @@ studio_urls = [
     path("images/", ai_ops.views.images, name="images"),
     path("images/<int:pk>/", ai_ops.views.image_batch, name="image-batch"),
     path("images/files/<int:pk>/", ai_ops.views.image_file, name="image-file"),
-    path("results/<int:pk>/", ai_ops.usage_views.usage_result, name="usage-result"),
 ]
 
 tokens_urls = [

@@ -29,7 +29,7 @@ def page(client: Client, address: str, status: int = 200) -> str:
     return unescape(response.content.decode())
 
 
-@pytest.mark.parametrize("address", [*PAGES, "/tokens/usage/1/", "/studio/results/1/"])
+@pytest.mark.parametrize("address", [*PAGES, "/tokens/usage/1/"])
 def test_pages_are_for_who_is_signed_in(client: Client, address: str, db: None) -> None:
     response = client.get(address)
     assert (response.status_code, response.headers["Location"]) == (302, f"/accounts/login/?next={address}")
@@ -41,8 +41,7 @@ def test_nobody_sees_what_another_used(reader: Client, alice: User, bob: User) -
     chat = Chat.objects.create(project=theirs, author=bob, title="Secret")
     usage = add_usage(bob, timezone.now(), billable_tokens=777_777, chat_id=chat.pk, project_id=theirs.pk)
     ChatTurn.objects.create(chat=chat, question="?", usage_id=usage.pk)
-    for address in (f"/tokens/usage/{usage.pk}/", f"/studio/results/{usage.pk}/"):
-        page(reader, address, 404)
+    page(reader, f"/tokens/usage/{usage.pk}/", 404)
     page(reader, f"/tokens/usage/log/?before={usage.pk}", 200)  # nothing used yet, nothing to page through
     own = add_usage(alice, timezone.now(), billable_tokens=5, project_id=theirs.pk)
     for cursor in ("before", "after"):
@@ -53,11 +52,12 @@ def test_nobody_sees_what_another_used(reader: Client, alice: User, bob: User) -
         assert "secret plan" not in text
     reader.force_login(bob)
     assert "secret plan" in page(reader, "/tokens/usage/")
-    assert reader.get(f"/studio/results/{usage.pk}/").headers["Location"].startswith(f"/studio/chats/{chat.pk}/")
+    assert f'href="/studio/chats/{chat.pk}/' in page(reader, f"/tokens/usage/{usage.pk}/")
 
 
-def test_result_that_is_gone_is_not_found(reader: Client, alice: User) -> None:
-    page(reader, f"/studio/results/{add_usage(alice, timezone.now(), content_id=99).pk}/", 404)
+def test_result_that_is_gone_is_not_linked(reader: Client, alice: User) -> None:
+    usage = add_usage(alice, timezone.now(), content_id=99)
+    assert "/studio/content/99/" not in page(reader, f"/tokens/usage/{usage.pk}/")
 
 
 @pytest.mark.parametrize("address", PAGES)

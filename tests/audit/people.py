@@ -145,7 +145,6 @@ def samples() -> dict[str, list[dict[str, Any]]]:
         "studio:chat": [{"pk": chat.pk} for chat in Chat.objects.filter(author=writer)],
         "studio:image-batch": [{"pk": batch.pk} for batch in batches],
         "studio:image-file": [{"pk": batches[0].images.all()[0].pk}],
-        "studio:usage-result": usages,
         "tokens:usage-entry": usages,
         "tokens:statement": [{"year": f"{now:%Y}", "month": f"{now:%m}"}],
         "tokens:success": checkouts,
