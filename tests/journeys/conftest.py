@@ -17,6 +17,7 @@ from playwright.sync_api import (
     Request,
     Response,
     ViewportSize,
+    expect,
     sync_playwright,
 )
 
@@ -28,6 +29,7 @@ SCREENSHOTS = Path(__file__).parents[2] / "artifacts" / "screenshots"
 WIDE, PHONE = ViewportSize(width=1440, height=900), ViewportSize(width=390, height=844)
 OWN_HOSTS = ("127.0.0.1", "localhost")
 TIMEOUT_MS = 15_000
+expect.set_options(timeout=TIMEOUT_MS)
 ARGUMENTS = [
     "--headless",
     "--no-sandbox",

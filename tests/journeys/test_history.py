@@ -65,6 +65,7 @@ def test_filters_sorts_and_pages(alice: User, susan: User, page: Page) -> None:
     page.wait_for_load_state()  # going back loads the page anew, and its scripts carry the way forward
     page.go_forward()
     expect(entries).to_have_count(10)
+    page.wait_for_load_state()  # and so does going forward: a click before that would be lost
 
     page.get_by_text("Grant", exact=True).first.click()
     expect(page).to_have_url(re.compile(r"type=admin_grant"))
