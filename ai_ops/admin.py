@@ -8,8 +8,12 @@ from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, Generate
 from billing.admin import ReadOnlyAdmin
 
 
+class AuthorsOwnAdmin(ReadOnlyAdmin):
+    view_on_site = False  # the pages in the Studio open for their author alone
+
+
 @admin.register(Project)
-class ProjectAdmin(ReadOnlyAdmin):
+class ProjectAdmin(AuthorsOwnAdmin):
     list_display = ("name", "workspace", "created_at")
     list_select_related = ("workspace",)
     search_fields = ("name", "workspace__owner__email")
@@ -17,7 +21,7 @@ class ProjectAdmin(ReadOnlyAdmin):
 
 
 @admin.register(ContentPiece)
-class ContentPieceAdmin(ReadOnlyAdmin):
+class ContentPieceAdmin(AuthorsOwnAdmin):
     list_display = ("title", "project", "author", "state", "updated_at")
     list_filter = ("state",)
     list_select_related = ("project", "author")
@@ -26,7 +30,7 @@ class ContentPieceAdmin(ReadOnlyAdmin):
 
 
 @admin.register(ContentVersion)
-class ContentVersionAdmin(ReadOnlyAdmin):
+class ContentVersionAdmin(AuthorsOwnAdmin):
     list_display = ("piece", "number", "origin", "note", "is_used", "usage_id", "created_at")
     list_filter = ("origin", "is_used")
     list_select_related = ("piece",)
@@ -35,7 +39,7 @@ class ContentVersionAdmin(ReadOnlyAdmin):
 
 
 @admin.register(Chat)
-class ChatAdmin(ReadOnlyAdmin):
+class ChatAdmin(AuthorsOwnAdmin):
     list_display = ("title", "project", "author", "updated_at")
     list_select_related = ("project", "author")
     search_fields = ("title", "author__email")
@@ -43,7 +47,7 @@ class ChatAdmin(ReadOnlyAdmin):
 
 
 @admin.register(ChatTurn)
-class ChatTurnAdmin(ReadOnlyAdmin):
+class ChatTurnAdmin(AuthorsOwnAdmin):
     list_display = ("__str__", "state", "usage_id", "created_at")
     list_filter = ("state",)
     list_select_related = ("chat",)
@@ -52,7 +56,7 @@ class ChatTurnAdmin(ReadOnlyAdmin):
 
 
 @admin.register(ImagePrompt)
-class ImagePromptAdmin(ReadOnlyAdmin):
+class ImagePromptAdmin(AuthorsOwnAdmin):
     list_display = ("__str__", "project", "author", "state", "usage_id", "created_at")
     list_filter = ("state", "style")
     list_select_related = ("project", "author")
@@ -60,9 +64,23 @@ class ImagePromptAdmin(ReadOnlyAdmin):
     ordering = ("-id",)
 
 
-class GeneratedImageInline(admin.TabularInline):
+@admin.register(GeneratedImage)
+class GeneratedImageAdmin(AuthorsOwnAdmin):
     """Named, not shown: an image is served to its author alone."""
 
+    list_display = ("__str__", "author", "media_type")
+    list_filter = ("media_type",)
+    list_select_related = ("batch__author",)
+    search_fields = ("batch__author__email", "batch__usage_id__exact")
+    fields = ("batch", "position", "media_type")
+    ordering = ("-id",)
+
+    @admin.display(ordering="batch__author__email")
+    def author(self, image: GeneratedImage) -> str:
+        return str(image.batch.author)
+
+
+class GeneratedImageInline(admin.TabularInline):
     model = GeneratedImage
     fields = readonly_fields = ("position", "media_type")
     can_delete = False
@@ -73,7 +91,7 @@ class GeneratedImageInline(admin.TabularInline):
 
 
 @admin.register(ImageBatch)
-class ImageBatchAdmin(ReadOnlyAdmin):
+class ImageBatchAdmin(AuthorsOwnAdmin):
     list_display = ("__str__", "project", "author", "size", "quality", "count", "state", "usage_id", "created_at")
     list_filter = ("state", "size", "style")
     list_select_related = ("project", "author")

@@ -29,6 +29,7 @@ from billing.models import (
     ModelPrice,
     ModelPriceChange,
     Notification,
+    NotificationPreference,
     PaymentReversal,
     Purchase,
     RollUp,
@@ -174,7 +175,7 @@ class StripeEventAdmin(ReadOnlyAdmin):
     def handle_again(self, request: HttpRequest, queryset: models.QuerySet[StripeEvent]) -> None:
         for event in queryset.filter(state__in=webhooks.OPEN).order_by("id"):
             try:
-                outcome = webhooks.handle_again(event)
+                outcome = webhooks.handle_again(event, by=cast(User, request.user))
             except webhooks.EventNotHandled as error:
                 self.message_user(request, f"{event.event_id} failed again: {error.__cause__!r}", messages.ERROR)
             else:
@@ -208,6 +209,17 @@ class NotificationAdmin(ReadOnlyAdmin):
     list_filter = (EmailStateFilter, "kind")
     list_select_related = ("user",)
     search_fields = ("user__email", "title")
+    ordering = ("-id",)
+
+
+@admin.register(NotificationPreference)
+class NotificationPreferenceAdmin(ReadOnlyAdmin):
+    """Chosen by the people themselves; of who never chose there is no row."""
+
+    list_display = ("user", "kind", "wants_email")
+    list_filter = ("wants_email", "kind")
+    list_select_related = ("user",)
+    search_fields = ("user__email",)
     ordering = ("-id",)
 
 

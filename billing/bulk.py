@@ -4,12 +4,12 @@ Which accounts is settled when the job is started. A worker takes a row, does it
 transaction: killed anywhere, another goes on, and no row is done twice. Any number of workers may run one job.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 
 from django.db import IntegrityError, transaction
-from django.db.models import Count
+from django.db.models import Count, QuerySet
 from django.utils import timezone
 
 from accounts import audit
@@ -17,6 +17,7 @@ from accounts.models import User
 from billing import accounts, grants
 from billing.accounts import AccountFilter
 from billing.background import enqueue_on_commit
+from billing.database import repeated_after_conflicts
 from billing.models import BulkJob, BulkJobRow, GrantRequest, TokenAccount
 from billing.models.bulk_job import BulkKind as Kind
 from billing.models.bulk_job import BulkRowState as RowState
@@ -56,13 +57,14 @@ class Progress:
 
     waiting: int
     done: int
+    requested: int
     skipped: int
     failed: int
     cancelled: int
 
     @property
     def total(self) -> int:
-        return self.waiting + self.done + self.skipped + self.failed + self.cancelled
+        return self.waiting + self.done + self.requested + self.skipped + self.failed + self.cancelled
 
     @property
     def percent(self) -> int:
@@ -204,6 +206,7 @@ def sweep_bulk_jobs() -> int:
     return len(job_ids)
 
 
+@repeated_after_conflicts
 def _do_next(job_id: int) -> bool:
     """Take the next row that no other worker has, do it and note it, in one transaction (law 8)."""
     with transaction.atomic():
@@ -241,7 +244,10 @@ def _do(row: BulkJobRow) -> tuple[RowState, str]:
         )
         if request.state == GrantRequest.State.DONE:
             return RowState.DONE, f"{request.tokens:,} tokens granted"
-        return RowState.SKIPPED, f"Request {request.pk} waits for approval"
+        row.data = {"grant_request_id": request.pk}
+        if request.user_id == requester.pk:
+            return RowState.REQUESTED, "Nobody gives tokens to themselves: another superadmin decides"
+        return RowState.REQUESTED, "So many tokens need a second superadmin"
     if job.kind == Kind.SUSPEND:
         if account.status != TokenAccount.Status.ACTIVE and not account.has_debt:
             return RowState.SKIPPED, f"Was {account.status} already"
@@ -265,9 +271,24 @@ EXPORTED_FIELDS = (
 
 
 def progress(job: BulkJob) -> Progress:
-    counts = dict.fromkeys(RowState.values, 0)
-    counts |= dict(job.rows.order_by().values_list("state").annotate(Count("pk")))
-    return Progress(**counts)
+    return progress_of([job])[job.pk]
+
+
+def progress_of(jobs: Iterable[BulkJob]) -> dict[int, Progress]:
+    """How far each of the jobs is, by its id."""
+    counts = {job.pk: dict.fromkeys(RowState.values, 0) for job in jobs}
+    rows = BulkJobRow.objects.filter(job__in=counts).order_by().values_list("job_id", "state").annotate(Count("pk"))
+    for job_id, state, number in rows:
+        counts[job_id][state] = number
+    return {job_id: Progress(**states) for job_id, states in counts.items()}
+
+
+def find_rows(job: BulkJob, *, state: str = "") -> QuerySet[BulkJobRow]:
+    """The rows that something has become of, in `state` or in any, the last ones first; each with its person."""
+    ended = job.rows.exclude(state=RowState.WAITING)
+    if state:
+        ended = ended.filter(state=state)
+    return ended.select_related("account__user").order_by("-id")
 
 
 def exported_rows(job: BulkJob) -> Iterator[list[str | int | None]]:

@@ -20,9 +20,8 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 from django.conf import settings
 from django.db.models import Min
-from django.utils import timezone
 
-from billing import dashboard_stats
+from billing import dashboard_stats, database
 from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow
 from billing.database import one_snapshot
 from billing.exports import Cell, csv_lines
@@ -77,7 +76,7 @@ def export_missing() -> list[Path]:
     first_at = TokenAccount.objects.aggregate(at=Min("created_at"))["at"]
     if first_at is None:
         return []
-    today = timezone.now().astimezone(UTC).date()
+    today = database.now().astimezone(UTC).date()
     days = [today - timedelta(days=late) for late in range(MAX_DAYS_LATE, 0, -1)]
     first_day = first_at.astimezone(UTC).date()
     return [export_day(day) for day in days if day >= first_day and not path_of(day).exists()]
@@ -91,7 +90,7 @@ def export_day(day: date) -> Path:
     LiabilityDoesNotBalance is raised and nothing is written. Raises DayNotOver.
     """
     since, until = midnight(day, UTC), midnight(day + timedelta(days=1), UTC)
-    if until > timezone.now():
+    if until > database.now():
         raise DayNotOver(f"{day.isoformat()} is not over yet in UTC.")
     folder().mkdir(parents=True, exist_ok=True)
     _remove_abandoned()

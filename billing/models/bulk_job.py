@@ -21,6 +21,7 @@ class BulkState(models.TextChoices):
 class BulkRowState(models.TextChoices):
     WAITING = "waiting", "Waiting"
     DONE = "done", "Done"
+    REQUESTED = "requested", "Waits for approval"  # `data` names the request
     SKIPPED = "skipped", "Nothing to do"
     FAILED = "failed", "Failed"
     CANCELLED = "cancelled", "Cancelled"
@@ -62,7 +63,8 @@ class BulkJob(models.Model):
 
 
 class BulkJobRow(models.Model):
-    """What became of one account in a bulk job. `data` are an export's figures; the person is looked up when read."""
+    """What became of one account in a bulk job. `data` are an export's figures (the person is looked up when read), or
+    the request that a grant became (`grant_request_id`)."""
 
     State = BulkRowState
 

@@ -10,9 +10,10 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
-from billing import gateway, reconcile, refunds
+from billing import gateway, reconcile, refunds, webhooks
 from billing.forms import RefundConfirmationForm, RefundForm, ResolutionForm
-from billing.models import Drift, PaymentReversal, Purchase, TokenAccount, TokenTransaction
+from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
+from billing.views.dashboard_lists import choices_of
 
 ROWS_PER_PAGE = 25
 MAX_OPEN_DRIFTS = 200
@@ -119,3 +120,46 @@ def resolve_drift(request: SignedInRequest, pk: int) -> HttpResponse:
     else:
         messages.info(request, "It was resolved already.")
     return redirect("dashboard:drifts")
+
+
+@require_GET
+@admin_required
+def events(request: SignedInRequest) -> HttpResponse:
+    """Stripe's events that are not dealt with yet: those that failed, and those that wait for a person."""
+    labels = {"": "All", "aside": "Set aside", "failed": "To repeat", "received": "Waiting"}  # as on the overview
+    chosen = request.GET.get("state", "")
+    chosen = chosen if chosen in labels else ""
+    found = StripeEvent.objects.filter(state__in=[chosen] if chosen else webhooks.OPEN).defer("payload")
+    context = {
+        "page": Paginator(found.order_by("-received_at", "-id"), ROWS_PER_PAGE).get_page(request.GET.get("page")),
+        "choices": choices_of(request, "state", labels, chosen=chosen),
+    }
+    return render(request, "dashboard/events.html", context)
+
+
+@require_POST
+@superadmin_required
+def handle_event(request: SignedInRequest, pk: int) -> HttpResponse:
+    """A superadmin has an event handled once more, or says that they dealt with it."""
+    event = get_object_or_404(StripeEvent, pk=pk)
+    decision = request.POST.get("decision")
+    if decision not in ("again", "settle"):
+        messages.error(request, "Choose whether to handle it again or to note it as dealt with.")
+    elif decision == "settle":
+        if webhooks.settle_by_hand(event, by=request.user):
+            messages.success(request, f"{event.event_id} is noted as dealt with.")
+        else:
+            messages.info(request, "It does not wait for a person any more.")
+    else:
+        _handle_event_again(request, event)
+    return redirect("dashboard:events")
+
+
+def _handle_event_again(request: SignedInRequest, event: StripeEvent) -> None:
+    try:
+        handled = webhooks.handle_again(event, by=request.user)
+    except webhooks.EventNotHandled as error:
+        messages.error(request, f"{event.event_id} failed again: {error.__cause__!r}")
+    else:
+        tell = messages.warning if handled.state == StripeEvent.State.ASIDE else messages.success
+        tell(request, f"{event.event_id}: {handled.get_state_display()}. {handled.message}")

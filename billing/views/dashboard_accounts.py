@@ -8,6 +8,7 @@ from uuid import uuid4
 from django.contrib import messages
 from django.core.exceptions import ValidationError
 from django.core.paginator import Paginator
+from django.db.models import Q
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils.crypto import salted_hmac
@@ -23,10 +24,11 @@ from billing.models.account import AccountStatus
 from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
 from billing.tables import AccountLedgerTable
+from billing.views.dashboard_lists import newest_first, number
 
 ROWS_PER_PAGE = 25
 ENTRIES_PER_PAGE = 15
-NEWEST = 10  # of each kind of thing on the page of one account
+NEWEST = 10  # of each kind of thing on a page of one account
 MAX_OPEN_REQUESTS = 100
 
 BANDS = {
@@ -45,6 +47,20 @@ SORTS = {
     "last_purchase": "Oldest purchase first",
     "-joined": "Newest account first",
     "joined": "Oldest account first",
+}
+
+USAGE_FILTERS = {"": ("All", Q())} | {status.value: (status.label, Q(status=status)) for status in TokenUsage.Status}
+PURCHASE_FILTERS = {
+    "": ("All", Q()),
+    "paid": ("Paid", Q(state=Purchase.State.PAID)),
+    "open": ("Under way", Q(state__in=Purchase.PENDING_STATES)),
+    "failed": ("Failed or expired", Q(state__in=[Purchase.State.FAILED, Purchase.State.EXPIRED])),
+    "review": ("Under review", Q(state=Purchase.State.REVIEW)),
+}
+NOTICE_FILTERS = {
+    "": ("All", Q()),
+    "unread": ("Not read yet", Q(read_at=None)),
+    "unsent": ("Email not sent", Q(email_wanted=True, email_sent_at=None)),
 }
 
 
@@ -139,9 +155,15 @@ def _render_account(
         "last_balance": last_balance,
         "is_chain_broken": last_balance != account.balance
         or any(newer.balance_before != older.balance_after for newer, older in pairwise(page.entries)),
-        "usages": TokenUsage.objects.filter(user=person).order_by("-created_at")[:NEWEST],
-        "purchases": Purchase.objects.filter(user=person).order_by("-created_at")[:NEWEST],
-        "notices": Notification.objects.filter(user=person).order_by("-id")[:NEWEST],
+        "usage": newest_first(
+            request, TokenUsage.objects.filter(user=person), name="usage", filters=USAGE_FILTERS, limit=NEWEST
+        ),
+        "purchases": newest_first(
+            request, Purchase.objects.filter(user=person), name="purchases", filters=PURCHASE_FILTERS, limit=NEWEST
+        ),
+        "notices": newest_first(
+            request, Notification.objects.filter(user=person), name="notices", filters=NOTICE_FILTERS, limit=NEWEST
+        ),
         "audit_entries": _with_changes(audit.find_entries(subject=str(person.pk), limit=NEWEST).entries),
         "open_requests": open_requests.select_related("requested_by").order_by("id"),
         "status_form": status_form,
@@ -159,7 +181,7 @@ def new_grant(request: SignedInRequest) -> HttpResponse:
     """Give or take tokens: find the person, say how many and why, see the new balance, confirm."""
     if request.method == "POST":
         return _grant(request)
-    user_id = _number(request.GET.get("user", ""))
+    user_id = number(request.GET.get("user", ""))
     if user_id is not None:
         return _render_grant(request, _new_grant_form(user_id), account=_get_account(user_id))
     search = request.GET.get("search", "")
@@ -170,7 +192,7 @@ def new_grant(request: SignedInRequest) -> HttpResponse:
 
 
 def _grant(request: SignedInRequest) -> HttpResponse:
-    account = _get_account(_number(request.POST.get("user_id", "")) or 0)
+    account = _get_account(number(request.POST.get("user_id", "")) or 0)
     form = GrantForm(request.POST)
     if not form.is_valid() or "change" in request.POST:
         return _render_grant(request, form, account=account, status=400 if form.errors else 200)
@@ -270,12 +292,15 @@ def decide_request(request: SignedInRequest, pk: int) -> HttpResponse:
 def _render_requests(
     request: SignedInRequest, *, refused: dict[str, Any] | None = None, status: int = 200
 ) -> HttpResponse:
-    before_id = _number(request.GET.get("before", ""))
+    before_id, only_id = number(request.GET.get("before", "")), number(request.GET.get("request", ""))
     closed = GrantRequest.objects.exclude(state__in=GrantRequest.OPEN_STATES)
+    waiting_requests = grants.list_open_requests()
+    if only_id is not None:
+        closed, waiting_requests = closed.filter(pk=only_id), waiting_requests.filter(pk=only_id)
     if before_id is not None:
         closed = closed.filter(pk__lt=before_id)
     rows = list(closed.select_related("user", "requested_by", "decided_by").order_by("-id")[: ROWS_PER_PAGE + 1])
-    open_requests = list(grants.list_open_requests()[:MAX_OPEN_REQUESTS])
+    open_requests = list(waiting_requests[: MAX_OPEN_REQUESTS + 1])
     waiting = [
         {
             "request": each,
@@ -283,7 +308,7 @@ def _render_requests(
             "new_balance_tokens": each.account.balance
             + (each.tokens if each.kind == GrantKind.GRANT else -each.tokens),
         }
-        for each in open_requests
+        for each in open_requests[:MAX_OPEN_REQUESTS]
     ]
     context = {
         "waiting": waiting,
@@ -292,6 +317,8 @@ def _render_requests(
         "closed": rows[:ROWS_PER_PAGE],
         "next_before_id": rows[ROWS_PER_PAGE - 1].pk if len(rows) > ROWS_PER_PAGE else None,
         "before_id": before_id,
+        "only_id": only_id,
+        "has_more_waiting": len(open_requests) > MAX_OPEN_REQUESTS,
     }
     return render(request, "dashboard/requests.html", context, status=status)
 
@@ -318,7 +345,7 @@ def audit_log(request: SignedInRequest) -> HttpResponse:
         period = periods.read_period(request.GET, default="all")
     except periods.InvalidPeriod as error:
         return render(request, "dashboard/audit.html", context | {"period_error": error.message}, status=422)
-    before_id = _number(request.GET.get("before", ""))
+    before_id = number(request.GET.get("before", ""))
     found = audit.find_entries(
         actor=asked["actor"],
         subject=asked["subject"],
@@ -455,8 +482,3 @@ def _preview_rows(preview: settings_preview.SettingsPreview | None) -> list[tupl
 def _dollars(microusd: int) -> str:
     """To the nearest cent."""
     return ("−" if microusd < 0 else "") + display_price((abs(microusd) + 5_000) // 10_000)
-
-
-def _number(text: str) -> int | None:
-    """An id in an address or a hidden field; anything else is none."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None

@@ -4,6 +4,7 @@ from typing import Any, cast
 from uuid import uuid4
 
 from django.contrib import messages
+from django.core.paginator import Paginator
 from django.http import HttpResponse, StreamingHttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
@@ -13,9 +14,21 @@ from accounts.permissions import SignedInRequest, admin_required
 from billing import accounts, bulk, exports
 from billing.accounts import AccountFilter
 from billing.forms import BulkForm
-from billing.models import BulkJob
+from billing.models import BulkJob, BulkJobRow, GrantRequest
+from billing.views.dashboard_lists import choices_of
 
-NEWEST_ROWS = 100
+ROWS_PER_PAGE = 25
+
+
+@require_GET
+@admin_required
+def job_list(request: SignedInRequest) -> HttpResponse:
+    """All jobs: whose they are, what they do, and how far they are."""
+    jobs = BulkJob.objects.select_related("requested_by").order_by("-id")
+    page = Paginator(jobs, ROWS_PER_PAGE).get_page(request.GET.get("page"))
+    progress = bulk.progress_of(page.object_list)
+    context = {"page": page, "jobs": [(job, progress[job.pk]) for job in page]}
+    return render(request, "dashboard/bulk_jobs.html", context)
 
 
 @require_http_methods(["GET", "HEAD", "POST"])
@@ -61,11 +74,26 @@ def job(request: SignedInRequest, pk: int) -> HttpResponse:
         except bulk.BulkError as error:
             messages.error(request, error.message)
         return redirect("dashboard:bulk-job", pk)
-    rows = job.rows.exclude(finished_at=None).select_related("account__user").order_by("-id")
+    progress = bulk.progress(job)
+    counts = [(state, getattr(progress, state)) for state in BulkJobRow.State]
+    outcomes = {"": "All"} | {
+        state.value: f"{state.label} ({count:,})"
+        for state, count in counts
+        if count and state != BulkJobRow.State.WAITING
+    }
+    chosen = request.GET.get("outcome", "")
+    chosen = chosen if chosen in BulkJobRow.State.values else ""
+    page = Paginator(bulk.find_rows(job, state=chosen), ROWS_PER_PAGE).get_page(request.GET.get("page"))
+    requests = GrantRequest.objects.in_bulk(
+        [row.data["grant_request_id"] for row in page if row.state == BulkJobRow.State.REQUESTED]
+    )
     context = {
         "job": job,
-        "progress": bulk.progress(job),
-        "rows": rows[:NEWEST_ROWS],
+        "progress": progress,
+        "counts": [(state.label, count) for state, count in counts if count],
+        "choices": choices_of(request, "outcome", outcomes, chosen=chosen),
+        "page": page,
+        "rows": [(row, requests.get(row.data.get("grant_request_id"))) for row in page],
         "may_cancel": request.user.is_superadmin or request.user.pk == job.requested_by_id,
     }
     return render(request, "dashboard/bulk_job.html", context)

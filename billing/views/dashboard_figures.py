@@ -7,6 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from html import unescape
 from typing import Any
+from urllib.parse import urlencode
 
 from django.db.models import Min
 from django.http import Http404, HttpResponse
@@ -33,6 +34,7 @@ DEFAULT_PERIOD = "30d"
 LIVE_EVERY_SECONDS = 30
 MAX_BARS = 10
 COHORT_MONTHS = 12
+MAX_CHANGE_PERMILLE = 10_000  # beyond that a per cent tells nobody anything
 MAX_COHORT_MONTHS = 36  # beyond that the table is wider than anybody reads
 MAX_PRINTED_COLUMNS = 10  # of numbers side by side on paper; the others follow below
 
@@ -114,6 +116,7 @@ class Figure:
     now: Amount
     before: Amount | None = None
     tone: str = ""  # bad or warn, where somebody has to look
+    url: str = ""  # where what it counts is listed
 
     @property
     def change(self) -> str:
@@ -123,12 +126,15 @@ class Figure:
 
 
 def change_text(now: int, before: int, unit: Unit) -> str:
-    """In words: by how much a figure rose or fell. A rate, and what changed its sign, is named as it was."""
+    """In words: by how much a figure rose or fell. A rate, what changed its sign, and what is many times what it was,
+    are named as they were."""
     if now == before:
         return "as before"
     if unit is PERCENT or before <= 0 or now < 0:
         return f"{unit.text(before)} before"
     permille = abs(dashboard_stats.change_permille(now, before) or 0)
+    if permille >= MAX_CHANGE_PERMILLE:
+        return f"{unit.text(before)} before"
     if not permille:
         return "about as before"
     # Whole per cents are enough, except for small changes.
@@ -269,31 +275,34 @@ def live(span: Span, request: SignedInRequest) -> Content:
     """How things stand now; the period does not matter."""
     now = dashboard_stats.get_live_stats()
     webhooks = now.webhooks
+    accounts_url, events_url = reverse("dashboard:accounts"), reverse("dashboard:events")
+
+    def listed(label: str, number: int, url: str, *, tone: str = "", **query: str) -> Figure:
+        if not number:
+            return Figure(label, Amount(number, COUNT))
+        return Figure(label, Amount(number, COUNT), tone=tone, url=f"{url}?{urlencode(query)}")
+
     return Content(
         figures=[
             Figure("Owed to users", Amount(now.balance_tokens, TOKENS)),
             Figure("Average balance", Amount(now.average_balance_tokens, TOKENS)),
             Figure("Reserved", Amount(now.reserved_tokens, TOKENS)),
             Figure("Running operations", Amount(now.running_operations, COUNT)),
-            Figure("Accounts", Amount(now.accounts, COUNT)),
-            Figure("Active accounts", Amount(now.active_accounts, COUNT)),
-            Figure("Suspended accounts", Amount(now.suspended_accounts, COUNT)),
-            Figure("Blocked accounts", Amount(now.blocked_accounts, COUNT)),
-            Figure("Accounts in debt", Amount(now.indebted_accounts, COUNT), tone=_tone(now.indebted_accounts)),
-            Figure("Low balances", Amount(now.low_accounts, COUNT)),
-            Figure("Critical balances", Amount(now.critical_accounts, COUNT)),
+            listed("Accounts", now.accounts, accounts_url),
+            listed("Active accounts", now.active_accounts, accounts_url, status="active"),
+            listed("Suspended accounts", now.suspended_accounts, accounts_url, status="suspended"),
+            listed("Blocked accounts", now.blocked_accounts, accounts_url, status="blocked"),
+            listed("Accounts in debt", now.indebted_accounts, accounts_url, tone="warn", band="debt"),
+            listed("Low balances", now.low_accounts, accounts_url, band="low"),
+            listed("Critical balances", now.critical_accounts, accounts_url, band="critical"),
             Figure("Auto-recharge on", Amount(now.auto_recharging_accounts, COUNT)),
-            Figure("Stripe events waiting", Amount(webhooks.waiting, COUNT)),
-            Figure("Stripe events to repeat", Amount(webhooks.failed, COUNT), tone=_tone(webhooks.failed)),
-            Figure("Stripe events set aside", Amount(webhooks.aside, COUNT), tone=_tone(webhooks.aside, "bad")),
+            listed("Stripe events waiting", webhooks.waiting, events_url, state="received"),
+            listed("Stripe events to repeat", webhooks.failed, events_url, tone="warn", state="failed"),
+            listed("Stripe events set aside", webhooks.aside, events_url, tone="bad", state="aside"),
             Figure("Typical delay of an event", Amount(webhooks.median_lag_ms, MILLISECONDS)),
         ],
         newest_event_at=webhooks.newest_received_at,
     )
-
-
-def _tone(number: int, tone: str = "warn") -> str:
-    return tone if number else ""
 
 
 def system(span: Span, request: SignedInRequest) -> Content:

@@ -13,7 +13,7 @@ from accounts.models import User
 from ai_ops import operations
 from ai_ops.models import Chat, ContentPiece, ImageBatch
 from billing import accounts, bulk, ledger, recharge, tasks
-from billing.models import BulkJob, Drift, Purchase, TokenPricing, TokenUsage
+from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenPricing, TokenUsage
 from billing.pricing import TokenPools
 from tests.ai_ops.studio import Writer
 from tests.conftest import PASSWORD
@@ -44,6 +44,10 @@ def make_everyone(server: Server, stripe: StripeStandIn) -> None:
             description="A customer of ours paid $15.00 for nothing we know of.",
             resolution="Healed" if number else "",
         )
+    StripeEvent.objects.create(
+        event_id="evt_3AuditAside", type="radar.early_fraud_warning.created", livemode=False, payload={},
+        state="aside", message="The card's bank warns of fraud in $15.00 of a purchase.",
+    )  # fmt: skip
     _export_accounts()
 
 

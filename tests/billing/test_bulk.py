@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import AuditEntry, User
@@ -124,8 +125,52 @@ def test_many_tokens_each_wait_for_a_second_superadmin(susan: User, team: list[U
     job = start(susan)
     run(job)
     assert balances(team) == [10_000] * 7
-    assert bulk.progress(job).skipped == 7
-    assert grants.list_open_requests().count() == 7
+    assert bulk.progress(job).requested == 7
+    assert {row.data["grant_request_id"] for row in job.rows.all()} == set(
+        grants.list_open_requests().values_list("pk", flat=True)
+    )
+
+
+def test_who_gives_to_many_gives_nothing_to_themselves(susan: User, alice: User, client: Client) -> None:
+    """Row 64: their own row becomes a request, and the job says so and leads to it."""
+    job = start(susan, filter=AccountFilter(search="example.com"))
+    run(job)
+    progress = bulk.progress(job)
+    assert (progress.done, progress.requested) == (1, 1)
+    assert (TokenAccount.objects.get(user=susan).balance, TokenAccount.objects.get(user=alice).balance) == (
+        10_000,
+        10_100,
+    )
+    request = grants.list_open_requests().get()
+    client.force_login(susan)
+    page = client.get(f"/admin/tokens/bulk/{job.pk}/?outcome=requested").content.decode()
+    assert "another superadmin decides" in page
+    assert "alice@example.com" not in page
+    assert f'href="/admin/tokens/requests/?request={request.pk}"' in page
+    assert "susan@example.com" in client.get(f"/admin/tokens/requests/?request={request.pk}").content.decode()
+
+
+def test_every_job_and_every_outcome_has_its_page(susan: User, adam: User, make_user: MakeUser, client: Client) -> None:
+    people = [make_user(f"team-{number:02}") for number in range(60)]
+    accounts.block_account(superadmin=susan, user_id=people[0].pk, reason="Fraud")
+    jobs = [start(adam, "export", request_key=f"form-{number}") for number in range(27)]
+    suspension = start(susan, "suspend", request_key="form-s")
+    bulk.run_bulk_job(job_id=suspension.pk, limit=58)
+    client.force_login(adam)
+
+    def found(address: str, name: str, **query: str) -> list[Any]:
+        pages = [client.get(address, {"page": number, **query}).context for number in (1, 2, 3)]
+        numbers = range(1, pages[0]["page"].paginator.num_pages + 1)
+        return [row for number in numbers for row in pages[number - 1][name]]
+
+    assert [job for job, _ in found("/admin/tokens/bulk/", "jobs")] == [suspension, *reversed(jobs)]
+    address = f"/admin/tokens/bulk/{suspension.pk}/"
+    done = list(suspension.rows.order_by("-id")[2:])
+    assert [row for row, _ in found(address, "rows")] == done
+    assert [row for row, _ in found(address, "rows", outcome="skipped")] == done[-1:]
+    shown = client.get(address)
+    assert len(shown.context["rows"]) == 25
+    assert f'hx-get="{address}?page=3"' in client.get(address, {"page": 3}).content.decode()  # polled where one reads
 
 
 def test_suspended_in_bulk(susan: User, team: list[User]) -> None:

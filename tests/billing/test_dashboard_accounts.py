@@ -7,11 +7,21 @@ import pytest
 from django.http import StreamingHttpResponse
 from django.test import Client
 from django.urls import reverse
+from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import bulk, grants, system_settings
+from billing import bulk, gateway, grants, ledger, system_settings
 from billing.forms import SystemSettingsForm
-from billing.models import BulkJob, GrantRequest, SettingChange, TokenAccount
+from billing.models import (
+    BulkJob,
+    GrantRequest,
+    Notification,
+    Purchase,
+    SettingChange,
+    StripeEvent,
+    TokenAccount,
+    TokenUsage,
+)
 from tests.conftest import MakeUser
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]
@@ -104,6 +114,60 @@ def test_what_people_write_is_text_on_every_page(as_person: AsPerson, adam: User
     page = client.post(reverse("dashboard:new-grant"), grant_form(alice, reason=script)).content.decode()
     assert script not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_everything_about_an_account_can_be_read(as_person: AsPerson, adam: User, alice: User, bob: User) -> None:
+    """Page after page, by what was chosen, nothing twice and nothing of anybody else."""
+    account = ledger.get_account(user_id=alice.pk)
+    usage_rows = {
+        status: [
+            TokenUsage.objects.create(
+                account=account, user=alice, workspace=account.workspace, operation_type="chat", provider="openai",
+                model="gpt-6-luna", status=status, charge_type="multiplier", multiplier=1, error_message=message,
+                idempotency_key=f"{status}-{number}", completed_at=timezone.now(),
+            ).pk
+            for number in range(12)
+        ]
+        for status, message in (("succeeded", ""), ("failed", "The model is overloaded"))
+    }  # fmt: skip
+    purchases = [
+        Purchase.objects.create(
+            account=account, user=alice, workspace=account.workspace, kind="checkout", package_name="Starter",
+            tokens=5, amount_cents=500, currency="usd", state="failed" if number % 2 else "open",
+        ).pk
+        for number in range(24)
+    ]  # fmt: skip
+    notices = [
+        Notification.objects.create(
+            user=alice, kind="low_balance", key=str(number), title="Low", read_at=None if number % 3 else timezone.now()
+        ).pk
+        for number in range(33)
+    ]
+    Notification.objects.create(user=bob, kind="low_balance", key="bobs", title="Low")
+    client = as_person(adam)
+
+    def read(name: str, show: str = "") -> list[int]:
+        address: str = reverse("dashboard:account", args=[alice.pk]) + (f"?{name}_show={show}" if show else "")
+        seen: list[int] = []
+        while address:
+            found = client.get(address).context[name]
+            assert 0 < len(found.rows) <= 10
+            seen += [row.pk for row in found.rows]
+            address = found.next_url
+        return seen
+
+    both = usage_rows["succeeded"] + usage_rows["failed"]
+    assert read("usage") == both[::-1]
+    assert read("usage", "failed") == usage_rows["failed"][::-1]
+    assert read("purchases") == purchases[::-1]
+    assert read("purchases", "open") == purchases[::2][::-1]
+    assert read("notices", "unread") == [pk for number, pk in enumerate(notices) if number % 3][::-1]
+    page = client.get(
+        reverse("dashboard:account", args=[alice.pk]),
+        {"usage_before": str(both[0]), "notices_show": "x", "purchases_before": "1" * 30},
+    )
+    assert (page.context["usage"].rows, len(page.context["notices"].rows)) == ([], 10)
+    assert [row.pk for row in page.context["purchases"].rows] == purchases[:-11:-1]
 
 
 def test_a_superadmin_suspends_and_reactivates(as_person: AsPerson, susan: User, alice: User) -> None:
@@ -376,3 +440,75 @@ def test_a_bulk_job_is_cancelled(as_person: AsPerson, susan: User, alice: User) 
     bulk.run_bulk_job(job_id=job.pk)
     job.refresh_from_db()
     assert (job.state, TokenAccount.objects.get(user=alice).status) == ("cancelled", "active")
+
+
+# --- Stripe's events ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def aside(db: None) -> StripeEvent:
+    return StripeEvent.objects.create(
+        event_id="evt_1", type="radar.early_fraud_warning.created", livemode=False, state="aside",
+        payload={"id": "evt_1"}, message="The card's bank warns of fraud.",
+    )  # fmt: skip
+
+
+def test_events_that_need_somebody_are_listed_from_the_overview_on(
+    as_person: AsPerson, adam: User, aside: StripeEvent
+) -> None:
+    StripeEvent.objects.create(event_id="evt_2", type="charge.refunded", livemode=False, payload={}, state="failed")
+    StripeEvent.objects.create(event_id="evt_3", type="charge.refunded", livemode=False, payload={}, state="received")
+    StripeEvent.objects.create(event_id="evt_4", type="charge.refunded", livemode=False, payload={}, state="processed")
+    client = as_person(adam)
+    overview = client.get(reverse("dashboard:section", args=["live"]), headers={"HX-Request": "true"})
+    urls = {figure.label: figure.url for figure in overview.context["content"].figures}
+    for label, events in {
+        "Stripe events set aside": ["evt_1"],
+        "Stripe events to repeat": ["evt_2"],
+        "Stripe events waiting": ["evt_3"],
+    }.items():
+        assert f'href="{urls[label]}"' in overview.content.decode()
+        assert [event.event_id for event in client.get(urls[label]).context["page"]] == events
+    page = client.get(reverse("dashboard:events"))
+    assert [event.event_id for event in page.context["page"]] == ["evt_3", "evt_2", "evt_1"]
+    assert "Dealt with" not in page.content.decode()
+
+
+def test_a_superadmin_deals_with_an_event(as_person: AsPerson, adam: User, susan: User, aside: StripeEvent) -> None:
+    """Row 64: and an admin does not."""
+    address = reverse("dashboard:handle-event", args=[aside.pk])
+    assert as_person(adam).post(address, {"decision": "settle"}).status_code == 403
+    aside.refresh_from_db()
+    assert aside.state == "aside"
+    client = as_person(susan)
+    page = client.post(address, {"decision": "settle"}, follow=True).content.decode()
+    assert "evt_1 is noted as dealt with." in page
+    aside.refresh_from_db()
+    assert (aside.state, "Dealt with by susan@example.com." in aside.message) == ("processed", True)
+    assert AuditEntry.objects.get(action="event_settled").actor == susan
+
+
+def test_an_event_is_handled_again(as_person: AsPerson, susan: User) -> None:
+    """What no handler can read fails once more and stays; what is none of ours is done."""
+    event: dict[str, Any] = {
+        "id": "evt_9",
+        "object": "event",
+        "type": "charge.refunded",
+        "livemode": False,
+        "account": None,
+    }
+    event |= {
+        "api_version": gateway.API_VERSION,
+        "created": 1,
+        "data": {"object": {"id": "ch_1", "refunds": {"data": [{}]}}},
+    }
+    row = StripeEvent.objects.create(
+        event_id="evt_9", type=event["type"], livemode=False, payload=event, state="failed"
+    )
+    client, address = as_person(susan), reverse("dashboard:handle-event", args=[row.pk])
+    assert "evt_9 failed again" in client.post(address, {"decision": "again"}, follow=True).content.decode()
+    row.refresh_from_db()
+    assert (row.state, row.attempts) == ("failed", 2)
+    assert AuditEntry.objects.get(action="event_settled").actor == susan
+    StripeEvent.objects.filter(pk=row.pk).update(type="plan.created", payload=event | {"type": "plan.created"})
+    assert "Of no concern to us" in client.post(address, {"decision": "again"}, follow=True).content.decode()

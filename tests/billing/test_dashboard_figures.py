@@ -54,7 +54,7 @@ def section(client: Client, name: str, query: str = "") -> str:
 
 def figures(text: str) -> dict[str, str]:
     """The figures on top of a section, by their names."""
-    return dict(re.findall(r"<dt>([^<]+)</dt> <dd> ([^<]+?) <", text[: text.index("</dl>")]))
+    return dict(re.findall(r"<dt>([^<]+)</dt> <dd> (?:<a [^>]+>)?([^<]+?)(?:</a>)? <", text[: text.index("</dl>")]))
 
 
 def rows(client: Client, name: str, query: str = "") -> list[list[str]]:
@@ -246,6 +246,8 @@ def test_changes_are_told_in_words() -> None:
     assert change_text(7, 7, COUNT) == "as before"
     assert change_text(100_001, 100_000, COUNT) == "about as before"
     assert change_text(5, 0, COUNT) == "0 before"
+    assert change_text(1_099, 100, COUNT) == "999 % more"
+    assert change_text(996_724, 77, COUNT) == "77 before"
     assert change_text(-5, 100, cents_of("usd")) == "$1.00 before"
     assert change_text(100, 200, PERCENT) == "20 % before"
     assert Figure("x", Amount(5, COUNT), Amount(None, COUNT)).change == ""

@@ -27,7 +27,7 @@ from pytest_django.fixtures import Settings
 from accounts.models import AuditEntry, User
 from billing import dashboard_stats, finance, tasks
 from billing.dashboard_stats import LiabilityDoesNotBalance
-from billing.models import LedgerHour, PaymentReversal, TokenAccount, TokenTransaction
+from billing.models import LedgerHour, PaymentReversal, TokenAccount, TokenTransaction, TokenUsage
 from billing.periods import midnight
 from tests.billing.test_initialize_accounts import DEADLINE_SECONDS, database_url, is_somebody_waiting_for_a_lock
 from tests.billing.test_rollups import invent_history, roll_up_until
@@ -74,13 +74,33 @@ def refund_yesterday() -> None:
     TokenAccount.objects.filter(pk=account.pk).update(balance=F("balance") - 7, sequence=F("sequence") + 1)
 
 
+def debit_over_midnight(day: date) -> None:
+    """An operation that began before the day and ended in it: it counts on the day, whenever its entry was written."""
+    begun_at, ended_at = midnight(day, UTC) - timedelta(seconds=10), midnight(day, UTC) + timedelta(seconds=5)
+    earlier = TokenTransaction.objects.filter(type="usage").select_related("account").latest("pk")
+    account = earlier.account
+    usage = TokenUsage.objects.create(
+        account=account, user_id=earlier.user_id, workspace_id=earlier.workspace_id, operation_type="chat",
+        provider="openai", model="gpt-6-luna", status="succeeded", charge_type="multiplier", multiplier=1,
+        input_tokens=9, actual_tokens=9, billable_tokens=9, reserved_tokens=9, created_at=begun_at,
+        completed_at=ended_at,
+    )  # fmt: skip
+    TokenTransaction.objects.create(
+        account=account, user_id=earlier.user_id, workspace_id=earlier.workspace_id, sequence=account.sequence + 1,
+        type="usage", amount=-9, balance_before=account.balance, balance_after=account.balance - 9, usage=usage,
+        created_at=begun_at,
+    )  # fmt: skip
+    TokenAccount.objects.filter(pk=account.pk).update(balance=F("balance") - 9, sequence=F("sequence") + 1)
+
+
 @pytest.mark.django_db
 @pytest.mark.parametrize("seed", [1, 2])
 def test_days_of_a_random_history_balance(yesterday: date, seed: int) -> None:
     """Each day to the token, and one after the other: nothing is in two files, nothing in none."""
     invent_history(transactions=1_000, users=30, months=3, seed=seed)
     refund_yesterday()
-    roll_up_until(timezone.now() - random.Random(seed).randrange(20) * DAY)  # noqa: S311
+    debit_over_midnight(yesterday)
+    roll_up_until(timezone.now() - random.Random(seed).randrange(20) * DAY)  # noqa: S311 – chance, no secret
     first_at = TokenTransaction.objects.earliest("created_at").created_at.astimezone(UTC)
     days = [yesterday - number * DAY for number in range((yesterday - first_at.date()).days, -1, -1)]
     seen: set[str] = set()

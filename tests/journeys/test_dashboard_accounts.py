@@ -1,14 +1,17 @@
 """Admins look people up, give them tokens, decide on requests, read the audit log and change the settings."""
 
+from decimal import Decimal
+
 from django.test import Client
 from playwright.sync_api import Page, expect
 
 from accounts.models import User
-from billing import accounts, bulk, grants, system_settings
+from billing import accounts, bulk, grants, ledger, system_settings, usage
 from billing.models import BulkJob, TokenAccount
+from billing.pricing import TokenPools
 from tests.conftest import MakeUser
 from tests.journeys.conftest import OpenContext, shoot, sign_in
-from tests.payments import STARTER_TOKENS, buy, deliver, event_of
+from tests.payments import STARTER_TOKENS, begin_checkout, buy, deliver, event_of
 from tests.servers import StripeStandIn
 
 
@@ -163,6 +166,67 @@ def test_giving_tokens_to_many(page: Page, susan: User, alice: User, bob: User) 
         bulk.run_bulk_job(job_id=job.pk)
     expect(page.get_by_role("heading", name="Done, 100 %")).to_be_visible()
     expect(page.get_by_role("cell", name="750 tokens granted")).to_have_count(2)
-    expect(page.get_by_role("row", name="susan@example.com")).to_contain_text("waits for approval")  # her own
+    own = page.get_by_role("row", name="susan@example.com")
+    expect(own).to_contain_text("Waits for approval")
+    expect(own).to_contain_text("another superadmin decides")
     shoot(page, "dashboard-bulk")
     assert (balance(alice), balance(bob)) == (10_750, 10_750)
+
+    page.get_by_role("link", name="Done (2)").click()
+    expect(own).to_have_count(0)
+    page.get_by_role("link", name="All", exact=True).click()
+    own.get_by_role("link", name="Request").click()
+    expect(page.get_by_text("Your own request: another superadmin decides.")).to_be_visible()
+    shoot(page, "dashboard-request")
+    page.get_by_role("navigation", name="Dashboard").get_by_role("link", name="Bulk actions").click()
+    expect(page.get_by_role("row", name="Ten years of Postmate")).to_contain_text("750 tokens for each")
+    shoot(page, "dashboard-bulk-jobs")
+
+
+def test_reading_all_about_an_account(
+    page: Page, stripe: StripeStandIn, client: Client, adam: User, alice: User
+) -> None:
+    client.force_login(alice)
+    stripe.control("deliveries/hold")
+    buy(stripe, client)
+    deliver(event_of(stripe, "checkout.session.completed"))
+    begin_checkout(client)
+    operation = ledger.Operation("chat", "openai", "gpt-6-luna", multiplier=Decimal(2))
+    for number in range(23):
+        ledger.deduct_tokens(
+            user_id=alice.pk, tokens=4 + 2 * number, operation=operation, pools=TokenPools(input_tokens=2 + number)
+        )
+    usage.record_usage(
+        user_id=alice.pk, operation_type="chat", provider="openai", model="gpt-6-luna", input_tokens=0,
+        output_tokens=0, success=False, error_message="The provider is overloaded", idempotency_key="failed",
+    )  # fmt: skip
+    sign_in(page, "adam")
+    page.goto(f"/admin/tokens/accounts/{alice.pk}/")
+    shoot(page, "dashboard-account-admin")
+    operations = page.locator("#usage")
+    operations.get_by_role("link", name="Next").click()
+    expect(operations.get_by_role("link", name="First page")).to_be_visible()
+    expect(operations.get_by_role("cell", name="The provider is overloaded")).to_have_count(0)
+    operations.get_by_role("link", name="Next").click()
+    expect(operations.get_by_role("row")).to_have_count(1 + 4)
+    page.reload()  # the address knows the page
+    expect(operations.get_by_role("row")).to_have_count(1 + 4)
+    operations.get_by_role("link", name="Failed").click()
+    expect(operations.get_by_role("cell", name="The provider is overloaded")).to_be_visible()
+    expect(operations.get_by_role("row")).to_have_count(1 + 1)
+    operations.get_by_role("link", name="Running").click()
+    expect(operations.get_by_text("No AI operations.")).to_be_visible()
+    purchases = page.locator("#purchases")
+    purchases.get_by_role("link", name="Under way").click()
+    expect(purchases.get_by_role("row")).to_have_count(1 + 1)
+    expect(purchases.get_by_role("row", name="Starter")).to_contain_text("Waiting for payment")
+    purchases.get_by_role("link", name="Paid").click()
+    expect(purchases.get_by_role("row", name="Starter")).to_contain_text("$15.00")
+    expect(purchases.get_by_text("Waiting for payment")).to_have_count(0)
+    purchases.get_by_role("link", name="Starter").click()
+    expect(page.get_by_role("navigation", name="Dashboard").get_by_role("link", name="Accounts")).to_have_attribute(
+        "aria-current", "page"
+    )
+    shoot(page, "dashboard-purchase-admin")
+    page.get_by_role("link", name="alice@example.com").click()
+    expect(page.get_by_role("heading", name="alice@example.com")).to_be_visible()

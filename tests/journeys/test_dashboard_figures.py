@@ -2,14 +2,19 @@
 
 import csv
 import io
+import shutil
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
+from django.template.defaultfilters import date as date_text
 from django.utils import timezone
 from playwright.sync_api import Page, expect
 
 from accounts.models import AuditEntry, User
+from billing import finance
 from tests.audit.axe import find_violations
 from tests.billing.test_rollups import invent_history, roll_up_until
 from tests.conftest import MakeUser
@@ -64,6 +69,44 @@ def test_admin_reads_the_figures(admin: User, page: Page, tmp_path: Path) -> Non
     opening, sold, granted, used, refunded, deducted, closing = (int(cell) for cell in rows[-1][1:])
     assert opening + sold + granted - used - refunded - deducted == closing
     assert AuditEntry.objects.get(action="export").actor == admin
+    for title in SECTIONS:
+        with page.expect_download() as download:
+            page.get_by_role("link", name=f"{title}: download as PDF").click()
+        file = tmp_path / "figures.pdf"
+        download.value.save_as(file)
+        assert file.read_bytes().startswith(b"%PDF-"), title
+
+
+def test_accountant_takes_the_books_of_a_day(admin: User, page: Page, tmp_path: Path) -> None:
+    sign_in(page, "adam")
+    page.goto("/admin/tokens/")
+    page.get_by_role("navigation", name="Dashboard").get_by_role("link", name="Finance").click()
+    expect(page.get_by_text("No day has been written yet.")).to_be_visible()
+    shoot(page, "dashboard-finance-empty")
+    yesterday = timezone.now().astimezone(UTC).date() - timedelta(days=1)
+    for days in range(33):
+        finance.export_day(yesterday - timedelta(days=days))
+    page.reload()
+    shoot(page, "dashboard-finance")
+    page.get_by_role("link", name="Next").click()
+    expect(page.get_by_text("Page 2 of 2")).to_be_visible()
+    expect(page.get_by_role("link", name="download as ZIP")).to_have_count(2)
+    page.get_by_role("link", name="Previous").click()
+    with page.expect_download() as download:
+        page.get_by_role("link", name=f"{date_text(yesterday, 'M j, Y')}: download as ZIP").click()
+    file = tmp_path / "books.zip"
+    download.value.save_as(file)
+    with ZipFile(file) as archive:
+        rows = {
+            name: list(csv.DictReader(io.StringIO(archive.read(f"{name}.csv").decode("utf-8-sig"))))
+            for name in ("ledger", "liability")
+        }
+    [books] = rows["liability"]
+    opening, sold, granted, used, refunded, deducted, closing = (int(value) for value in list(books.values())[1:])
+    assert books["Day"] == yesterday.isoformat()
+    assert closing == opening + sold + granted - used - refunded - deducted
+    assert closing - opening == sum(int(row["Tokens"]) for row in rows["ledger"]) != 0
+    shutil.rmtree(finance.folder())
 
 
 def test_live_figures_follow_what_happens(admin: User, page: Page, make_user: MakeUser) -> None:

@@ -4,7 +4,7 @@ from django.test import Client
 from playwright.sync_api import Page, expect
 
 from accounts.models import User
-from billing.models import Drift, TokenAccount
+from billing.models import Drift, StripeEvent, TokenAccount
 from tests.journeys.conftest import shoot, sign_in
 from tests.payments import STARTER_TOKENS, buy, deliver, event_of
 from tests.servers import StripeStandIn
@@ -54,3 +54,27 @@ def test_resolving_a_drift(page: Page, stripe: StripeStandIn, susan: User) -> No
     expect(page.get_by_text("Noted as resolved.")).to_be_visible()
     expect(page.get_by_role("cell", name="Refunded by hand (susan@example.com)")).to_be_visible()
     shoot(page, "drifts")
+
+
+def test_dealing_with_events_of_stripe(page: Page, stripe: StripeStandIn, susan: User) -> None:
+    for number, (state, message) in enumerate(
+        (
+            ("aside", "The card's bank warns of fraud (made_with_stolen_card) in $15.00 of purchase 4."),
+            ("failed", "KeyError('payment_intent')"),
+        )
+    ):
+        StripeEvent.objects.create(
+            event_id=f"evt_3TestEventNumber{number}Abcdefgh", type="radar.early_fraud_warning.created",
+            livemode=False, payload={}, state=state, message=message, attempts=1 + number,
+        )  # fmt: skip
+    sign_in(page, "susan")
+    page.goto("/admin/tokens/")
+    expect(page.locator("[aria-busy]")).to_have_count(0)
+    page.get_by_role("link", name="Stripe events set aside: 1").click()
+    expect(page.get_by_role("row")).to_have_count(1 + 1)
+    page.get_by_role("link", name="All", exact=True).click()
+    expect(page.get_by_role("row")).to_have_count(1 + 2)
+    shoot(page, "stripe-events")
+    page.get_by_role("button", name="Dealt with evt_3TestEventNumber0Abcdefgh").click()
+    expect(page.get_by_text("evt_3TestEventNumber0Abcdefgh is noted as dealt with.")).to_be_visible()
+    expect(page.get_by_role("row")).to_have_count(1 + 1)
