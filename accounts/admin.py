@@ -1,9 +1,12 @@
+from collections.abc import Iterable
 from typing import Any, cast
 
+from allauth.mfa.models import Authenticator
+from allauth.usersessions.models import UserSession
 from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import PermissionDenied
-from django.db import transaction
+from django.db import models, transaction
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 
@@ -58,6 +61,10 @@ class WorkspaceAdmin(admin.ModelAdmin):
     search_fields = ("name", "owner__email")
     autocomplete_fields = ("owner",)
 
+    def has_delete_permission(self, request: HttpRequest, obj: Workspace | None = None) -> bool:
+        """What its people made would go with it."""
+        return False
+
 
 @admin.register(ApiKey)
 class ApiKeyAdmin(admin.ModelAdmin):
@@ -99,4 +106,63 @@ class AuditEntryAdmin(admin.ModelAdmin):
         return False
 
     def has_delete_permission(self, request: HttpRequest, obj: AuditEntry | None = None) -> bool:
+        return False
+
+
+# allauth's own pages show what opens somebody's account: the secret of an authenticator app, the key of a session.
+admin.site.unregister([Authenticator, UserSession])
+
+
+@admin.register(Authenticator)
+class AuthenticatorAdmin(admin.ModelAdmin):
+    """To be looked at, and removed for somebody who has lost their phone and their recovery codes."""
+
+    list_display = ("user", "type", "created_at", "last_used_at")
+    list_filter = ("type",)
+    list_select_related = ("user",)
+    search_fields = ("user__email",)
+    fields = ("user", "type", "created_at", "last_used_at")
+    readonly_fields = fields
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: Authenticator | None = None) -> bool:
+        return False
+
+    def delete_model(self, request: HttpRequest, obj: Authenticator) -> None:
+        self._remove(request, [obj])
+
+    def delete_queryset(self, request: HttpRequest, queryset: models.QuerySet) -> None:
+        self._remove(request, queryset)
+
+    def _remove(self, request: HttpRequest, authenticators: Iterable[Authenticator]) -> None:
+        with transaction.atomic():
+            for each in authenticators:
+                audit.write(
+                    action=audit.Action.PERSON_CHANGED,
+                    summary=f"Removed a second factor in Django admin: {each.get_type_display()}",
+                    actor=cast(User, request.user),
+                    subject_id=each.user_id,
+                )
+                each.delete()
+
+
+@admin.register(UserSession)
+class UserSessionAdmin(admin.ModelAdmin):
+    """To be looked at."""
+
+    list_display = ("user", "created_at", "last_seen_at", "ip", "user_agent")
+    list_select_related = ("user",)
+    search_fields = ("user__email", "ip")
+    fields = list_display
+    readonly_fields = fields
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
+
+    def has_change_permission(self, request: HttpRequest, obj: UserSession | None = None) -> bool:
+        return False
+
+    def has_delete_permission(self, request: HttpRequest, obj: UserSession | None = None) -> bool:
         return False
