@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, cast
-from uuid import uuid4
 
 from allauth.account.adapter import get_adapter
 from asgiref.sync import iscoroutinefunction
@@ -82,12 +81,11 @@ def _origin() -> tuple[str | None, str]:
     request = _request.get()
     if request is None:
         return None, ""
-    if not hasattr(request, "audit_id"):
-        request.audit_id = uuid4().hex  # type: ignore[attr-defined]
+    request_id = getattr(request, "request_id", "")  # the one in the server's log
     try:
-        return get_adapter().get_client_ip(request), request.audit_id  # type: ignore[attr-defined]
+        return get_adapter().get_client_ip(request), request_id
     except PermissionDenied:  # it cannot be told
-        return None, request.audit_id  # type: ignore[attr-defined]
+        return None, request_id
 
 
 # --- Writing --------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
 """Who may see what."""
 
-import logging
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
+import structlog
 from allauth.mfa.utils import is_mfa_enabled
 from django.conf import settings
 from django.contrib import messages
@@ -16,7 +16,7 @@ from django.shortcuts import redirect
 from accounts import audit
 from accounts.models import User
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 
 class SignedInRequest(HttpRequest):
@@ -54,9 +54,7 @@ def _require(view: View, may: Callable[[User], bool]) -> View:
     @wraps(view)
     def guarded(request: SignedInRequest, *args: Any, **kwargs: Any) -> HttpResponse:
         if not may(request.user):
-            logger.warning(
-                "User %s (%s) was refused %s %s", request.user.pk, request.user.role, request.method, request.path
-            )
+            logger.warning("A page was refused", user_id=request.user.pk, role=request.user.role, method=request.method)
             audit.write_refusal(
                 action=audit.Action.ACCESS,
                 summary=f"Was refused {request.method} {request.path}",

@@ -1,0 +1,336 @@
+"""What /metrics tells Prometheus, read from the database and Redis when it is asked for.
+
+Nothing is counted in the processes: there are several, they are restarted, and what matters is in the books already.
+So every process gives the same answer, a crash loses no count, and a counter falls only if the books do. What is over
+comes from the roll-ups, what is newer from the raw rows, and all of it from one snapshot: see billing/rollups.py.
+"""
+
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import django
+import redis
+from django.conf import settings
+from django.db import DatabaseError, InterfaceError, connection
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+from psycopg_pool import PoolTimeout
+
+from billing import redis_client
+from billing.database import one_snapshot
+from billing.models import Purchase, TokenAccount, TokenTransaction
+from billing.rollups import OTHER_THAN_USAGE, RAW_USAGE_SUMS, USAGE_DIMENSIONS
+from billing.verification import BOOKS_KEY
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+DATABASE_PATIENCE_MS = 5_000  # of one query; Prometheus itself gives up after 10 seconds
+
+TASKS_KEY = "postmate:tasks"  # a hash: when a task of this name last came to a good end
+BEAT_KEY = "postmate:beat"  # when beat last handed a task over
+
+CREDITS = ("purchase", "auto_recharge", "admin_grant", "bonus")  # types of which each entry raises the balance
+Row = tuple[Any, ...]
+
+_USAGE_SUMS = "operations, actual_tokens, billable_tokens, unbilled_tokens, provider_cost_microusd"
+
+# `day` is when the day of the roll-ups' end began: whole days, the hours after them, and what is in none of them yet.
+_USAGE = f"""
+SELECT {USAGE_DIMENSIONS}, {", ".join(f"sum({name})::bigint" for name in _USAGE_SUMS.split(", "))}
+  FROM (
+    SELECT {USAGE_DIMENSIONS}, {_USAGE_SUMS} FROM billing_usageday WHERE day < %(day)s
+     UNION ALL
+    SELECT {USAGE_DIMENSIONS}, {_USAGE_SUMS} FROM billing_usagehour WHERE hour >= %(day)s AND hour < %(until)s
+     UNION ALL
+    SELECT {USAGE_DIMENSIONS}, {_USAGE_SUMS} FROM (
+      SELECT {USAGE_DIMENSIONS}, {RAW_USAGE_SUMS}
+        FROM billing_tokenusage WHERE completed_at >= %(until)s GROUP BY {USAGE_DIMENSIONS}
+    ) AS newest
+  ) AS part
+ GROUP BY {USAGE_DIMENSIONS} ORDER BY {USAGE_DIMENSIONS}"""  # noqa: S608 – our own names and constants, no input
+
+_LEDGER = f"""
+SELECT type, currency, sum(transactions)::bigint, sum(tokens)::bigint, sum(paid_cents)::bigint
+  FROM (
+    SELECT type, currency, transactions, tokens, paid_cents FROM billing_ledgerhour WHERE hour < %(until)s
+     UNION ALL
+    SELECT type, currency, count(*), sum(amount), coalesce(sum(paid_cents), 0)
+      FROM billing_tokentransaction WHERE {OTHER_THAN_USAGE} AND created_at >= %(until)s GROUP BY type, currency
+     UNION ALL
+    SELECT 'usage', '', count(*), -sum(billable_tokens), 0
+      FROM billing_tokenusage WHERE completed_at >= %(until)s AND billable_tokens > 0
+  ) AS part
+ GROUP BY type, currency ORDER BY type, currency"""  # noqa: S608 – our own names and constants, no input
+
+# As text: Python's datetime has no infinity, which is where everything is newer than the roll-ups.
+_ROLL_UPS_END = """
+SELECT until::text, date_trunc('day', until, 'UTC')::text, extract(epoch FROM clock_timestamp() - rolled_until)
+  FROM (SELECT max(rolled_until) AS rolled_until FROM billing_rollup) AS state
+ CROSS JOIN LATERAL (SELECT coalesce(rolled_until, '-infinity') AS until) AS reach"""
+
+_ACCOUNTS = """
+SELECT status, count(*), sum(balance)::bigint, sum(reserved)::bigint FROM billing_tokenaccount GROUP BY status"""
+
+_RESERVATIONS = """
+SELECT count(*), coalesce(sum(reserved_tokens), 0)::bigint,
+       coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0),
+       count(*) FILTER (WHERE expires_at < clock_timestamp())
+  FROM billing_tokenusage WHERE status = 'reserved'"""
+
+_EVENTS = """
+SELECT state.name, count(event.id), coalesce(extract(epoch FROM clock_timestamp() - min(event.received_at)), 0)
+  FROM (VALUES ('received'), ('failed'), ('aside')) AS state (name)
+  LEFT JOIN billing_stripeevent AS event ON event.state = state.name
+ GROUP BY state.name"""
+
+_LAST_EVENT = """
+SELECT extract(epoch FROM processed_at - received_at), extract(epoch FROM clock_timestamp() - received_at)
+  FROM billing_stripeevent
+ WHERE state = 'processed' AND processed_at IS NOT NULL ORDER BY received_at DESC LIMIT 1"""
+
+# Without those that are paid, the many: the ledger counts them.
+_PURCHASES = """
+SELECT kind, state, count(*) FROM billing_purchase WHERE state = ANY(%(states)s) GROUP BY kind, state"""
+
+_DRIFTS = "SELECT count(*) FROM billing_drift WHERE resolved_at IS NULL"
+
+_OUTBOX = """
+SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)
+  FROM billing_notification WHERE email_next_at IS NOT NULL"""
+
+
+def render() -> bytes:
+    """All metrics in Prometheus' text format. Where the database or Redis is away, its metrics are missing."""
+    return generate_latest(_registry())
+
+
+@cache
+def _registry() -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(_Everything())
+    return registry
+
+
+class _Everything(Collector):
+    def collect(self) -> Iterable[Metric]:
+        began = time.perf_counter()
+        build = {"version": settings.VERSION, "python": platform.python_version(), "django": django.get_version()}
+        yield _gauge("postmate_build_info", "1; the labels say what runs.", {tuple(build.values()): 1}, tuple(build))
+        # Read to the end before the first is told: half of a snapshot would look like fallen counters.
+        for name, read in (("database", _read_database), ("redis", _read_redis)):
+            try:
+                metrics = list(read())
+            except (DatabaseError, InterfaceError, PoolTimeout, redis.RedisError):
+                metrics = []
+            yield from metrics
+            yield _gauge(f"postmate_{name}_up", f"Whether the {name} gave its values.", {(): bool(metrics)})
+        seconds = time.perf_counter() - began
+        yield _gauge("postmate_scrape_seconds", "How long it took to read all of this.", {(): seconds})
+
+
+# --- The database ---------------------------------------------------------------------------------------------------
+
+
+def _read_database() -> Iterator[Metric]:
+    with one_snapshot(), connection.cursor() as cursor:
+        cursor.execute(f"SET LOCAL statement_timeout = {DATABASE_PATIENCE_MS}")
+
+        def rows(sql: str, **parameters: Any) -> list[Row]:
+            cursor.execute(sql, parameters)
+            return cursor.fetchall()
+
+        [(until, day, roll_up_age_seconds)] = rows(_ROLL_UPS_END)
+        yield from _usage_metrics(rows(_USAGE, until=until, day=day))
+        ledger = rows(_LEDGER, until=until)
+        yield from _ledger_metrics(ledger)
+        yield from _account_metrics(rows(_ACCOUNTS))
+        if roll_up_age_seconds is not None:
+            help = "How long ago the hours ended that the dashboard's roll-ups reach to."
+            yield _gauge("postmate_rollup_age_seconds", help, {(): roll_up_age_seconds})
+        yield from _reservation_metrics(rows(_RESERVATIONS)[0])
+        yield from _event_metrics(rows(_EVENTS), rows(_LAST_EVENT))
+        unpaid = [state for state in Purchase.State.values if state != Purchase.State.PAID]
+        yield from _purchase_metrics(rows(_PURCHASES, states=unpaid), ledger)
+        yield _gauge("postmate_drifts_open", "Differences with Stripe that nobody resolved.", {(): rows(_DRIFTS)[0][0]})
+        [(mails, oldest_seconds)] = rows(_OUTBOX)
+        yield _gauge("postmate_outbox_mails", "E-mails that wait to be sent.", {(): mails})
+        yield _gauge("postmate_outbox_oldest_age_seconds", "Age of the oldest of them.", {(): oldest_seconds})
+
+
+def _usage_metrics(found: list[Row]) -> Iterator[Metric]:
+    operations: dict[Row, int] = {}
+    billed: dict[Row, int] = defaultdict(int)
+    actual: dict[Row, int] = defaultdict(int)
+    unbilled: dict[Row, int] = defaultdict(int)
+    cost_microusd: dict[Row, int] = defaultdict(int)
+    for provider, model, operation, status, is_free, count, *sums in found:
+        of = (provider, model, operation)
+        actual_tokens, billable_tokens, unbilled_tokens, provider_cost_microusd = sums
+        is_charged = status == "succeeded" and not is_free
+        operations[*of, status] = operations.get((*of, status), 0) + count
+        billed[of] += billable_tokens
+        actual[*of, "yes" if is_charged else "no"] += actual_tokens
+        unbilled[of] += unbilled_tokens
+        cost_microusd[of] += provider_cost_microusd
+    of_what = ("provider", "model", "operation")
+    yield _counter("postmate_operations", "Operations that ended.", operations, (*of_what, "status"))
+    yield _counter("postmate_billed_tokens", "Tokens charged to users.", billed, of_what)
+    help = "Tokens that providers counted; `charged`: in operations that were charged."
+    yield _counter("postmate_actual_tokens", help, actual, (*of_what, "charged"))
+    yield _counter("postmate_unbilled_tokens", "Tokens used beyond quotes, which nobody pays.", unbilled, of_what)
+    help = "What providers charge us (millionths of a US dollar)."
+    yield _counter("postmate_provider_cost_microusd", help, cost_microusd, of_what)
+    all_billed = sum(billed.values())
+    if all_billed:
+        charged_tokens = sum(tokens for of, tokens in actual.items() if of[-1] == "yes")
+        help = "(Billed − actual) / billed tokens of all that was ever charged."
+        yield _gauge("postmate_multiplier_margin_ratio", help, {(): 1 - charged_tokens / all_billed})
+
+
+def _ledger_metrics(found: list[Row]) -> Iterator[Metric]:
+    debits = refunded_tokens = deducted_tokens = all_tokens = 0
+    credited: dict[Row, int] = dict.fromkeys([(each,) for each in CREDITS], 0)
+    revenue_cents: dict[Row, int] = {}
+    refunded_cents: dict[Row, int] = {}
+    for type, currency, transactions, tokens, paid_cents in found:
+        tokens = tokens or 0  # sum() of no rows
+        all_tokens += tokens
+        if type == "usage":
+            debits += transactions
+        elif type == "admin_deduction":
+            deducted_tokens -= tokens
+        elif type == "refund":
+            refunded_tokens -= tokens
+            refunded_cents[(currency,)] = -paid_cents
+        else:
+            credited[(type,)] += tokens
+            if type in TokenTransaction.CREDITS_FOR_MONEY:
+                revenue_cents[currency, type] = paid_cents
+    yield _counter("postmate_debits", "Debits for operations.", {(): debits})
+    yield _counter("postmate_credited_tokens", "Tokens bought, granted and given.", credited, ("type",))
+    yield _counter("postmate_deducted_tokens", "Tokens that superadmins took away.", {(): deducted_tokens})
+    help = "Taken for tokens, after discounts, without tax, before refunds (cents)."
+    yield _counter("postmate_revenue_cents", help, revenue_cents, ("currency", "type"))
+    # No counters: a dispute that is won gives back what it took.
+    help = "Tokens taken back for refunds and disputes, less those given back."
+    yield _gauge("postmate_refunded_tokens", help, {(): refunded_tokens})
+    help = "Revenue lost by refunds and disputes, less what was won back (cents)."
+    yield _gauge("postmate_refunded_cents", help, refunded_cents, ("currency",))
+    help = "The sum of all ledger entries. It equals postmate_balance_tokens, or the books are broken."
+    yield _gauge("postmate_ledger_tokens", help, {(): all_tokens})
+
+
+def _account_metrics(found: list[Row]) -> Iterator[Metric]:
+    counts: dict[Row, int] = dict.fromkeys([(each,) for each in TokenAccount.Status.values], 0)
+    counts |= {(status,): count for status, count, _, _ in found}
+    yield _gauge("postmate_accounts", "Accounts.", counts, ("status",))
+    help = "The sum of all balances: tokens that we owe."
+    yield _gauge("postmate_balance_tokens", help, {(): sum(balance for _, _, balance, _ in found)})
+    help = "The sum of what all accounts hold for running operations."
+    yield _gauge("postmate_reserved_tokens", help, {(): sum(reserved for _, _, _, reserved in found)})
+
+
+def _reservation_metrics(found: Row) -> Iterator[Metric]:
+    count, tokens, oldest_seconds, overdue = found
+    yield _gauge("postmate_reservations_open", "Operations that run.", {(): count})
+    help = "What they hold. It equals postmate_reserved_tokens, or the books are broken."
+    yield _gauge("postmate_reservations_open_tokens", help, {(): tokens})
+    yield _gauge("postmate_reservations_oldest_age_seconds", "Age of the oldest of them.", {(): oldest_seconds})
+    yield _gauge("postmate_reservations_overdue", "Of them, those past their expiry.", {(): overdue})
+
+
+def _event_metrics(found: list[Row], last: list[Row]) -> Iterator[Metric]:
+    help = "Stripe's events that are not done: received, failed (handled again), aside (for a person)."
+    yield _gauge("postmate_webhook_events", help, {(state,): count for state, count, _ in found}, ("state",))
+    help = "Age of the oldest of them."
+    ages = {(state,): seconds for state, _, seconds in found}
+    yield _gauge("postmate_webhook_oldest_age_seconds", help, ages, ("state",))
+    for lag_seconds, age_seconds in last:
+        help = "From receiving to having handled the newest event that is done."
+        yield _gauge("postmate_webhook_lag_seconds", help, {(): lag_seconds})
+        yield _gauge("postmate_webhook_last_age_seconds", "How long ago it was received.", {(): age_seconds})
+
+
+def _purchase_metrics(found: list[Row], ledger: list[Row]) -> Iterator[Metric]:
+    counts = {(kind, state): 0 for kind in Purchase.Kind.values for state in Purchase.State.values}
+    counts |= {(kind, state): count for kind, state, count in found}
+    for type, _, transactions, _, _ in ledger:
+        if type in TokenTransaction.CREDITS_FOR_MONEY:
+            counts["checkout" if type == "purchase" else "auto_recharge", "paid"] += transactions
+    # No counters: a payment that failed may be made after all.
+    help = "Attempts to pay, by what became of them; kind auto_recharge: the outcomes of auto-recharges."
+    yield _gauge("postmate_purchases", help, counts, ("kind", "state"))
+
+
+# --- Redis ----------------------------------------------------------------------------------------------------------
+
+
+def _read_redis() -> Iterator[Metric]:
+    from postmate.celery import app
+
+    queues = list(app.amqp.queues)
+    with redis_client.client().pipeline(transaction=False) as pipeline:
+        for queue in queues:
+            pipeline.llen(queue)
+        pipeline.hlen("unacked")
+        pipeline.hgetall(TASKS_KEY)
+        pipeline.get(BEAT_KEY)
+        pipeline.hgetall(BOOKS_KEY)
+        *lengths, in_hand, tasks, beat, books = pipeline.execute()
+    now = time.time()
+    waiting = {(queue,): length for queue, length in zip(queues, lengths, strict=True)}
+    yield _gauge("postmate_queue_length", "Tasks that wait for a worker.", waiting, ("queue",))
+    yield _gauge("postmate_queue_in_hand", "Tasks that workers have taken and not finished.", {(): in_hand})
+    help = "How long ago a task of this name last came to a good end."
+    ages = {(name.decode(),): _age(at, now) for name, at in sorted(tasks.items())}
+    yield _gauge("postmate_task_last_success_age_seconds", help, ages, ("task",))
+    if beat:
+        help = "How long ago beat last handed a task over."
+        yield _gauge("postmate_beat_age_seconds", help, {(): _age(beat, now)})
+    if books:
+        help = "How long ago the nightly check read all books."
+        yield _gauge("postmate_books_checked_age_seconds", help, {(): _age(books[b"checked_at"], now)})
+        help = "What it found: rows that break a law of the books."
+        yield _gauge("postmate_books_violations", help, {(): books[b"violations"]})
+
+
+def _age(at: bytes, now: float) -> float:
+    return max(0.0, now - float(at))  # another machine's clock may be ahead
+
+
+def note_success(task: str) -> None:
+    """Note that a task came to a good end just now. Without Redis nothing is noted."""
+    _note(lambda client: client.hset(TASKS_KEY, task, str(time.time())))
+
+
+def note_beat() -> None:
+    """Note that beat handed a task over just now. Without Redis nothing is noted."""
+    _note(lambda client: client.set(BEAT_KEY, str(time.time())))
+
+
+def _note(write: Callable[[redis.Redis], Any]) -> None:
+    with suppress(redis.RedisError), redis_client.asking():
+        write(redis_client.client())
+
+
+# --- Prometheus' shapes ---------------------------------------------------------------------------------------------
+
+
+def _counter(name: str, help: str, values: Mapping[Row, int], labels: Sequence[str] = ()) -> Metric:
+    """Its name in the text ends in `_total`."""
+    family = CounterMetricFamily(name, help, labels=labels)
+    for of, value in values.items():
+        family.add_metric(of, value)
+    return family
+
+
+def _gauge(name: str, help: str, values: Mapping[Row, Any], labels: Sequence[str] = ()) -> Metric:
+    family = GaugeMetricFamily(name, help, labels=labels)
+    for of, value in values.items():
+        family.add_metric(of, float(value))
+    return family

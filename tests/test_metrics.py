@@ -1,0 +1,296 @@
+"""/metrics: the books' own numbers, true at any moment; and the files that read it, which name nothing else."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import promql_parser
+import pytest
+import yaml
+from django.db.models import Count, Sum
+from django.test import Client
+from django.utils import timezone
+from prometheus_client.parser import text_string_to_metric_families
+from pytest_django.fixtures import Settings
+
+from accounts.models import User
+from billing import ledger, redis_client
+from billing.models import Notification, Purchase, RollUp, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
+from billing.tasks import check_books
+from postmate import metrics
+from postmate.celery import app
+from tests.ai_ops.studio import until
+from tests.billing.test_rollups import invent_history, roll_up_until, tamper
+from tests.environment import free_port
+from tests.servers import PROJECT, running_worker
+
+pytestmark = pytest.mark.django_db
+
+ALERTS = PROJECT / "docker/prometheus/alerts.yml"
+PROMETHEUS = PROJECT / "docker/prometheus/prometheus.yml"
+DASHBOARD = PROJECT / "docker/grafana/dashboard.json"
+GUIDE = PROJECT / "docs/MONITORING.md"
+
+Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+
+
+def read() -> Samples:
+    """What Prometheus would keep of one scrape: each sample by its name and labels."""
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
+def value(name: str, samples: Samples | None = None, **labels: str) -> float:
+    """The sum of a metric's samples that have these labels; fails when there is none."""
+    found = [
+        number
+        for (sample, pairs), number in (samples or read()).items()
+        if sample == name and labels.items() <= dict(pairs).items()
+    ]
+    assert found, name
+    return sum(found)
+
+
+@pytest.fixture
+def history() -> None:
+    """A month of operations, payments, refunds and grants in which every law holds."""
+    invent_history(transactions=300, users=12, months=1)
+
+
+@pytest.mark.parametrize("hours_ago", [0, 5, 24 * 9, None])
+def test_numbers_are_those_of_the_books_wherever_the_roll_ups_end(history: None, hours_ago: int | None) -> None:
+    """All rows raw, all but the newest hour rolled up, and between: to the token the same."""
+    if hours_ago is None:
+        RollUp.objects.all().delete()
+    else:
+        roll_up_until(timezone.now() - timedelta(hours=hours_ago))
+    samples = read()
+    for row in TokenUsage.objects.exclude(status="reserved").values("provider", "model", "operation_type").annotate(
+        ended=Count("pk"),
+        actual=Sum("actual_tokens"),
+        billed=Sum("billable_tokens"),
+        unbilled=Sum("unbilled_tokens"),
+        cost=Sum("provider_cost_microusd"),
+    ):  # fmt: skip
+        of = {"provider": row["provider"], "model": row["model"], "operation": row["operation_type"]}
+        assert value("postmate_operations_total", samples, **of) == row["ended"]
+        assert value("postmate_actual_tokens_total", samples, **of) == row["actual"]
+        assert value("postmate_billed_tokens_total", samples, **of) == row["billed"]
+        assert value("postmate_unbilled_tokens_total", samples, **of) == row["unbilled"]
+        assert value("postmate_provider_cost_microusd_total", samples, **of) == row["cost"]
+    entries = TokenTransaction.objects.order_by()
+    assert value("postmate_debits_total", samples) == entries.filter(type="usage").count() > 100
+    for type in ("purchase", "auto_recharge", "bonus", "admin_grant"):
+        credited = entries.filter(type=type).aggregate(tokens=Sum("amount", default=0))["tokens"]
+        assert value("postmate_credited_tokens_total", samples, type=type) == credited
+    sales = entries.filter(type="purchase").values_list("currency").annotate(Sum("paid_cents"))
+    for currency, cents in sales:
+        assert value("postmate_revenue_cents_total", samples, currency=currency, type="purchase") == cents > 0
+    balances = TokenAccount.objects.aggregate(tokens=Sum("balance"))["tokens"]
+    assert value("postmate_balance_tokens", samples) == value("postmate_ledger_tokens", samples) == balances
+    paid = Purchase.objects.filter(state="paid").count()
+    assert value("postmate_purchases", samples, state="paid") == paid > 0
+
+
+def test_what_waits_is_told(alice: User) -> None:
+    ledger.reserve_tokens(
+        user_id=alice.pk,
+        tokens=700,
+        operation=ledger.Operation("chat", "openai", "gpt-6-luna", fixed_cost_tokens=700),
+        idempotency_key="one",
+        lifetime_seconds=600,
+    )
+    TokenUsage.objects.update(
+        created_at=timezone.now() - timedelta(minutes=20), expires_at=timezone.now() - timedelta(minutes=10)
+    )
+    event = StripeEvent.objects.create(
+        event_id="evt_1", type="refund.created", livemode=False, payload={}, state="failed"
+    )
+    StripeEvent.objects.filter(pk=event.pk).update(received_at=timezone.now() - timedelta(hours=2))
+    notification = Notification.objects.create(user=alice, kind="low_balance", key="1", title="Low")
+    Notification.objects.filter(pk=notification.pk).update(
+        created_at=timezone.now() - timedelta(hours=1), email_next_at=timezone.now()
+    )
+    TokenAccount.objects.update(status="blocked")
+    samples = read()
+    assert value("postmate_reservations_open", samples) == 1
+    assert value("postmate_reservations_open_tokens", samples) == value("postmate_reserved_tokens", samples) == 700
+    assert value("postmate_reservations_overdue", samples) == 1
+    assert 1_200 <= value("postmate_reservations_oldest_age_seconds", samples) < 1_300
+    assert value("postmate_webhook_events", samples, state="failed") == 1
+    assert 7_200 <= value("postmate_webhook_oldest_age_seconds", samples, state="failed") < 7_300
+    assert value("postmate_outbox_mails", samples) == 1
+    assert 3_600 <= value("postmate_outbox_oldest_age_seconds", samples) < 3_700
+    assert value("postmate_accounts", samples, status="blocked") == 1
+
+
+def test_broken_books_are_seen_at_once_and_by_the_nightly_check(alice: User) -> None:
+    assert check_books() == 0
+    samples = read()
+    assert value("postmate_books_violations", samples) == 0
+    assert value("postmate_books_checked_age_seconds", samples) < 60
+    tamper("UPDATE billing_tokenaccount SET balance = balance + 1")
+    samples = read()
+    assert value("postmate_balance_tokens", samples) == value("postmate_ledger_tokens", samples) + 1
+    assert check_books() > 0
+    assert value("postmate_books_violations") > 0
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_worker_leaves_a_trace_of_each_task_that_ends_well() -> None:
+    """What a queue holds is seen while it waits, and who has done it after."""
+    redis_client.client().delete(metrics.TASKS_KEY, *app.amqp.queues)
+    expire = {"task": "billing.tasks.expire_reservations"}
+    subprocess.run([sys.executable, "-m", "celery", "-A", "postmate", "call", expire["task"]], cwd=PROJECT, check=True)
+    samples = read()
+    assert value("postmate_queue_length", samples, queue="celery") == 1
+    assert not any(name == "postmate_task_last_success_age_seconds" for name, _ in samples)
+    with running_worker():
+        until(lambda: any(name == "postmate_task_last_success_age_seconds" for name, _ in read()), seconds=30)
+    samples = read()
+    assert value("postmate_task_last_success_age_seconds", samples, **expire) < 60
+    assert value("postmate_queue_length", samples, queue="celery") == 0
+
+
+def test_without_redis_the_rest_is_told(alice: User, settings: Settings) -> None:
+    settings.REDIS_URL = f"redis://127.0.0.1:{free_port()}/0"
+    samples = read()
+    assert value("postmate_redis_up", samples) == 0
+    assert value("postmate_database_up", samples) == 1
+    assert value("postmate_balance_tokens", samples) == 10_000
+    assert not any(name == "postmate_queue_length" for name, _ in samples)
+
+
+def test_without_the_database_the_rest_is_told() -> None:
+    """In a process of its own, whose database is not there: half of the counters would look like a fall."""
+    code = "import django; django.setup(); from postmate import metrics; print(metrics.render().decode())"
+    environment = {
+        **os.environ,
+        "DJANGO_SETTINGS_MODULE": "postmate.settings",
+        "DATABASE_URL": f"postgresql://nobody@127.0.0.1:{free_port()}/nothing",
+    }
+    answer = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert "postmate_database_up 0.0" in answer.stdout, answer.stderr
+    assert "postmate_redis_up 1.0" in answer.stdout
+    assert "postmate_debits_total" not in answer.stdout
+
+
+# --- Who may read it ------------------------------------------------------------------------------------------------
+
+
+def test_only_the_token_opens_it(client: Client, settings: Settings) -> None:
+    settings.METRICS_TOKENS = ["old-token", "new-token"]
+    for good in ("Bearer old-token", "bearer new-token"):
+        answer = client.get("/metrics", headers={"authorization": good})
+        assert answer.status_code == 200
+        assert answer["Content-Type"].startswith("text/plain; version=")
+        assert b"postmate_build_info" in answer.content
+    for bad in ("", "Bearer", "Bearer ", "Bearer wrong", "Basic new-token", "new-token", "Bearer new-tokén"):
+        assert client.get("/metrics", headers={"authorization": bad}).status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("debug", "address", "status"),
+    [(True, "127.0.0.1", 200), (True, "::1", 200), (True, "192.0.2.7", 404), (False, "127.0.0.1", 404)],
+)
+def test_without_a_token_it_is_open_to_the_developers_machine_alone(
+    client: Client, settings: Settings, debug: bool, address: str, status: int
+) -> None:
+    settings.METRICS_TOKENS, settings.DEBUG = [], debug
+    assert client.get("/metrics", REMOTE_ADDR=address).status_code == status
+
+
+# --- The files that read it -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exposed(history: None) -> set[str]:
+    """The name of every metric there is, once everything has happened."""
+    roll_up_until(timezone.now())
+    StripeEvent.objects.create(
+        event_id="evt_1", type="x", livemode=False, payload={}, state="processed", processed_at=timezone.now()
+    )
+    metrics.note_success("billing.tasks.expire_reservations")
+    metrics.note_beat()
+    check_books()
+    families = text_string_to_metric_families(metrics.render().decode())
+    return {family.name + ("_total" if family.type == "counter" else "") for family in families}
+
+
+def alerts() -> Iterator[dict[str, Any]]:
+    for group in yaml.safe_load(ALERTS.read_text())["groups"]:
+        yield from group["rules"]
+
+
+def panel_expressions() -> Iterator[tuple[str, str]]:
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for target in panel.get("targets", ()):
+            yield panel["title"], re.sub(r"\$__\w+", "5m", target["expr"])
+
+
+def metrics_in(expression: str) -> set[str]:
+    """The metrics that an expression names; raises when it is no PromQL."""
+    tree = promql_parser.parse(expression)
+    return set(re.findall(r"\b(?:postmate_\w+|up)\b", tree.prettify())) - {"postmate"}
+
+
+def test_alerts_and_dashboard_read_what_there_is(exposed: set[str]) -> None:
+    """Every expression is PromQL and names only metrics that /metrics tells; every metric is in the guide."""
+    used: set[str] = set()
+    for where, expression in [(rule["alert"], rule["expr"]) for rule in alerts()] + list(panel_expressions()):
+        names = metrics_in(expression)
+        assert names, where
+        assert names - exposed <= {"up"}, where  # Prometheus' own
+        used |= names
+    assert len(used) > 35
+    guide = GUIDE.read_text()
+    assert {name for name in exposed if f"`{name}`" not in guide} == set()
+    assert set(re.findall(r"`(postmate_\w+)`", guide)) <= exposed
+
+
+def test_each_alert_says_what_to_do() -> None:
+    anchors = {f"#{heading.lower()}" for heading in re.findall(r"^### (\w+)$", GUIDE.read_text(), re.MULTILINE)}
+    names = [rule["alert"] for rule in alerts()]
+    assert len(names) == len(set(names)) > 15
+    for rule in alerts():
+        notes = rule["annotations"]
+        assert notes["summary"]
+        assert notes["action"]
+        path, anchor = notes["runbook"].split("#")
+        assert (PROJECT / path, f"#{anchor}" in anchors) == (GUIDE, True), rule["alert"]
+        assert rule["labels"]["severity"] in ("critical", "warning")
+    assert yaml.safe_load(PROMETHEUS.read_text())["rule_files"] == [ALERTS.name]
+
+
+def test_dashboard_is_one_that_grafana_imports() -> None:
+    """No panel without a query, none over another, each from the data source that is chosen above."""
+    board = json.loads(DASHBOARD.read_text())
+    assert board["schemaVersion"] >= 36
+    assert [each["type"] for each in board["templating"]["list"]] == ["datasource"]
+    panels = board["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken, panel["title"]
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+        if panel["type"] != "row":
+            assert panel["targets"], panel["title"]
+            assert all(each["expr"] and each["datasource"]["uid"] == "${datasource}" for each in panel["targets"])
+    assert [panel["title"] for panel in panels if panel["type"] == "row"] == [
+        "Money",
+        "Usage",
+        "Payments and webhooks",
+        "Queue and services",
+    ]
