@@ -5,16 +5,17 @@ the same transaction that charges for it. Killed anywhere in between, the hold e
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
+import structlog
 from django.conf import settings
-from django.db import transaction
+from django.db import connection, transaction
 
 from ai_ops import providers
 from ai_ops.prompts import Prompt
@@ -28,12 +29,12 @@ from ai_ops.providers import (
     TextEnd,
 )
 from billing import catalogue, ledger, pricing, tasks, usage
-from billing.database import in_thread
+from billing.database import DATABASE_AWAY, in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
 from billing.models import ModelPrice, TokenAccount
 from billing.pricing import TokenPools
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 # We cannot count as each provider does. An English token has about four bytes; a quote is a ceiling, so it assumes
 # half as many tokens again.
@@ -41,6 +42,10 @@ BYTES_PER_TOKEN = 4
 QUOTE_MARGIN = Decimal("1.5")
 MESSAGE_OVERHEAD_TOKENS = 16
 MIN_OUTPUT_TOKENS = 100  # less is no text: refuse rather than write half a sentence
+
+# How long an operation that has ended waits for a database that is away. Far below what is left of its hold.
+CLOSE_PATIENCE_SECONDS = 60
+CLOSE_AGAIN_SECONDS = 1
 
 StoppedBy: TypeAlias = Literal["", "reader", "length", "balance", "provider"]
 """What ended a text before the model had finished it: "balance" when no more tokens could be held."""
@@ -232,6 +237,52 @@ def reserve_quote(quote: Quote, *, idempotency_key: str, request: Mapping[str, A
     )
 
 
+def _log_ids(quote: Quote, usage_id: int) -> dict[str, Any]:
+    ask = quote.ask
+    return {
+        "usage_id": usage_id,
+        "user_id": quote.user_id,
+        "operation": ask.operation_type,
+        "provider": ask.provider,
+        "model": ask.model,
+    }
+
+
+def _log_end(ids: Mapping[str, Any], posting: Posting, duration_ms: int) -> None:
+    logger.info(
+        "An operation ended",
+        **ids,
+        account_id=posting.account_id,
+        transaction_id=posting.transaction_id,
+        billed_tokens=-posting.amount_tokens,
+        duration_ms=duration_ms,
+    )
+
+
+def _close_for_sure(close: Callable[[], Posting]) -> Posting:
+    """`close`, again and again while the database is away: what the provider made exists nowhere else yet.
+
+    A try whose outcome nobody knows is no harm: the ledger closes a hold once (law 8), and says so to the next try,
+    which then keeps nothing.
+    """
+    deadline = time.monotonic() + CLOSE_PATIENCE_SECONDS
+    while True:
+        try:
+            return close()
+        except DATABASE_AWAY as error:
+            if time.monotonic() > deadline:
+                raise
+            logger.warning("An operation waits for the database to be closed", error=error.__cause__ or error)
+            connection.close()
+            time.sleep(CLOSE_AGAIN_SECONDS)
+
+
+def _take_back_if_closed_before(posting: Posting) -> None:
+    """The result of that time was kept with it."""
+    if posting.is_replay:
+        transaction.set_rollback(True)
+
+
 # --- Text -------------------------------------------------------------------------------------------------------------
 
 
@@ -264,6 +315,10 @@ class _TextRun:
         return self.counted + self._estimated_pools() if self.is_call_under_way else self.counted
 
     @property
+    def log_ids(self) -> dict[str, Any]:
+        return _log_ids(self.quote, self.usage_id)
+
+    @property
     def duration_ms(self) -> int:
         return int((time.monotonic() - self.started_at) * 1_000)
 
@@ -293,7 +348,7 @@ class _TextRun:
         if self.call_begins_at == 0:
             self.failure = error
             return
-        logger.warning("Operation %s could not go on: %r", self.usage_id, error.__cause__ or error)
+        logger.warning("An operation could not go on", **self.log_ids, error=error.__cause__ or error)
         self.is_call_under_way = False
         self.stopped_by = "provider"
 
@@ -303,8 +358,11 @@ class _TextRun:
         with transaction.atomic(durable=True):
             keep(text, self.stopped_by == "" and self.failure is None)
             posting = self._settle_or_release(text)
+            _take_back_if_closed_before(posting)
             tasks.follow_debit(posting)
-            return posting
+        if self.failure is None:
+            _log_end(self.log_ids, posting, self.duration_ms)
+        return posting
 
     def _settle_or_release(self, text: str) -> Posting:
         failure = self.failure
@@ -425,7 +483,10 @@ async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGe
                     else:
                         run.end_call(item)
             if not run.is_call_under_way:
-                more = await in_thread(_hold_more)(run)
+                try:
+                    more = await in_thread(_hold_more)(run)
+                except DATABASE_AWAY:  # then there is no more; what is written shall be kept
+                    more = run.stopped_by
                 if isinstance(more, _NextCall):
                     run.begin_call(more)
                 else:
@@ -436,9 +497,9 @@ async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGe
         run.fail(error)
     finally:
         # Also when the reader has gone: shielded, so that a second cancellation cannot leave the hold open.
-        await asyncio.shield(asyncio.ensure_future(in_thread(run.close)(keep)))
+        await asyncio.shield(asyncio.ensure_future(in_thread(_close_for_sure)(partial(run.close, keep))))
     if run.failure is not None:
-        logger.warning("Operation %s failed: %r", usage_id, run.failure.__cause__ or run.failure)
+        logger.warning("An operation failed", **run.log_ids, error=run.failure.__cause__ or run.failure)
         raise run.failure
     yield Finished(usage_id, run.stopped_by)
 
@@ -471,14 +532,18 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
                     duration_ms=duration_ms,
                 )
                 tasks.follow_debit(posting)
-                return posting
-            reported = failure.usage if isinstance(failure, ProviderError) else None
-            return ledger.release_usage(
-                usage_id=usage_id,
-                error_message=_images_error(failure),
-                provider_cost_microusd=_images_cost_microusd(quote, reported, 0) if reported else 0,
-                duration_ms=duration_ms,
-            )
+            else:
+                reported = failure.usage if isinstance(failure, ProviderError) else None
+                posting = ledger.release_usage(
+                    usage_id=usage_id,
+                    error_message=_images_error(failure),
+                    provider_cost_microusd=_images_cost_microusd(quote, reported, 0) if reported else 0,
+                    duration_ms=duration_ms,
+                )
+            _take_back_if_closed_before(posting)
+        if failure is None:
+            _log_end(_log_ids(quote, usage_id), posting, duration_ms)
+        return posting
 
     try:
         async with asyncio.timeout(settings.AI_MAX_DURATION_SECONDS):
@@ -495,9 +560,9 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
     except Exception as error:
         failure = error
     finally:
-        await asyncio.shield(asyncio.ensure_future(in_thread(close)()))
+        await asyncio.shield(asyncio.ensure_future(in_thread(_close_for_sure)(close)))
     if failure is not None:
-        logger.warning("Operation %s failed: %r", usage_id, failure.__cause__ or failure)
+        logger.warning("An operation failed", **_log_ids(quote, usage_id), error=failure.__cause__ or failure)
         raise failure
     return Finished(usage_id)
 

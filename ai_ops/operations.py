@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Protocol, TypeAlias, cast
 from django.conf import settings
 from django.core.files.base import ContentFile
 from django.db import transaction
-from django.utils import timezone
 
 from accounts.models import Workspace
 from ai_ops import metering, prompts
@@ -35,8 +34,8 @@ from ai_ops.models import (
     ResultState,
 )
 from ai_ops.providers import Images, Message, TextDelta
-from billing import ledger
-from billing.database import in_thread
+from billing import database, ledger
+from billing.database import in_thread, repeated_after_conflicts
 from billing.models import TokenUsage
 
 CHAT_ANSWER_TOKENS = 1_200
@@ -534,6 +533,7 @@ async def _hand_over(started: Started) -> AsyncGenerator[Event, None]:
         raise
 
 
+@repeated_after_conflicts
 def _begin(
     user_id: int,
     request: Request,
@@ -756,7 +756,7 @@ def _shortened(text: str, length: int) -> str:
 
 def close_abandoned_results() -> int:
     """Mark as failed what an operation was writing when its process died. Returns how many."""
-    abandoned_before = timezone.now() - timedelta(seconds=settings.RESERVATION_SECONDS)
+    abandoned_before = database.now() - timedelta(seconds=settings.RESERVATION_SECONDS)
     return sum(
         model.objects.filter(state=ResultState.WRITING, updated_at__lt=abandoned_before).update(
             state=ResultState.FAILED

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
+from django.contrib.auth.views import redirect_to_login
 from django.core.paginator import Paginator
 from django.db.models import Count
 from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
@@ -374,11 +375,13 @@ def quote(request: SignedInRequest, name: str) -> HttpResponse:
 
 
 @require_POST
-@login_required
 async def operate(request: SignedInRequest, name: str) -> HttpResponse | StreamingHttpResponse:
     """Run an operation. A script gets it as server-sent events; a plain form gets the page of the result."""
-    operation = _operation(name)
+    # Not by `login_required`, whose query would keep a connection from the pool for as long as the stream lasts.
     user_id = await in_thread(lambda: request.user.pk)()
+    if user_id is None:
+        return redirect_to_login(request.get_full_path())
+    operation = _operation(name)
     form, key_form = operation.form(request.POST), KeyForm(request.POST)
     wants_stream = "text/event-stream" in request.headers.get("Accept", "")
     if not await in_thread(form.is_valid)() or not key_form.is_valid():

@@ -1,6 +1,6 @@
 """The people that `manage.py seed_demo` makes on a developer's machine."""
 
-DEMO_PASSWORD = "demo-tokens"  # noqa: S105
+DEMO_PASSWORD = "demo-tokens"  # noqa: S105 – opens nothing but a demonstration
 DEMO_PEOPLE = {
     "user@postmate.example": "user",
     "admin@postmate.example": "admin",

@@ -94,7 +94,7 @@ class AutoRechargeForm(forms.Form):
         }
         super().__init__(*args, **options)
         package_field = self.fields["package_id"]
-        assert isinstance(package_field, forms.ChoiceField)  # noqa: S101
+        assert isinstance(package_field, forms.ChoiceField)  # noqa: S101 – for the type checker
         package_field.choices = _package_choices(account)
         self.fields["monthly_cap_cents"].label = f"Most to spend in a month ({account.currency.upper()})"
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any, TypeVar
 
@@ -160,6 +161,24 @@ class FraudWarning:
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """What a call that costs nothing tells of our access to Stripe."""
+
+    is_live: bool
+    answered_at: datetime  # by Stripe's clock, to the second
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookEndpoint:
+    """An address that Stripe sends events to."""
+
+    url: str
+    is_enabled: bool
+    api_version: str  # empty: the account's default one
+    event_types: frozenset[str]  # "*": all
+
+
+@dataclass(frozen=True, slots=True)
 class Event:
     id: str
     type: str
@@ -215,6 +234,30 @@ def _declined(error: stripe.CardError) -> CardDeclined:
         code=details.get("decline_code") or error.code or "card_declined",
         needs_authentication=error.code == "authentication_required",
         payment_intent=read_payment_intent(payment_intent) if payment_intent else None,
+    )
+
+
+def check_access() -> Access:
+    """Whether our key opens Stripe, and what time it is there. Raises GatewayError; its cause says what Stripe said."""
+    # Whoever asks wants to know how it is now: no retries.
+    balance = _call(lambda: _client().v1.balance.retrieve(options={"max_network_retries": 0}))
+    if balance.last_response is None:
+        raise TypeError("An answer has its headers.")
+    return Access(balance.livemode, parsedate_to_datetime(balance.last_response.headers["Date"]))
+
+
+def list_webhook_endpoints() -> list[WebhookEndpoint]:
+    """The addresses that Stripe sends our account's events to. Raises GatewayError."""
+    return list(
+        _listed(
+            lambda: _client().v1.webhook_endpoints.list({"limit": 100}),
+            lambda endpoint: WebhookEndpoint(
+                url=endpoint["url"],
+                is_enabled=endpoint["status"] == "enabled",
+                api_version=endpoint.get("api_version") or "",
+                event_types=frozenset(endpoint["enabled_events"]),
+            ),
+        )
     )
 
 

@@ -19,7 +19,8 @@ from django.utils import timezone
 from accounts import audit
 from accounts.audit import Action
 from accounts.models import User
-from billing import ledger, notifications, system_settings
+from billing import database, ledger, notifications, system_settings
+from billing.database import repeated_after_conflicts
 from billing.models import GrantRequest, SystemSettings, TokenAccount, TokenTransaction
 from billing.models.fields import ClockTimestamp
 from billing.models.grant_request import GrantKind as Kind
@@ -105,6 +106,7 @@ def deduct_granted_tokens(*, admin: User, user_id: int, tokens: int, reason: str
     return _ask(Kind.DEDUCTION, admin, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
 
 
+@repeated_after_conflicts
 def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
     require_tokens(tokens)
     reason = clean_reason(reason)
@@ -132,7 +134,7 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
                     admin_limit_tokens=settings.admin_grant_limit_tokens,
                     needs_two=needs_two,
                     state=State.REQUESTED,
-                    expires_at=timezone.now() + REQUEST_LIFETIME,
+                    expires_at=database.now() + REQUEST_LIFETIME,
                 )
         except IntegrityError:
             # Law 8: the unique key of the form. Who was first has committed by now.
@@ -185,6 +187,7 @@ def _sent_before(kind: str, asker: User, *, user_id: int, tokens: int, reason: s
 # --- Deciding -------------------------------------------------------------------------------------------------------
 
 
+@repeated_after_conflicts
 def approve_request(*, superadmin: User, request_id: int) -> GrantRequest:
     """Carry a request out, or be the first of two superadmins who approve it. Approving twice is once.
 
@@ -206,6 +209,7 @@ def approve_request(*, superadmin: User, request_id: int) -> GrantRequest:
         return _carry_out(request, by=approver, action=Action.GRANT_APPROVED)
 
 
+@repeated_after_conflicts
 def decline_request(*, superadmin: User, request_id: int, reason: str) -> GrantRequest:
     """Close a request without moving a token. Raises as `approve_request`."""
     reason = clean_reason(reason)

@@ -26,6 +26,7 @@ from psycopg.rows import namedtuple_row
 
 from accounts.models import Workspace
 from billing import live, system_settings
+from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import (
     TokenPools,
@@ -328,7 +329,7 @@ _NEW_USAGE = f""", usage AS (
            clock_timestamp() + %(lifetime_seconds)s::int * interval '1 second'
       FROM allowed
     RETURNING id AS usage_id
-)"""  # noqa: S608
+)"""  # noqa: S608 – our own names and constants, no input
 
 
 @dataclass(frozen=True, slots=True)
@@ -491,6 +492,7 @@ _NO_ENTRY: Mapping[str, Any] = {
 }
 
 
+@repeated_after_conflicts
 def _execute(statement: _Statement, parameters: Mapping[str, Any]) -> Any:
     """Run one statement, bound on the server (so that PostgreSQL prepares it), and return its only row or None.
 
@@ -543,15 +545,27 @@ def _post_once(
 ) -> Posting:
     """Post; when a unique key refuses it, `replay` the outcome which that key already has (law 8).
 
-    A retry may also be refused for what its first time did: it spent the balance, or left a debt.
+    A retry may also be refused for what its first time did: it spent the balance, or left a debt. And when the
+    connection was lost, only what stands under the key says whether it was committed. Nothing there: the error goes
+    on, and the caller may repeat it with the same key, also while the lost statement still waits for a lock.
     """
     try:
         return _post(statement, parameters, needed_tokens=needed_tokens)
-    except (IntegrityError, InsufficientTokens, AccountNotActive):
+    except (IntegrityError, InsufficientTokens, AccountNotActive, *DATABASE_AWAY) as error:
+        _leave_lost_connection(error)
         outcome = replay()
         if outcome is None:
             raise
         return outcome
+
+
+def _leave_lost_connection(error: Exception) -> None:
+    """After an error that says the connection was lost, have the next query open another one. Inside a transaction
+    the error goes on: all of that is lost or committed, and its caller knows what to ask for."""
+    if isinstance(error, DATABASE_AWAY):
+        if connection.in_atomic_block:
+            raise error
+        connection.close()
 
 
 # --- Reserve, settle, release ---------------------------------------------------------------------------------------
@@ -720,8 +734,10 @@ def expire_reservations(*, limit: int = 1_000) -> int:
 def _close(statement: _Statement, parameters: Mapping[str, Any], *, closed_as: str) -> Posting:
     try:
         return _post(statement, parameters)
-    except (InsufficientTokens, AccountNotActive):
-        # Closing never lacks tokens: the statement found no open hold, so somebody closed it before.
+    except (InsufficientTokens, AccountNotActive, *DATABASE_AWAY) as error:
+        # Closing never lacks tokens: the statement found no open hold, so somebody closed it before. Perhaps it was
+        # this call, whose connection was lost before the answer came.
+        _leave_lost_connection(error)
         usage = _get_usage(parameters["usage_id"])
         if usage.status == closed_as:
             return _replay(usage)

@@ -5,35 +5,31 @@ late, twice or out of order cannot show a wrong number.
 """
 
 import asyncio
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 
 import redis
 import redis.asyncio
+import structlog
 from django.conf import settings
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-logger = logging.getLogger(__name__)
+from billing import redis_client
+
+logger = structlog.get_logger(__name__)
 
 BALANCE_CHANNEL = "postmate:balance-changed"
 RECONNECT_SECONDS = 2
 
 
-@cache
-def _client() -> redis.Redis:
-    # No retries: a debit must not wait for a Redis that is down.
-    return redis.Redis.from_url(settings.REDIS_URL, retry=Retry(NoBackoff(), 0), **settings.REDIS_OPTIONS)
-
-
 def announce_balance_change(user_id: int) -> None:
     """Tell every open page of the user that the balance changed. Call it after the commit. Never raises."""
     try:
-        _client().publish(BALANCE_CHANNEL, str(user_id))
+        with redis_client.asking():
+            redis_client.client().publish(BALANCE_CHANNEL, str(user_id))
+    except redis_client.RedisPaused:
+        pass  # the first one of the pause has said so
     except redis.RedisError as error:
-        logger.warning("Live balance of user %s was not announced: %s", user_id, error)
+        logger.warning("A live balance was not announced", user_id=user_id, error=error)
 
 
 class BalanceListener:
@@ -42,6 +38,7 @@ class BalanceListener:
     def __init__(self) -> None:
         self._streams: dict[int, set[asyncio.Event]] = {}
         self._task: asyncio.Task[None] | None = None
+        self.is_closed = False
 
     @contextmanager
     def changes_of(self, user_id: int) -> Iterator[asyncio.Event]:
@@ -58,6 +55,11 @@ class BalanceListener:
             if not streams:
                 del self._streams[user_id]
 
+    def close(self) -> None:
+        """The process stops: wake all streams, which end. Call it in the event loop's thread."""
+        self.is_closed = True
+        self._wake(*self._streams)
+
     async def _listen(self) -> None:
         while True:
             try:
@@ -72,7 +74,7 @@ class BalanceListener:
                         if message["type"] == "message":
                             self._wake(int(message["data"]))
             except (redis.RedisError, OSError) as error:
-                logger.warning("Live balances are off until Redis answers again: %s", error)
+                logger.warning("Live balances are off until Redis answers again", error=error)
                 await asyncio.sleep(RECONNECT_SECONDS)
 
     def _wake(self, *user_ids: int) -> None:

@@ -4,7 +4,6 @@ A message is a row, written in the caller's transaction, with a key that says wh
 twice, and nothing is said of what was rolled back. A beat task sends the e-mails of the rows that wait for it.
 """
 
-import logging
 import smtplib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
+import structlog
 from django.conf import settings
 from django.core.mail import EmailMultiAlternatives, get_connection
 from django.db import transaction
@@ -34,7 +34,7 @@ from billing.models import (
 from billing.models.notification import NotificationKind as Kind
 from billing.pricing import display_price
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 # The account does not work as its owner set it up, and only they can mend it.
 ALWAYS_EMAILED = (
@@ -488,7 +488,12 @@ def send_pending_emails(limit: int = 100) -> int:
                 connection.open()  # nothing happens when it is open
                 connection.send_messages([render_email(notification)])
             except Exception as error:
-                logger.warning("E-mail of notification %s was not sent: %r", notification.pk, error)
+                logger.warning(
+                    "An e-mail was not sent",
+                    notification_id=notification.pk,
+                    user_id=notification.user_id,
+                    error=error,
+                )
                 Notification.objects.filter(pk=notification.pk).update(email_error=_plain(repr(error))[:500])
                 if isinstance(error, OSError) and not isinstance(error, REFUSALS):
                     break  # the server is away: the others need not find that out one by one

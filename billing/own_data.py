@@ -1,9 +1,9 @@
 """A person's own part of the books: what they can take along, and what of it names them and goes."""
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
+import structlog
 from django.utils import timezone
 
 from accounts.models import User
@@ -19,7 +19,7 @@ from billing.models import (
     TokenUsage,
 )
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 State = Purchase.State
 Row = dict[str, Any]
@@ -105,7 +105,7 @@ def close_open_checkouts(*, user_id: int) -> None:
         try:
             purchases.close_checkout(purchase)
         except (gateway.GatewayError, purchases.PurchaseError) as error:
-            logger.warning("The checkout of purchase %s was not closed: %r", purchase.pk, error)
+            logger.warning("A checkout was not closed", purchase_id=purchase.pk, error=error.__cause__ or error)
             raise NotNow(
                 "A payment page of yours is still open, and Stripe could not be reached to close it. "
                 "Try again in a few minutes."
@@ -161,7 +161,8 @@ def erase_customer(*, account_id: int) -> bool:
     try:
         gateway.delete_customer(customer_id)
     except gateway.GatewayError as error:
-        logger.warning("Customer of account %s was not deleted yet: %r", account_id, error.__cause__ or error)
+        cause = error.__cause__ or error
+        logger.warning("A customer was not deleted at Stripe yet", account_id=account_id, error=cause)
         return False
     anonymised.update(stripe_customer_id=None)
     return True

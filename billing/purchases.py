@@ -5,25 +5,26 @@ row (law 6). A crash after any line leaves a purchase that the next click, the w
 takes up where it stands.
 """
 
-import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
+import structlog
 from django.conf import settings
 from django.db import IntegrityError, transaction
 from django.db.models import Q
 from django.urls import reverse
-from django.utils import timezone
 
-from billing import gateway, ledger, notifications, packages, refunds, system_settings
+from billing import database, gateway, ledger, notifications, packages, refunds, system_settings
 from billing.background import enqueue_on_commit
+from billing.database import repeated_after_conflicts
 from billing.gateway import CheckoutSession, PaymentIntent
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.models.fields import Currency
 from billing.pricing import display_price, tokens_for_cents
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 State = Purchase.State
 
@@ -36,6 +37,12 @@ ASK_AGAIN_AFTER = timedelta(minutes=10)
 PAGE_ASKS_AGAIN_AFTER = timedelta(seconds=2)
 
 MAX_AMOUNT_CENTS = 1_000_000  # of a custom purchase
+CHECKOUTS_PER_HOUR = 60  # of one account: each is a call of Stripe's, which counts the calls of all of us together
+
+
+def log_ids(purchase: Purchase) -> dict[str, int]:
+    """What a line of the log about a purchase names."""
+    return {"purchase_id": purchase.pk, "account_id": purchase.account_id, "user_id": purchase.user_id}
 
 
 class PurchaseError(Exception):
@@ -58,6 +65,10 @@ class AmountNotSold(PurchaseError):
 
 class CheckoutKeyConflict(PurchaseError):
     http_status = 409
+
+
+class TooManyCheckouts(PurchaseError):
+    http_status = 429
 
 
 class CurrencyNotChanged(PurchaseError):
@@ -123,7 +134,7 @@ def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) ->
         except (gateway.GatewayBroken, gateway.GatewayRefused) as error:
             # Stripe would give the same answer to this purchase's key for a day; the next click gets a new one. A
             # session that we never heard of has no payer: nobody was sent to it.
-            logger.error("Checkout of purchase %s was not opened: %r", purchase.pk, error.__cause__)
+            logger.error("A checkout was not opened", **log_ids(purchase), error=error.__cause__)
             Purchase.objects.filter(pk=purchase.pk, state=State.CREATED).update(
                 state=State.FAILED, message="The payment page could not be opened."
             )
@@ -150,6 +161,7 @@ def why_currency_is_fixed(account: TokenAccount) -> str:
     return ""
 
 
+@repeated_after_conflicts
 def update_currency(*, user_id: int, currency: str) -> TokenAccount:
     """Show prices and sell in another currency. Raises CurrencyNotChanged once there was a payment, or for a currency
     in which nothing is sold; the same currency again changes nothing."""
@@ -178,12 +190,13 @@ def close_checkout(purchase: Purchase) -> Purchase:
     return _ask_stripe(str(purchase.stripe_session_id))
 
 
+@repeated_after_conflicts
 def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tuple[Purchase, list[str]]:
     """The purchase of this form, else the open one of this package on the same terms, else a new one.
 
     Beside it the sessions of open purchases that the new one replaces, which are to be closed at Stripe.
     """
-    now = timezone.now()
+    now = database.now()
     is_usable = Q(state=State.CREATED, created_at__gt=now - RETRY_WITHIN) | Q(state=State.OPEN, expires_at__gt=now)
     same_price = Q(tokens=terms.tokens, amount_cents=terms.amount_cents, currency=terms.currency)
     open_ones = Purchase.objects.filter(
@@ -202,6 +215,11 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
         pending = sent_before.filter(is_usable | Q(state=State.PROCESSING)).first()
         if purchase := pending or open_ones.filter(is_usable & same_price).first():
             return purchase, []
+        lately = Purchase.objects.filter(
+            account=account, kind=Purchase.Kind.CHECKOUT, created_at__gt=now - timedelta(hours=1)
+        )
+        if lately.count() >= CHECKOUTS_PER_HOUR:
+            raise TooManyCheckouts("You opened very many payment pages. Try again in an hour.")
         try:
             with transaction.atomic():
                 # On other terms, or too old. Should it be paid all the same, it is still credited: paid wins.
@@ -234,7 +252,7 @@ def _close_session(session_id: str) -> None:
     try:
         gateway.expire_checkout_session(session_id)
     except gateway.GatewayError as error:
-        logger.warning("Session %s was not closed: %r", session_id, error.__cause__ or error)
+        logger.warning("A checkout was not closed", session_id=session_id, error=error.__cause__ or error)
 
 
 def _open_session(purchase: Purchase) -> None:
@@ -278,6 +296,7 @@ def _open_session(purchase: Purchase) -> None:
 # --- What Stripe says about it --------------------------------------------------------------------------------------
 
 
+@repeated_after_conflicts
 def apply_checkout_session(session: CheckoutSession) -> Purchase:
     """Bring our purchase up to what Stripe says of its session: credit it, fail it, or note that it runs.
 
@@ -301,6 +320,7 @@ def apply_checkout_session(session: CheckoutSession) -> Purchase:
     return purchase
 
 
+@repeated_after_conflicts
 def apply_payment_failure(session: CheckoutSession) -> Purchase:
     """A delayed payment did not come. Raises PurchaseNotFound."""
     with transaction.atomic():
@@ -310,6 +330,7 @@ def apply_payment_failure(session: CheckoutSession) -> Purchase:
     return purchase
 
 
+@repeated_after_conflicts
 def apply_payment_intent(payment_intent: PaymentIntent) -> Purchase:
     """Credit a succeeded payment whose session's event has not come, or will not come. Raises PurchaseNotFound.
 
@@ -338,21 +359,21 @@ def refresh_from_stripe(purchase: Purchase) -> Purchase:
 
     Stripe out of reach is no error: the page goes on waiting, and the webhook or the sweeper will come.
     """
-    due = Q(checked_at=None) | Q(checked_at__lt=timezone.now() - PAGE_ASKS_AGAIN_AFTER)
+    due = Q(checked_at=None) | Q(checked_at__lt=database.now() - PAGE_ASKS_AGAIN_AFTER)
     if not purchase.is_pending or not purchase.stripe_session_id:
         return purchase
-    if not Purchase.objects.filter(due, pk=purchase.pk).update(checked_at=timezone.now()):
+    if not Purchase.objects.filter(due, pk=purchase.pk).update(checked_at=database.now()):
         return purchase
     try:
         return _ask_stripe(purchase.stripe_session_id)
     except gateway.GatewayError as error:
-        logger.warning("Purchase %s could not be looked up at Stripe: %r", purchase.pk, error.__cause__ or error)
+        logger.warning("A purchase could not be looked up", **log_ids(purchase), error=error.__cause__ or error)
         return purchase
 
 
 def sweep_purchases(*, limit: int = 200) -> int:
     """Finish the purchases whose webhook never came, by asking Stripe (row 29). Returns how many came to an end."""
-    now = timezone.now()
+    now = database.now()
     Purchase.objects.filter(
         state=State.CREATED,
         kind=Purchase.Kind.CHECKOUT,
@@ -371,7 +392,7 @@ def sweep_purchases(*, limit: int = 200) -> int:
         try:
             ended += not _ask_stripe(str(purchase.stripe_session_id)).is_pending
         except (gateway.GatewayError, PurchaseError) as error:
-            logger.warning("Purchase %s was not finished: %r", purchase.pk, error.__cause__ or error)
+            logger.warning("A purchase was not finished", **log_ids(purchase), error=error.__cause__ or error)
     return ended
 
 
@@ -445,9 +466,13 @@ def _credit(
         return
     if (amount_cents, currency) != (purchase.amount_cents, purchase.currency):
         logger.error(
-            "Purchase %s was paid with %s %s instead of %s %s: kept for review.",
-            purchase.pk, amount_cents, currency, purchase.amount_cents, purchase.currency,
-        )  # fmt: skip
+            "A purchase was paid with another amount and is kept for review",
+            **log_ids(purchase),
+            paid_cents=amount_cents,
+            paid_currency=currency,
+            amount_cents=purchase.amount_cents,
+            currency=purchase.currency,
+        )
         _set_state(purchase, State.REVIEW, "The amount paid differs from the price. We are looking into it.")
         return
     purchase.discount_cents = discount_cents
@@ -468,7 +493,7 @@ def _credit(
     )
     purchase.state = State.PAID
     purchase.message = ""
-    purchase.paid_at = timezone.now()
+    purchase.paid_at = database.now()
     purchase.stripe_payment_intent_id = payment_intent_id
     purchase.charged_cents = charged_cents or None
     purchase.save(
@@ -478,6 +503,9 @@ def _credit(
     )  # fmt: skip
     _after_credit(purchase)
     refunds.apply_parked(purchase)
+    transaction.on_commit(
+        partial(logger.info, "A purchase was credited", **log_ids(purchase), tokens=purchase.tokens, kind=purchase.kind)
+    )
 
 
 def _after_credit(purchase: Purchase) -> None:

@@ -8,24 +8,24 @@ lock and a unique index).
 What may follow an attempt that brought no money is decided in `_fail` alone.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
+import structlog
 from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
-from django.utils import timezone
 
-from billing import gateway, notifications, packages, purchases
+from billing import database, gateway, notifications, packages, purchases
 from billing.background import enqueue_on_commit
+from billing.database import repeated_after_conflicts
 from billing.gateway import CardDeclined, GatewayBroken, GatewayError, GatewayRefused, GatewayUnavailable, PaymentIntent
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.pricing import display_price
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 State = Purchase.State
 
@@ -53,6 +53,7 @@ DETAILS_WITHIN = timedelta(days=7)
 # --- Settings -------------------------------------------------------------------------------------------------------
 
 
+@repeated_after_conflicts
 def update_auto_recharge(
     *,
     user_id: int,
@@ -159,7 +160,7 @@ def get_overview(account: TokenAccount, *, attempts: int = 10) -> Overview:
         state = "confirm" if under_way.state == State.ACTION_REQUIRED else "charging"
     elif account.auto_recharge_enabled:
         retry_at = account.auto_recharge_retry_at
-        state = "waiting" if retry_at is not None and retry_at > timezone.now() else "on"
+        state = "waiting" if retry_at is not None and retry_at > database.now() else "on"
     elif account.auto_recharge_last_outcome:
         state = "switched_off"
     else:
@@ -199,9 +200,10 @@ def _due_accounts(now: datetime) -> QuerySet[TokenAccount]:
     ).exclude(stripe_payment_method_id="")
 
 
+@repeated_after_conflicts
 def _open_attempt(user_id: int) -> Purchase | None:
     """Commit an attempt that Stripe does not know of yet, if the account wants one and may have it."""
-    now = timezone.now()
+    now = database.now()
     # Without the lock first: most debits below the threshold find an attempt under way.
     if not _due_accounts(now).filter(user_id=user_id).exists():
         return None
@@ -292,12 +294,12 @@ def _charge(purchase: Purchase) -> None:
         else:
             _end(purchase, partial(_fail, code=error.code, message=error.message))
     except GatewayUnavailable as error:
-        logger.warning("Auto-recharge %s has no answer yet: %r", purchase.pk, error.__cause__)
+        logger.warning("An auto-recharge has no answer yet", **purchases.log_ids(purchase), error=error.__cause__)
     except GatewayBroken as error:
-        logger.error("Auto-recharge %s met a fault of Stripe's: %r", purchase.pk, error.__cause__)
+        logger.error("An auto-recharge met a fault of Stripe's", **purchases.log_ids(purchase), error=error.__cause__)
         _look_up(purchase, or_else=_close_uncharged)
     except GatewayRefused as error:
-        logger.error("Auto-recharge %s was refused: %r", purchase.pk, error.__cause__)
+        logger.error("An auto-recharge was refused", **purchases.log_ids(purchase), error=error.__cause__)
         _look_up(purchase, or_else=_refuse)
         refresh_card(user_id=purchase.user_id)
     else:
@@ -315,7 +317,8 @@ def _look_up(purchase: Purchase, *, or_else: Callable[[Purchase], None]) -> None
     except GatewayRefused:
         payment = None  # no such customer, hence no such payment
     except GatewayError as error:
-        logger.warning("Auto-recharge %s could not be looked up: %r", purchase.pk, error.__cause__)
+        ids, cause = purchases.log_ids(purchase), error.__cause__ or error
+        logger.warning("An auto-recharge could not be looked up", **ids, error=cause)
         return
     if payment is not None:
         apply_payment_intent(payment)
@@ -323,6 +326,7 @@ def _look_up(purchase: Purchase, *, or_else: Callable[[Purchase], None]) -> None
         _end(purchase, or_else)
 
 
+@repeated_after_conflicts
 def _end(purchase: Purchase, close: Callable[[Purchase], None]) -> None:
     """Run `close` on the locked attempt, unless it has come to an end meanwhile."""
     with transaction.atomic():
@@ -334,6 +338,7 @@ def _end(purchase: Purchase, close: Callable[[Purchase], None]) -> None:
 # --- What Stripe says about it --------------------------------------------------------------------------------------
 
 
+@repeated_after_conflicts
 def apply_payment_intent(payment: PaymentIntent) -> Purchase:
     """Bring the attempt behind a payment up to what Stripe says: credit it, fail it, or note what it waits for.
 
@@ -377,7 +382,7 @@ def _fail(purchase: Purchase, *, message: str, code: str = "", state: str = Stat
     failures = account.auto_recharge_failures
     is_last = failures > len(RETRY_AFTER_DECLINE) or code in HOPELESS_CODES
     will_retry = account.auto_recharge_enabled and not is_last
-    account.auto_recharge_retry_at = timezone.now() + RETRY_AFTER_DECLINE[failures - 1] if will_retry else None
+    account.auto_recharge_retry_at = database.now() + RETRY_AFTER_DECLINE[failures - 1] if will_retry else None
     if account.auto_recharge_enabled:
         account.auto_recharge_last_outcome = message[:200]
     account.save(
@@ -395,7 +400,7 @@ def _close_uncharged(purchase: Purchase) -> None:
     message = "The payment service had a problem. Your card was not charged."
     _set_state(purchase, State.FAILED, message)
     TokenAccount.objects.filter(pk=purchase.account_id, auto_recharge_enabled=True).update(
-        auto_recharge_retry_at=timezone.now() + RETRY_AFTER_FAULT, auto_recharge_last_outcome=message
+        auto_recharge_retry_at=database.now() + RETRY_AFTER_FAULT, auto_recharge_last_outcome=message
     )
 
 
@@ -460,7 +465,7 @@ def refresh_from_stripe(purchase: Purchase) -> Purchase:
 
     Stripe out of reach is no error: the page goes on waiting, and the webhook or the sweep will come.
     """
-    now = timezone.now()
+    now = database.now()
     if not purchase.is_pending or not purchase.stripe_payment_intent_id:
         return purchase
     if not _claim(purchase, now, again_after=purchases.PAGE_ASKS_AGAIN_AFTER):
@@ -468,7 +473,8 @@ def refresh_from_stripe(purchase: Purchase) -> Purchase:
     try:
         return apply_payment_intent(gateway.retrieve_payment_intent(purchase.stripe_payment_intent_id))
     except GatewayError as error:
-        logger.warning("Auto-recharge %s could not be looked up: %r", purchase.pk, error.__cause__ or error)
+        ids, cause = purchases.log_ids(purchase), error.__cause__ or error
+        logger.warning("An auto-recharge could not be looked up", **ids, error=cause)
         return purchase
 
 
@@ -480,7 +486,7 @@ def sweep_auto_recharges(*, limit: int = 100) -> int:
 
     Returns how many attempts came to an end or were begun. Calls Stripe. May run twice at once.
     """
-    now = timezone.now()
+    now = database.now()
     # A question each, not a lock: whoever claims it first asks Stripe, and asking twice would do no harm.
     waiting = Purchase.objects.filter(
         Q(checked_at=None)
@@ -496,16 +502,17 @@ def sweep_auto_recharges(*, limit: int = 100) -> int:
         try:
             _take_up(purchase, now)
         except GatewayError as error:
-            logger.warning("Auto-recharge %s was not finished: %r", purchase.pk, error.__cause__ or error)
+            ids, cause = purchases.log_ids(purchase), error.__cause__ or error
+            logger.warning("An auto-recharge was not finished", **ids, error=cause)
         except Exception:  # one that cannot be read must not keep the others waiting
-            logger.exception("Auto-recharge %s was not finished", purchase.pk)
+            logger.exception("An auto-recharge was not finished", **purchases.log_ids(purchase))
         purchase.refresh_from_db()
         moved += not purchase.is_pending
     for user_id in _due_accounts(now).order_by("pk").values_list("user_id", flat=True)[:limit]:
         try:
             begun = trigger_auto_recharge(user_id=user_id)
         except Exception:
-            logger.exception("Auto-recharge of user %s was not begun", user_id)
+            logger.exception("An auto-recharge was not begun", user_id=user_id)
             continue
         moved += begun is not None
         if begun is not None and begun.state == State.CREATED:
@@ -552,7 +559,7 @@ def remember_card(*, purchase_id: int) -> None:
         return
     payment = gateway.retrieve_payment_intent(str(purchase.stripe_payment_intent_id))
     with transaction.atomic():
-        Purchase.objects.filter(pk=purchase.pk).update(receipt_url=payment.receipt_url, checked_at=timezone.now())
+        Purchase.objects.filter(pk=purchase.pk).update(receipt_url=payment.receipt_url, checked_at=database.now())
         bought_again = Purchase.objects.filter(
             account=purchase.account_id, kind=Purchase.Kind.CHECKOUT, paid_at__gt=purchase.paid_at
         )
@@ -593,7 +600,7 @@ def _sweep_details(now: datetime, *, limit: int) -> None:
         try:
             remember_card(purchase_id=purchase_id)
         except GatewayError as error:
-            logger.warning("The card of purchase %s was not fetched: %r", purchase_id, error.__cause__ or error)
+            logger.warning("A card was not fetched", purchase_id=purchase_id, error=error.__cause__ or error)
             return
 
 
@@ -610,7 +617,7 @@ def refresh_card(*, user_id: int) -> None:
     except GatewayRefused:
         card = None  # Stripe does not have this customer
     except GatewayError as error:
-        logger.warning("The card of user %s could not be looked up: %r", user_id, error.__cause__)
+        logger.warning("A card could not be looked up", user_id=user_id, error=error.__cause__ or error)
         return
     if card is None:
         forget_card(payment_method_id=account.stripe_payment_method_id)
@@ -648,6 +655,7 @@ def forget_customer(*, customer_id: str) -> None:
     _forget(accounts, cause=customer_id, stripe_customer_id=None)
 
 
+@repeated_after_conflicts
 def _forget(accounts: QuerySet[TokenAccount], *, cause: str, **changes: None) -> None:
     with transaction.atomic():
         account = accounts.select_for_update().first()

@@ -4,12 +4,12 @@ Missed webhooks heal here: everything that is found goes through the same functi
 the second time. Each finding is one `Drift` row, however often it is found.
 """
 
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+import structlog
 from django.db import transaction
 from django.db.models import Q
 from django.utils import timezone
@@ -21,7 +21,7 @@ from billing.gateway import Dispute, PaymentIntent, Refund
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
 from billing.pricing import display_price
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 State = Purchase.State
 
@@ -202,7 +202,14 @@ class _Walk:
         self.found.add(stripe_id)
         drift, is_new = _note(kind, stripe_id, description, about)
         if is_new:
-            logger.error("Drift: %s (%s, %s)", description, kind, stripe_id)
+            logger.error(
+                "A difference with Stripe",
+                drift_id=drift.pk,
+                kind=kind,
+                stripe_id=stripe_id,
+                purchase_id=drift.purchase_id,
+                difference=description,
+            )
         if drift.resolved_at is None:
             self.report.differing.append(drift)
 

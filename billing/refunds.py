@@ -9,20 +9,21 @@ A picture that comes before the credit is parked: it has no purchase until `appl
 the order purchase, payment, account.
 """
 
-import logging
 from datetime import timedelta
 
+import structlog
 from django.db import connection, transaction
 from django.db.models import Count, Sum
 from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from billing import gateway, ledger, notifications
+from billing import database, gateway, ledger, notifications
+from billing.database import repeated_after_conflicts
 from billing.gateway import Dispute, Refund
 from billing.models import PaymentReversal, Purchase, TokenAccount, TokenTransaction
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 Kind = PaymentReversal.Kind
 REQUESTED, REFUSED = PaymentReversal.REQUESTED, PaymentReversal.REFUSED
@@ -118,13 +119,20 @@ def apply_parked(purchase: Purchase) -> None:
     )
     for reversal in parked.order_by("pk"):
         if reversal.currency != purchase.currency:
-            logger.error("%s is in another currency than purchase %s: kept for review.", reversal, purchase.pk)
+            logger.error(
+                "A refund or dispute is in another currency than its purchase and is kept for review",
+                reversal_id=reversal.pk,
+                purchase_id=purchase.pk,
+                user_id=purchase.user_id,
+                account_id=purchase.account_id,
+            )
             continue
         reversal.purchase = purchase
         reversal.save(update_fields=["purchase", "updated_at"])
         _settle(purchase, reversal, was_taking=False)
 
 
+@repeated_after_conflicts
 def _apply(kind: str, picture: Refund | Dispute, *, request_id: str = "") -> PaymentReversal:
     if not picture.payment_intent_id:
         raise NotOurReversal(f"{picture.id} names no payment intent; all our payments have one.")
@@ -349,7 +357,7 @@ def request_refund(
 
 def resume_requests(*, limit: int = 50) -> int:
     """Finish the refunds that Stripe did not answer, with the same key. Returns how many came to an end."""
-    now = timezone.now()
+    now = database.now()
     waiting = PaymentReversal.objects.filter(status=REQUESTED, created_at__lt=now - RESUME_AFTER).order_by("pk")
     ended = 0
     for reversal in waiting[:limit]:
@@ -362,15 +370,21 @@ def resume_requests(*, limit: int = 50) -> int:
         except RefundRefused:
             ended += 1
         except (RefundUnanswered, gateway.GatewayError) as error:
-            logger.warning("Refund request %s was not finished: %r", reversal.pk, error.__cause__ or error)
+            logger.warning(
+                "A refund was not finished",
+                reversal_id=reversal.pk,
+                purchase_id=reversal.purchase_id,
+                error=error.__cause__ or error,
+            )
     return ended
 
 
+@repeated_after_conflicts
 def _open_request(
     *, purchase_id: int, amount_cents: int, reason: str, requested_by_id: int, request_key: str
 ) -> PaymentReversal:
     if not User.objects.filter(pk=requested_by_id, role=User.Role.SUPERADMIN, is_active=True).exists():
-        logger.warning("User %s tried to refund purchase %s without being a superadmin.", requested_by_id, purchase_id)
+        logger.warning("A refund was refused to no superadmin", user_id=requested_by_id, purchase_id=purchase_id)
         audit.write_refusal(
             action=audit.Action.REFUND,
             summary="Was refused a refund",
@@ -436,7 +450,12 @@ def _send_request(reversal: PaymentReversal) -> PaymentReversal:
         raise RefundRefused(f"Stripe refused the refund: {error.__cause__}") from error
     except gateway.GatewayBroken as error:
         # Stripe gives this answer again under this key; whether it refunded, only its list tells.
-        logger.warning("Refund request %s met a fault of Stripe's: %r", reversal.pk, error.__cause__)
+        logger.warning(
+            "A refund met a fault of Stripe's",
+            reversal_id=reversal.pk,
+            purchase_id=reversal.purchase_id,
+            error=error.__cause__,
+        )
         try:
             return _look_up(reversal)
         except gateway.GatewayError as second_error:

@@ -49,7 +49,7 @@ SELECT date_trunc('hour', completed_at, 'UTC'), {USAGE_DIMENSIONS}, {RAW_USAGE_S
   FROM billing_tokenusage
  WHERE completed_at >= %(since)s AND completed_at < %(until)s
  GROUP BY 1, {USAGE_DIMENSIONS} ORDER BY 1
-"""  # noqa: S608
+"""  # noqa: S608 – our own names and constants, no input
 
 _ROLL_USAGE_DAYS = f"""
 INSERT INTO billing_usageday (day, {USAGE_DIMENSIONS}, {", ".join(USAGE_SUMS)})
@@ -57,7 +57,7 @@ SELECT date_trunc('day', hour, 'UTC'), {USAGE_DIMENSIONS}, {", ".join(f"sum({nam
   FROM billing_usagehour
  WHERE hour >= %(since)s AND hour < %(until)s
  GROUP BY 1, {USAGE_DIMENSIONS} ORDER BY 1
-"""  # noqa: S608
+"""  # noqa: S608 – our own names and constants, no input
 
 _ROLL_LEDGER_HOURS = f"""
 INSERT INTO billing_ledgerhour (hour, type, currency, transactions, tokens, paid_cents, discount_cents)
@@ -75,7 +75,7 @@ SELECT date_trunc('hour', completed_at, 'UTC'), 'usage', '', count(*), -sum(bill
  WHERE completed_at >= %(since)s AND completed_at < %(until)s AND billable_tokens > 0
  GROUP BY 1
  ORDER BY hour
-"""  # noqa: S608
+"""  # noqa: S608 – our own names and constants, no input
 
 _FIRST_HOUR = """
 SELECT date_trunc('hour', least(

@@ -1,10 +1,10 @@
 """What Celery runs. Each task calls one domain function and may be delivered twice."""
 
-import logging
 import time
 from datetime import timedelta
 from functools import partial
 
+import structlog
 from celery import shared_task
 from django.db import transaction
 from django.utils import timezone
@@ -20,15 +20,17 @@ from billing import (
     recharge,
     reconcile,
     refunds,
+    retention,
     rollups,
     system_settings,
+    verification,
 )
 from billing.background import enqueue_on_commit
 from billing.gateway import GatewayError
 from billing.ledger import Posting
 from billing.models import TokenAccount
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 THRESHOLDS_KEPT_SECONDS = 30
 
@@ -66,6 +68,11 @@ def sweep_auto_recharges() -> int:
 @shared_task
 def roll_up_usage() -> None:
     rollups.roll_up()
+
+
+@shared_task
+def check_books() -> int:
+    return verification.check_books()
 
 
 @shared_task
@@ -114,6 +121,11 @@ def export_finance() -> None:
 
 
 @shared_task
+def apply_retention() -> None:
+    retention.apply_retention()
+
+
+@shared_task
 def refresh_card(user_id: int) -> None:
     recharge.refresh_card(user_id=user_id)
 
@@ -144,7 +156,12 @@ def _notice_crossing(posting: Posting) -> None:
         account = TokenAccount.objects.select_related("user").get(pk=posting.account_id)
         tell(account, key=str(posting.transaction_id))
     except Exception:  # the debit is done; its answer must not depend on a notice
-        logger.exception("The low balance of user %s was not noticed", posting.user_id)
+        logger.exception(
+            "A low balance was not noticed",
+            user_id=posting.user_id,
+            account_id=posting.account_id,
+            transaction_id=posting.transaction_id,
+        )
 
 
 _known_thresholds: tuple[float, int, int] | None = None

@@ -4,10 +4,10 @@ The inbox row and what the event does are written in one transaction: a crash ta
 event again; a crash after the commit makes that second delivery find it done (rows 25 and 26).
 """
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import structlog
 from django.db import transaction
 from django.db.models import F
 from django.utils import timezone
@@ -15,10 +15,11 @@ from django.utils import timezone
 from accounts import audit
 from accounts.models import User
 from billing import gateway, purchases, recharge, refunds
+from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.gateway import Event
 from billing.models import Purchase, StripeEvent
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 State = StripeEvent.State
 DONE = (State.PROCESSED, State.IGNORED, State.ASIDE)
@@ -126,11 +127,20 @@ def receive_event(*, payload: bytes, signature_header: str) -> StripeEvent:
     return _take_in(_row_of(event), event, done=DONE)
 
 
-def handle_again(row: StripeEvent) -> StripeEvent:
+def handle_again(row: StripeEvent, *, by: User | None = None) -> StripeEvent:
     """Handle an event of the inbox that failed or was kept aside once more. One that is done stays as it is.
 
-    Raises EventNotHandled when it fails again; its row then says why.
+    `by` asked for it, which the audit log knows before anything is done. Raises EventNotHandled when it fails again;
+    its row then says why.
     """
+    if by is not None:
+        audit.write(
+            action=audit.Action.EVENT_SETTLED,
+            summary=f"Event {row.event_id} ({row.type}) handled again",
+            actor=by,
+            about=("stripe_event", row.pk),
+            before={"state": row.state},
+        )
     return _take_in(row, gateway.read_event(row.payload), done=(State.PROCESSED, State.IGNORED))
 
 
@@ -160,14 +170,19 @@ def _take_in(row: StripeEvent, event: Event, *, done: tuple[str, ...]) -> Stripe
             event = gateway.in_our_version(event)
             if event.type == "charge.refunded":
                 event = gateway.with_refunds(event)
-        with transaction.atomic(durable=True):
-            return _handle_once(row, event, done=done)
+        row = _handle_once(row, event, done=done)
+        logger.info("An event came", event_id=event.id, event_type=event.type, state=row.state)
+        return row
+    except DATABASE_AWAY:
+        raise  # nothing can be kept: Stripe is answered with a 503 and sends it again
     except Exception as error:
-        logger.exception("Event %s (%s) was not handled", event.id, event.type)
+        logger.exception("An event was not handled", event_id=event.id, event_type=event.type)
         _keep_failure(row, error, done=done)
         raise EventNotHandled from error
 
 
+@repeated_after_conflicts
+@transaction.atomic(durable=True)
 def _handle_once(row: StripeEvent, event: Event, *, done: tuple[str, ...]) -> StripeEvent:
     # A second delivery waits here for the first one's commit, and then finds its row.
     if row.pk is None:
@@ -209,7 +224,7 @@ def _foreign(event: Event) -> str:
 
 
 def _aside(event: Event, message: str) -> tuple[str, str]:
-    logger.error("Event %s (%s) is kept aside: %s", event.id, event.type, message)
+    logger.error("An event is kept aside", event_id=event.id, event_type=event.type, reason=message)
     return State.ASIDE, message
 
 

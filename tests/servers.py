@@ -64,6 +64,8 @@ def running(
     **environment: Any,
 ) -> Iterator[Any]:
     """Run a server until the end of the context; wait until `ready_path` answers. `log` takes what it prints."""
+    if _answers(url + ready_path):
+        raise RuntimeError(f"Another server answers at {url} already; {command} would not be the one that is tested.")
     process = subprocess.Popen(
         [program, *command], cwd=PROJECT, env={**os.environ, **environment}, stdout=log, stderr=log
     )
@@ -90,22 +92,22 @@ def _answers(url: str) -> bool:
         return False
 
 
-def running_stripe(**options: Any) -> Any:
-    command = ["-m", "postmate.standins.stripe", "--port", str(STRIPE_PORT), "--data", ":memory:"]
+def running_stripe(*, port: int = STRIPE_PORT, web_port: int = WEB_PORT, **options: Any) -> Any:
+    command = ["-m", "postmate.standins.stripe", "--port", str(port), "--data", ":memory:"]
     command += [
         "--webhook-url",
-        f"http://127.0.0.1:{WEB_PORT}/stripe/webhook/",
+        f"http://127.0.0.1:{web_port}/stripe/webhook/",
         "--webhook-secret",
         WEBHOOK_SECRET,
     ]
     return running(
-        command, url=f"http://127.0.0.1:{STRIPE_PORT}", ready_path="/control/state", server=StripeStandIn, **options
+        command, url=f"http://127.0.0.1:{port}", ready_path="/control/state", server=StripeStandIn, **options
     )
 
 
-def running_ai(**options: Any) -> Any:
-    command = ["-m", "postmate.standins.ai", "--port", str(AI_PORT), "--tokens-per-second", "1200"]
-    return running(command, url=f"http://127.0.0.1:{AI_PORT}", ready_path="/control/requests", **options)
+def running_ai(*, port: int = AI_PORT, **options: Any) -> Any:
+    command = ["-m", "postmate.standins.ai", "--port", str(port), "--tokens-per-second", "1200"]
+    return running(command, url=f"http://127.0.0.1:{port}", ready_path="/control/requests", **options)
 
 
 def _test_database_url() -> str:
@@ -116,11 +118,14 @@ def _test_database_url() -> str:
 
 
 @contextmanager
-def running_worker() -> Iterator[subprocess.Popen[bytes]]:
-    """A Celery worker on the test database. What is sent while it starts waits for it in the queue."""
-    command = [sys.executable, "-m", "celery", "-A", "postmate", "worker", "--pool", "threads", "--concurrency", "2"]
+def running_worker(*, log: IO[str] | None = None, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A Celery worker on the test database. What is sent while it starts waits for it in the queue. `log` takes what
+    it prints, `environment` changes its settings."""
+    command = [sys.executable, "-m", "celery", "--quiet", "-A", "postmate", "worker"]
+    command += ["--pool", "threads", "--concurrency", "2"]
     command += ["--loglevel", "WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
-    process = subprocess.Popen(command, cwd=PROJECT, env={**os.environ, "DATABASE_URL": _test_database_url()})
+    environment = {**os.environ, "DATABASE_URL": _test_database_url(), **environment}
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=log, stderr=log)
     try:
         yield process
     finally:
@@ -141,6 +146,5 @@ def running_web(*, port: int = WEB_PORT, **environment: Any) -> Any:
         url=f"http://127.0.0.1:{port}",
         ready_path="/readyz",
         server=Server,
-        DATABASE_URL=_test_database_url(),
-        **environment,
+        **({"DATABASE_URL": _test_database_url()} | environment),
     )

@@ -9,6 +9,7 @@ import importlib
 import ssl
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import cache
 from typing import ClassVar, Literal, TypeAlias
 
@@ -17,9 +18,12 @@ from django.conf import settings
 
 from billing.pricing import TokenPools
 
+LIST_TIMEOUT_SECONDS = 10.0  # for the list of models, which nobody waits for with a text
+
 FinishReason: TypeAlias = Literal["stop", "length", "refused", "other"]
 
-# Imported when first used: the SDKs together take two seconds to import, which the web process need not pay.
+# Imported when first used: the SDKs together take two seconds to import, which the web process need not pay. The live
+# one does beforehand, so that nobody waits for it.
 _MODULES = {
     "openai": "ai_ops.providers.openai",
     "anthropic": "ai_ops.providers.anthropic",
@@ -135,6 +139,13 @@ def is_configured(provider: str) -> bool:
     return bool(getattr(settings, f"{provider.upper()}_API_KEY"))
 
 
+def load_configured() -> None:
+    """Import the SDKs of all providers that have a key."""
+    for provider, module in _MODULES.items():
+        if is_configured(provider):
+            importlib.import_module(module)
+
+
 def stream_text(
     *, provider: str, model: str, system: str, messages: Sequence[Message], max_output_tokens: int
 ) -> TextStream:
@@ -168,6 +179,17 @@ async def generate_images(*, provider: str, model: str, prompt: str, size: str, 
     module = importlib.import_module(_MODULES[provider])
     images: Images = await module.generate_images(model=model, prompt=prompt, size=size, quality=quality, count=count)
     return images
+
+
+async def list_models(provider: str) -> dict[str, date | None]:
+    """The models that our key may use, each with the day on which its provider ends it, where it says so.
+
+    Raises ProviderError.
+    """
+    if provider not in _MODULES:
+        raise ProviderMisconfigured(provider)
+    models: dict[str, date | None] = await importlib.import_module(_MODULES[provider]).list_models()
+    return models
 
 
 def image_file(data: bytes | None) -> Image | None:

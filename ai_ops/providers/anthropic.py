@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 
 import anthropic
 import httpx2
@@ -9,6 +10,7 @@ from anthropic.types import MessageDeltaUsage, MessageParam, Usage
 from django.conf import settings
 
 from ai_ops.providers import (
+    LIST_TIMEOUT_SECONDS,
     FinishReason,
     Images,
     Message,
@@ -72,6 +74,18 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
 async def generate_images(*, model: str, prompt: str, size: str, quality: str, count: int) -> Images:
     """Anthropic has no image models."""
     raise ProviderMisconfigured(NAME)
+
+
+async def list_models() -> dict[str, date | None]:
+    """See `ai_ops.providers.list_models`."""
+    try:
+        async with _client() as client:
+            return {
+                model.id: model.retires_at.date() if model.retires_at else None
+                async for model in client.models.list(limit=1_000, timeout=LIST_TIMEOUT_SECONDS)
+            }
+    except Exception as error:
+        raise _translate(error, None) from error
 
 
 def _client() -> anthropic.AsyncAnthropic:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from datetime import date
 from fractions import Fraction
 from typing import Any
 
@@ -12,6 +13,7 @@ from google.genai import errors, types
 from google.genai.client import AsyncClient
 
 from ai_ops.providers import (
+    LIST_TIMEOUT_SECONDS,
     FinishReason,
     Image,
     Images,
@@ -111,6 +113,16 @@ async def _generate_image(aio: AsyncClient, model: str, prompt: str, config: typ
     if image is None:
         raise (ProviderRefused if refused else ProviderUnavailable)(NAME, usage=usage)
     return Images((image,), usage)
+
+
+async def list_models() -> dict[str, date | None]:
+    """See `ai_ops.providers.list_models`. Google does not say here when a model ends."""
+    try:
+        async with _client(LIST_TIMEOUT_SECONDS).aio as aio:
+            models = await aio.models.list()
+            return {(model.name or "").removeprefix("models/"): None async for model in models}
+    except Exception as error:
+        raise _translate(error, None) from error
 
 
 def _client(timeout_seconds: float) -> genai.Client:

@@ -2,6 +2,7 @@
 
 from base64 import b64decode
 from collections.abc import Sequence
+from datetime import date
 from typing import Literal
 
 import openai
@@ -10,6 +11,7 @@ from openai.types import CompletionUsage, ImagesResponse
 from openai.types.chat import ChatCompletionMessageParam
 
 from ai_ops.providers import (
+    LIST_TIMEOUT_SECONDS,
     FinishReason,
     Image,
     Images,
@@ -84,6 +86,18 @@ async def generate_images(*, model: str, prompt: str, size: str, quality: str, c
     if not images:
         raise ProviderUnavailable(NAME, usage=usage)
     return Images(images[:count], usage)
+
+
+async def list_models() -> dict[str, date | None]:
+    """See `ai_ops.providers.list_models`."""
+    try:
+        async with _client(LIST_TIMEOUT_SECONDS) as client:
+            return {
+                model.id: date.fromisoformat(model.shutdown_date[:10]) if model.shutdown_date else None
+                async for model in client.models.list()
+            }
+    except Exception as error:
+        raise _translate(error, None) from error
 
 
 def _client(timeout_seconds: float) -> openai.AsyncOpenAI:

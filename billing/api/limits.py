@@ -4,17 +4,16 @@ Redis may be away. What a right credential asks for is done all the same (row 73
 refused whether it is counted or not.
 """
 
-import logging
 import time
 from dataclasses import dataclass
-from functools import cache
 
 import redis
+import structlog
 from django.conf import settings
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-logger = logging.getLogger(__name__)
+from billing import redis_client
+
+logger = structlog.get_logger(__name__)
 
 WINDOW_SECONDS = 60
 KNOWN_FOR_SECONDS = 86_400
@@ -54,19 +53,22 @@ def take_for_credential(credential: str, *, limit: int, address: str) -> Allowan
     minute, reset_seconds = _now()
     count_key, known_key = _key(minute, credential), f"{_PREFIX}:known:{credential}:{address}"
     try:
-        with _client().pipeline(transaction=False) as pipeline:
-            pipeline.incr(count_key)
-            pipeline.expire(count_key, 2 * WINDOW_SECONDS)
-            pipeline.get(_key(minute, f"address:{address}"))
-            pipeline.exists(known_key)
-            used, _, failures, is_known = pipeline.execute()
-        if not is_known:
-            of_address = Allowance(settings.API_ANONYMOUS_CALLS_PER_MINUTE, int(failures or 0), reset_seconds)
-            if of_address.used >= of_address.limit:
-                return Allowance(of_address.limit, of_address.used + 1, reset_seconds)
-            _client().set(known_key, 1, ex=KNOWN_FOR_SECONDS)
+        with redis_client.asking():
+            with redis_client.client().pipeline(transaction=False) as pipeline:
+                pipeline.incr(count_key)
+                pipeline.expire(count_key, 2 * WINDOW_SECONDS)
+                pipeline.get(_key(minute, f"address:{address}"))
+                pipeline.exists(known_key)
+                used, _, failures, is_known = pipeline.execute()
+            if not is_known:
+                of_address = Allowance(settings.API_ANONYMOUS_CALLS_PER_MINUTE, int(failures or 0), reset_seconds)
+                if of_address.used >= of_address.limit:
+                    return Allowance(of_address.limit, of_address.used + 1, reset_seconds)
+                redis_client.client().set(known_key, 1, ex=KNOWN_FOR_SECONDS)
+    except redis_client.RedisPaused:
+        return None
     except redis.RedisError as error:
-        logger.warning("Calls of the API are not counted: %s", error)
+        logger.warning("Calls of the API are not counted", error=error)
         return None
     return Allowance(limit, used, reset_seconds)
 
@@ -76,12 +78,14 @@ def take_for_address(address: str) -> Allowance | None:
     minute, reset_seconds = _now()
     key = _key(minute, f"address:{address}")
     try:
-        with _client().pipeline(transaction=False) as pipeline:
+        with redis_client.asking(), redis_client.client().pipeline(transaction=False) as pipeline:
             pipeline.incr(key)
             pipeline.expire(key, 2 * WINDOW_SECONDS)
             used, _ = pipeline.execute()
+    except redis_client.RedisPaused:
+        return None
     except redis.RedisError as error:
-        logger.warning("Calls of the API are not counted: %s", error)
+        logger.warning("Calls of the API are not counted", error=error)
         return None
     return Allowance(settings.API_ANONYMOUS_CALLS_PER_MINUTE, used, reset_seconds)
 
@@ -96,9 +100,3 @@ def _key(minute: int, who: str) -> str:
 def _now() -> tuple[int, int]:
     minute, second = divmod(int(time.time()), WINDOW_SECONDS)
     return minute, WINDOW_SECONDS - second
-
-
-@cache
-def _client() -> redis.Redis:
-    # No retries: a debit must not wait for a Redis that is down.
-    return redis.Redis.from_url(settings.REDIS_URL, retry=Retry(NoBackoff(), 0), **settings.REDIS_OPTIONS)

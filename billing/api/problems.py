@@ -1,11 +1,11 @@
 """Refusals, as problem documents (RFC 9457)."""
 
 import json
-import logging
 from collections import defaultdict
 from http import HTTPStatus
 from typing import Any
 
+import structlog
 from django.conf import settings
 from django.core.exceptions import RequestDataTooBig
 from django.db import InterfaceError, OperationalError
@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from billing import catalogue, ledger
 
-logger = logging.getLogger(__name__)
+logger = structlog.get_logger(__name__)
 
 CONTENT_TYPE = "application/problem+json"
 PEOPLE_PATH = "/api/v1/me/"
@@ -104,6 +104,12 @@ def too_many_problem() -> HttpResponse:
     return _problem("too_many_requests", "Too many calls in this minute. Try again when it is over.")
 
 
+def unavailable_problem() -> HttpResponse:
+    response = _problem("unavailable", "Try again in a moment, with the same Idempotency-Key.")
+    response["Retry-After"] = "1"
+    return response
+
+
 def _ledger_problem(request: HttpRequest, error: ledger.LedgerError) -> HttpResponse:
     extra: dict[str, Any] = {}
     if isinstance(error, ledger.InsufficientTokens):
@@ -170,10 +176,8 @@ def _unreadable_problem(request: HttpRequest, error: Exception) -> HttpResponse:
 
 
 def _database_problem(request: HttpRequest, error: Exception) -> HttpResponse:
-    logger.error("The database did not answer: %s", error)
-    response = _problem("unavailable", "Try again in a moment, with the same Idempotency-Key.")
-    response["Retry-After"] = "1"
-    return response
+    logger.error("The database did not answer", error=error.__cause__ or error)
+    return unavailable_problem()
 
 
 def add_problem_handlers(api: NinjaAPI) -> None:

@@ -1,6 +1,7 @@
 """/live/balance/: the balance in the header, pushed whenever it changes. Runs in the `live` process."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
@@ -13,6 +14,7 @@ from billing.database import in_thread
 from billing.live import listener
 
 KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies
+STREAM_SECONDS = 600  # then the browser asks anew, and whoever was signed out meanwhile is told to stop
 
 
 @require_GET
@@ -29,10 +31,11 @@ async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
 
 
 async def _badges(user_id: int) -> AsyncIterator[str]:
+    ends_at = time.monotonic() + STREAM_SECONDS
     with listener.changes_of(user_id) as changed:
-        while True:
+        while not listener.is_closed and time.monotonic() < ends_at:
             yield await in_thread(_badge_event)(user_id)
-            while True:
+            while time.monotonic() < ends_at:
                 try:
                     async with asyncio.timeout(KEEP_ALIVE_SECONDS):
                         await changed.wait()

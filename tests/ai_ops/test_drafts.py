@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -203,10 +204,10 @@ def test_failed_provider_at_the_plain_form(writer: Writer) -> None:
 
 @pytest.fixture(scope="module")
 def impatient_web(_web_process: Server, django_db_blocker: Any) -> Iterator[Server]:
-    """A second web process that waits a second for a provider, and two for a whole answer."""
+    """A second web process that waits two seconds for a provider, and four for a whole answer."""
     with (
         django_db_blocker.unblock(),
-        servers.running_web(port=free_port(), AI_TIMEOUT_SECONDS="1", AI_MAX_DURATION_SECONDS="2") as process,
+        servers.running_web(port=free_port(), AI_TIMEOUT_SECONDS="2", AI_MAX_DURATION_SECONDS="4") as process,
     ):
         yield process
 
@@ -228,10 +229,31 @@ def test_silent_provider_costs_nothing(alice: User, impatient_web: Server, ai: S
 def test_endless_answer_is_ended(alice: User, impatient_web: Server, ai: Server) -> None:
     """Row 53: a provider that always sends a little more is stopped after AI_MAX_DURATION_SECONDS."""
     writer = Writer(alice, impatient_web)
-    answer = writer.draft(title="Endless", topic="Tea. [[fault:slow]]")
+    answer = writer.draft(title="Endless", topic="Tea. [[fault:slow]]", length="long")
     assert "took too long" in answer.last.data["message"]
     assert writer.account.balance == 10_000
     assert until(lambda: asked(ai, "Endless")[0]["disconnected"])
+
+
+@pytest.fixture
+def web_of_two_connections(_web_process: Server, django_db_blocker: Any) -> Iterator[Server]:
+    with (
+        django_db_blocker.unblock(),
+        servers.running_web(port=free_port(), DATABASE_POOL_SIZE="2") as process,
+    ):
+        yield process
+
+
+def test_open_streams_keep_no_connection(alice: User, web_of_two_connections: Server, ai: Server) -> None:
+    """A text streams for minutes: were a connection its own so long, a few writers would use up the pool."""
+    writer = Writer(alice, web_of_two_connections)
+    with ExitStack() as stack:
+        for number in range(3):
+            draft = writer.open_draft(title=f"One of three {number}", topic="Tea. [[fault:slow]]", length="short")
+            events = events_of(stack.enter_context(draft).iter_lines())
+            assert [next(events).name, next(events).name] == ["started", "text"]
+        assert writer.http.get("/tokens/").status_code == 200
+    until(lambda: not TokenUsage.objects.filter(status=TokenUsage.Status.RESERVED).exists())
 
 
 # --- The reader or the process goes away ----------------------------------------------------------------------------

@@ -10,7 +10,6 @@ from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing.api import limits
 from tests.billing.test_api import refused, reservation, used
 from tests.billing.test_user_api import Program
 from tests.environment import free_port
@@ -143,11 +142,8 @@ def test_caller_behind_a_proxy(settings: Settings) -> None:
 
 
 @pytest.fixture
-def _redis_is_down(settings: Settings) -> Iterator[None]:
+def _redis_is_down(settings: Settings) -> None:
     settings.REDIS_URL = f"redis://127.0.0.1:{free_port()}/0"
-    limits._client.cache_clear()
-    yield
-    limits._client.cache_clear()
 
 
 @pytest.mark.usefixtures("_redis_is_down")

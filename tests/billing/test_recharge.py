@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -21,7 +22,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import gateway, ledger, recharge, tasks
+from billing import database, gateway, ledger, recharge, tasks
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
@@ -135,8 +136,16 @@ def recharge_intents(stripe: StripeStandIn) -> list[dict[str, Any]]:
     return [each for each in stripe.state()["payment_intents"] if each["metadata"]["purchase_id"] not in checkouts]
 
 
-def later(**delta: float) -> time_machine.travel:
-    return time_machine.travel(datetime.now(UTC) + timedelta(**delta), tick=True)
+@contextmanager
+def at(moment: datetime) -> Iterator[None]:
+    """Our clock and the database's are set."""
+    with time_machine.travel(moment, tick=True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(database, "now", timezone.now)
+        yield
+
+
+def later(**delta: float) -> AbstractContextManager[None]:
+    return at(datetime.now(UTC) + timedelta(**delta))
 
 
 # --- It works -------------------------------------------------------------------------------------------------------
@@ -716,7 +725,7 @@ def test_package_changed_during_the_charge(prepare: Prepare, stripe: StripeStand
 
 def test_monthly_cap(prepare: Prepare) -> None:
     """39: $40 a month are two packages of $15; the next calendar month has room again, a refund makes none."""
-    with time_machine.travel(datetime(2031, 3, 5, 12, tzinfo=UTC), tick=True):
+    with at(datetime(2031, 3, 5, 12, tzinfo=UTC)):
         alice = prepare(cap_cents=4_000)
         for _ in range(4):
             tasks.auto_recharge(alice.pk)
@@ -732,10 +741,10 @@ def test_monthly_cap(prepare: Prepare) -> None:
         assert attempts() == ["paid"] * 3
         spend_down(alice)
         tasks.auto_recharge(alice.pk)
-    with time_machine.travel(datetime(2031, 3, 31, 23, 59, tzinfo=UTC), tick=True):
+    with at(datetime(2031, 3, 31, 23, 59, tzinfo=UTC)):
         tasks.sweep_auto_recharges()
         assert attempts() == ["paid"] * 3
-    with time_machine.travel(datetime(2031, 4, 1, 0, 1, tzinfo=UTC), tick=True):
+    with at(datetime(2031, 4, 1, 0, 1, tzinfo=UTC)):
         tasks.sweep_auto_recharges()
         assert attempts() == ["paid"] * 4
 

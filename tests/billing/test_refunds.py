@@ -165,7 +165,7 @@ def test_several_partial_refunds(stripe: StripeStandIn, bought: Purchase, alice:
     for cents in (333, 333, 333, 501):
         refund(stripe, cents)
     events = reversal_events(stripe) * 2
-    random.Random(seed).shuffle(events)  # noqa: S311
+    random.Random(seed).shuffle(events)  # noqa: S311 – chance, no secret
     for event in events:
         deliver_all([event])
         taken = -sum(tokens for tokens, _ in movements(bought))
@@ -380,7 +380,7 @@ def test_any_order_and_any_repetition_end_the_same(
     stripe: StripeStandIn, buyer: Client, alice: User, seed: int
 ) -> None:
     """4, 41, 43–47: shuffled and doubled, with the credit anywhere among them, as in order and once."""
-    chance = random.Random(seed)  # noqa: S311
+    chance = random.Random(seed)  # noqa: S311 – chance, no secret
     purchase = buy(stripe, buyer)
     _random_history(stripe, chance)
     events = [*reversal_events(stripe), event_of(stripe, COMPLETED)] * 2

@@ -1,0 +1,53 @@
+"""What people and programs are told while the database is away: 503 and to try again, never a 500 or a stack trace."""
+
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from asgiref.sync import iscoroutinefunction
+from django.core.signals import got_request_exception
+from django.dispatch import receiver
+from django.http import HttpRequest, HttpResponse
+from django.template.loader import render_to_string
+from django.utils.decorators import sync_and_async_middleware
+
+from billing.api.problems import unavailable_problem
+from billing.database import DATABASE_AWAY
+
+
+@receiver(got_request_exception)
+def _note_outage(request: HttpRequest | None = None, **kwargs: Any) -> None:
+    # Django turns an exception into a 500 after each middleware, so none of them ever sees one of another.
+    if request is not None and isinstance(sys.exc_info()[1], DATABASE_AWAY):
+        request.met_outage = True  # type: ignore[attr-defined]
+
+
+@sync_and_async_middleware
+def outage_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
+    """Answers 503 in place of the 500 of a request that lost the database, or got no connection to it."""
+    if iscoroutinefunction(get_response):
+
+        async def answer_async(request: HttpRequest) -> HttpResponse:
+            return _or_unavailable(request, await cast(Awaitable[HttpResponse], get_response(request)))
+
+        return answer_async
+
+    def answer(request: HttpRequest) -> HttpResponse:
+        return _or_unavailable(request, get_response(request))
+
+    return answer
+
+
+def _or_unavailable(request: HttpRequest, response: HttpResponse) -> HttpResponse:
+    if not getattr(request, "met_outage", False):
+        return response
+    response.close()
+    if request.path.startswith("/api/v1/"):
+        answer = unavailable_problem()
+    elif request.path.startswith("/stripe/"):
+        answer = HttpResponse("Not handled; send it again.", status=503, content_type="text/plain")
+    else:
+        answer = HttpResponse(render_to_string("503.html"), status=503)
+    answer["Retry-After"] = "1"
+    answer["Cache-Control"] = "no-store"
+    return answer
