@@ -408,7 +408,7 @@ class Store:
             values.append(value)
         order = "ASC" if oldest_first else "DESC"
         where = " AND ".join(clauses)  # built from our own field names only
-        sql = f"SELECT json FROM objects WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608
+        sql = f"SELECT json FROM objects WHERE {where} ORDER BY seq {order} LIMIT ?"  # noqa: S608 – our own names and constants, no input
         return [json.loads(row["json"]) for row in self.rows(sql, *values, limit)]
 
     def setting(self, name: str) -> int:
@@ -530,14 +530,30 @@ EXPANDABLE = {
 class Account:
     """One Stripe test account: its objects, and all that can happen to them. Call it inside a transaction."""
 
-    def __init__(self, store: Store, wake_courier: Callable[[], None], *, deliver: bool, seed: int | None) -> None:
-        self.store, self.wake_courier, self.deliver = store, wake_courier, deliver
+    def __init__(self, store: Store, wake_courier: Callable[[], None], *, webhook_url: str, seed: int | None) -> None:
+        self.store, self.wake_courier = store, wake_courier
+        self.webhook_url, self.deliver = webhook_url, bool(webhook_url)
         made_so_far = store.rows("SELECT coalesce(max(seq), 0) FROM objects")[0][0]
         self.random = random.SystemRandom()
         if seed is not None:
             self.random = random.Random(f"{seed}:{made_so_far}")  # type: ignore[assignment]
         self.call = Call()
         self.chaos = Chaos()
+        self.reset_webhook_endpoint()
+
+    def reset_webhook_endpoint(self) -> None:
+        """As Stripe tells of one that gets all events. What it says here changes nothing in how events are sent."""
+        self.webhook_endpoint: Object = {
+            "id": "we_standin",
+            "object": "webhook_endpoint",
+            "api_version": API_VERSION,
+            "created": now(),
+            "enabled_events": ["*"],
+            "livemode": False,
+            "metadata": {},
+            "status": "enabled",
+            "url": self.webhook_url,
+        }
 
     # -- plumbing
 
@@ -985,6 +1001,11 @@ class Account:
             {"amount": 0, "currency": "usd"}
         ]
         return {"object": "balance", "available": available, "pending": [], "livemode": False}
+
+    def list_webhook_endpoints(self, params: Params) -> Object:
+        """GET /v1/webhook_endpoints: the one of the command line, if there is one."""
+        data = [self.webhook_endpoint] if self.deliver else []
+        return {"object": "list", "data": data, "has_more": False, "url": "/v1/webhook_endpoints"}
 
     def settle_delayed(self, intent_id: str, *, succeeded: bool) -> Object:
         """The bank debit that was `processing` is paid or returned, perhaps days later."""
@@ -1543,6 +1564,7 @@ OPERATIONS = [
         ),
         ("GET", "/v1/events", p.EventListParams, listing("event")),
         ("GET", "/v1/events/{id}", p.EventRetrieveParams, retrieve("event")),
+        ("GET", "/v1/webhook_endpoints", p.WebhookEndpointListParams, Account.list_webhook_endpoints),
         ("POST", "/v1/products", p.ProductCreateParams, Account.create_product),
         ("GET", "/v1/products/{id}", p.ProductRetrieveParams, retrieve("product")),
         ("POST", "/v1/prices", p.PriceCreateParams, Account.create_price),
@@ -2019,11 +2041,18 @@ class Standin:
                 chances = {name: fraction(form, name) for name in ("lose", "duplicate", "reorder", "fail")}
                 self.account.chaos = Chaos(number(form, "seed", 0), **chances)
                 return self.account.chaos.summary()
+            case ["webhook_endpoint"]:
+                changes: Object = {name: form[name] for name in ("url", "status", "api_version") if name in form}
+                if "enabled_events" in form:
+                    changes["enabled_events"] = form["enabled_events"].split(",")
+                self.account.webhook_endpoint |= changes
+                return self.account.webhook_endpoint
             case ["reset"]:
                 self.faults.clear()
+                self.account.reset_webhook_endpoint()
                 self.account.chaos = Chaos()
                 for table in ("objects", "idempotency", "deliveries", "settings"):
-                    self.store.rows(f"DELETE FROM {table}")  # noqa: S608
+                    self.store.rows(f"DELETE FROM {table}")  # noqa: S608 – our own names and constants, no input
                 return {"reset": True}
         raise StripeError(404, f"Unknown control action: {path}")
 
@@ -2108,7 +2137,7 @@ def create_app(data: str, webhook_url: str | None, webhook_secret: str, seed: in
     """The stand-in as an ASGI application. `data`: a file or ':memory:'; no webhook address, no webhooks."""
     store = Store(data)
     courier = Courier(store, webhook_url or "", webhook_secret)
-    account = Account(store, courier.wake.set, deliver=bool(webhook_url), seed=seed)
+    account = Account(store, courier.wake.set, webhook_url=webhook_url or "", seed=seed)
     standin = Standin(store, account, courier)
 
     @contextlib.asynccontextmanager

@@ -1,7 +1,7 @@
 """Anthropic's protocol: messages, and counting their tokens."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from starlette.requests import Request
@@ -83,6 +83,11 @@ class Anthropic(Protocol):
     def error(self, error: Rejected) -> Json:
         kind = self.error_types.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
         return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": "req_standin"}
+
+    def model_list(self, models: Sequence[str]) -> Json:
+        of_all = {"type": "model", "created_at": "2026-01-01T00:00:00Z", "lifecycle": "active"}
+        data = [{"id": name, "display_name": name, **of_all} for name in models]
+        return {"data": data, "first_id": models[0], "last_id": models[-1], "has_more": False}
 
     def whole(self, call: Call, answer: Answer) -> Json:
         stop_reason = self.finish_reasons[answer.finish_reason]

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from starlette.requests import Request
@@ -139,6 +139,9 @@ class Google(Protocol):
     def error(self, error: Rejected) -> Json:
         kind = self.error_types.get(error.status, "INTERNAL" if error.status >= 500 else "INVALID_ARGUMENT")
         return {"error": {"code": error.status, "message": error.message, "status": kind}}
+
+    def model_list(self, models: Sequence[str]) -> Json:
+        return {"models": [{"name": f"models/{name}", "displayName": name} for name in models]}
 
     def whole(self, call: Call, answer: Answer) -> Json:
         if call.painting:

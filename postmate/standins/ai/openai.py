@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from starlette.requests import Request
@@ -83,6 +83,10 @@ class OpenAI(Protocol):
         default = ("server_error", None) if error.status >= 500 else ("invalid_request_error", None)
         kind, code = self.error_types.get(error.status, default)
         return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code or code}}
+
+    def model_list(self, models: Sequence[str]) -> Json:
+        data = [{"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "openai"} for name in models]
+        return {"object": "list", "data": data}
 
     def whole(self, call: Call, answer: Answer) -> Json:
         message: Json = {"role": "assistant", "content": answer.text, "refusal": None, "annotations": []}

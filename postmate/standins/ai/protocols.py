@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -189,6 +189,10 @@ class Protocol(ABC):
 
     @abstractmethod
     def error(self, error: Rejected) -> Json: ...
+
+    @abstractmethod
+    def model_list(self, models: Sequence[str]) -> Json:
+        """The answer of the list of models."""
 
     @abstractmethod
     def whole(self, call: Call, answer: Answer) -> Json: ...

@@ -31,6 +31,19 @@ GROUP_TOKENS = 32
 # Images of one call take as long as so much text.
 IMAGE_PACE_TOKENS = 400
 
+# What the lists of models name; any other of the same families is served, too.
+MODELS = {
+    "openai": (
+        *("gpt-6.1-terra", "gpt-6.1-sol", "gpt-6-luna", "gpt-5-mini", "gpt-image-2", "gpt-image-2.5-flare"),
+        "gpt-image-2.5-sunburst",
+    ),
+    "anthropic": ("claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5"),
+    "google": (
+        *("gemini-3.8-flash", "gemini-3.5-flash-lite", "gemini-2.5-pro", "gemini-2.5-flash"),
+        *("gemini-3.1-flash-image", "gemini-3-pro-image", "gemini-3.1-flash-lite-image"),
+    ),
+}
+
 
 @dataclass(slots=True)
 class Record:
@@ -66,9 +79,12 @@ class Server:
                 self._post("/openai/v1/chat/completions", openai),
                 self._post("/openai/v1/responses", OpenAIResponses()),
                 self._post("/openai/v1/images/generations", OpenAIImages()),
-                Route("/openai/v1/models", self.list_openai_models),
+                self._models("/openai/v1/models", openai),
                 self._post("/anthropic/v1/messages", anthropic),
                 self._post("/anthropic/v1/messages/count_tokens", anthropic),
+                self._models("/anthropic/v1/models", anthropic),
+                self._models("/google/v1/models", google),
+                self._models("/google/v1beta/models", google),
                 self._post("/google/v1/models/{model}:{method}", google),
                 self._post("/google/v1beta/models/{model}:{method}", google),
             ]
@@ -83,12 +99,13 @@ class Server:
     async def show_requests(self, request: Request) -> Response:
         return _json({"requests": [asdict(record) for record in self.records]})
 
-    async def list_openai_models(self, request: Request) -> Response:
-        if not OpenAI().has_key(request):
-            return _json(OpenAI().error(Rejected(401, "You didn't provide an API key.")), 401)
-        names = ("gpt-5", "gpt-5-mini", "gpt-4.1", "gpt-4o", "gpt-4o-mini", "o3", "o4-mini", "gpt-image-2")
-        models = [{"id": name, "object": "model", "created": 1_700_000_000, "owned_by": "openai"} for name in names]
-        return _json({"object": "list", "data": models})
+    def _models(self, path: str, protocol: Protocol) -> Route:
+        async def endpoint(request: Request) -> Response:
+            if not protocol.has_key(request):
+                return _json(protocol.error(Rejected(401, "No API key was provided, or it is not valid.")), 401)
+            return _json(protocol.model_list(MODELS[protocol.name]))
+
+        return Route(path, endpoint)
 
     async def answer(self, protocol: Protocol, request: Request) -> Response:
         record = Record(protocol.name)
