@@ -3,23 +3,34 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-.PHONY: help run test screenshots audit css lint format bench bench-history bench-dashboard storm lock clean
+# On a shared CI machine a browser that was kept waiting too long gets a second chance. The closing line counts them.
+RERUN := --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded'
+
+.PHONY: help run run-production restart-production manage-production test screenshots audit audit-dependencies css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
 
 help: ## List the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
 
 # A stamp for each set of packages, renewed when its lock file changes. The development set contains the local one.
 .venv/stamp-%: requirements/%.txt
-	@test -x $(BIN)/python || { echo "Making .venv …"; $(PYTHON) -m venv .venv; }
-	@echo "Installing the locked packages of $< …"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r $<
+	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON) here. Install Python 3.11 or newer, or name one: make run PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) postmate/install.py $*
 	@touch $@
 
 run: .venv/stamp-local ## Run the whole product here: http://localhost:8000 (PORT=… for another)
 	@exec $(BIN)/python -m postmate.run
 
+run-production: .venv/stamp-local ## Run it as production does: https://localhost:8443 (PORT=… for another)
+	@exec $(BIN)/python -m postmate.run_production
+
+restart-production: .venv/stamp-local ## Restart what `make run-production` runs, one process at a time, unnoticed
+	@$(BIN)/python -m postmate.run_production restart
+
+manage-production: .venv/stamp-local ## A command there: make manage-production ARGS="createsuperuser"
+	@$(BIN)/python -m postmate.run_production manage $(ARGS)
+
 test: .venv/stamp-dev ## Run all tests against real PostgreSQL, Redis and Chromium
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(CI),$(RERUN))
 
 screenshots: .venv/stamp-dev ## Picture every page, both widths and themes, into artifacts/screenshots/
 	@SCREENSHOTS=all $(BIN)/python -m pytest tests/journeys
@@ -33,8 +44,17 @@ tests/audit/node_modules/.package-lock.json: tests/audit/package-lock.json
 audit: .venv/stamp-dev tests/audit/node_modules/.package-lock.json ## Measure pages with Lighthouse, look at all of them with axe (needs npm)
 	@$(BIN)/python -m tests.audit $(ONLY) $(PART)
 
+audit-dependencies: .venv/stamp-dev ## Look for known vulnerabilities in what production installs (needs the internet)
+	@$(BIN)/python -m tests.audit.dependencies
+
 css: .venv/stamp-local ## Take from Tabler the rules that the pages use, into static/css/tabler.css
 	@$(BIN)/python -m postmate.stylesheet
+
+doctor: .venv/stamp-local ## Look at everything here and say what is wrong and what to do (ARGS="--quick --json")
+	@$(BIN)/python -m postmate.run_doctor $(ARGS)
+
+backup: .venv/stamp-local ## Write the local data into one file: .postmate/backups/ (restore: docs/OPERATIONS.md)
+	@$(BIN)/python manage.py backup
 
 lint: .venv/stamp-dev ## Check style, types, templates, layering and migrations
 	$(BIN)/ruff check .
@@ -58,6 +78,9 @@ bench-history: .venv/stamp-dev ## Measure the history of an account with a milli
 
 bench-dashboard: .venv/stamp-dev ## Measure the dashboard on a million ledger entries (takes some minutes)
 	@$(BIN)/python -m tests.benchmarks.dashboard
+
+bench-serving: .venv/stamp-dev ## Measure what one machine serves, and what limits it (takes three minutes)
+	@$(BIN)/python -m tests.benchmarks.serving
 
 storm: .venv/stamp-dev ## Let 200 people pay while everything fails, and check the books (SEED=… repeats one)
 	@$(BIN)/python -m tests.storms.payments $(if $(SEED),--seed $(SEED))

@@ -3,12 +3,16 @@
 
 import os
 import sys
+from pathlib import Path
+
+import environ
 
 from postmate import embedded
 
 
 def main() -> None:
     os.environ.setdefault("DJANGO_SETTINGS_MODULE", "postmate.settings")
+    environ.Env.read_env(Path(__file__).parent / ".env")  # before servers are started that it names
     embedded.configure_environment()
     from django.core.management import execute_from_command_line
 

@@ -27,6 +27,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 START_TIMEOUT_SECONDS = 20
+NEEDED_MB = 300  # of the disk, for an empty cluster and room to work
 
 POSTGRES_SETTINGS = """
 # Written by postmate/embedded.py.
@@ -39,17 +40,32 @@ max_wal_size = 2GB
 def data_dir() -> Path:
     """Where embedded servers and stand-ins keep their data: POSTMATE_DATA_DIR, else `.postmate/` in the project."""
     directory = Path(os.environ.get("POSTMATE_DATA_DIR") or Path(__file__).resolve().parent.parent / ".postmate")
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(
+            f"{directory} cannot be made: {error.strerror}. POSTMATE_DATA_DIR names another place."
+        ) from error
     return directory.resolve()
+
+
+def _insist_on_room(directory: Path) -> None:
+    free_mb = shutil.disk_usage(directory).free // 2**20
+    if free_mb < NEEDED_MB:
+        raise SystemExit(
+            f"{free_mb} MB are free where {directory} lies; the embedded servers need {NEEDED_MB} MB.\n"
+            "Make room, or name another place with POSTMATE_DATA_DIR."
+        )
 
 
 def configure_environment() -> None:
     """Set DATABASE_URL and REDIS_URL where they are missing, starting the embedded servers they then name."""
-    needs_postgres = not os.environ.get("DATABASE_URL")
-    needs_redis = not os.environ.get("REDIS_URL")
+    needs_postgres = not (os.environ.get("DATABASE_URL") or os.environ.get("DATABASE_URL_FILE"))
+    needs_redis = not (os.environ.get("REDIS_URL") or os.environ.get("REDIS_URL_FILE"))
     if not (needs_postgres or needs_redis):
         return
     directory = data_dir()
+    _insist_on_room(directory)
     _hold_services(directory)
     # One process at a time starts servers; the others then find them running.
     with (directory / "start.lock").open("w") as start_lock:
@@ -102,11 +118,17 @@ def _postgres(directory: Path) -> Any:
 
 def _start_postgres(directory: Path) -> str:
     server = _postgres(directory)
-    if not (server.pgdata / "PG_VERSION").exists():
-        server.ensure_pgdata_inited()
-        with (server.pgdata / "postgresql.conf").open("a") as configuration:
-            configuration.write(POSTGRES_SETTINGS)
-    server.start()
+    try:
+        if not (server.pgdata / "PG_VERSION").exists():
+            server.ensure_pgdata_inited()
+            with (server.pgdata / "postgresql.conf").open("a") as configuration:
+                configuration.write(POSTGRES_SETTINGS)
+        server.start()
+    except (OSError, RuntimeError, AssertionError, subprocess.SubprocessError) as error:
+        raise SystemExit(
+            f"PostgreSQL did not start: {error}\nIts log is {server.pgdata / 'log'}. Often the disk is full, or "
+            "another user's PostgreSQL\nlies there; POSTMATE_DATA_DIR names another place."
+        ) from error
     info = server.get_postmaster_info()
     socket = quote(str(info.socket_dir), safe="")
     url = f"postgresql://postgres@{socket}:{info.port or 5432}"

@@ -14,10 +14,16 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import environ
+import psycopg
+import redis
 from honcho.manager import Manager
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from postmate import embedded
 
@@ -25,7 +31,7 @@ READY_WITHIN_SECONDS = 60
 PROJECT = Path(__file__).resolve().parent.parent
 
 # Any text will do: the stand-ins take them, nobody else does.
-STANDIN_WEBHOOK_SECRET = "whsec_local_stand_in"  # noqa: S105
+STANDIN_WEBHOOK_SECRET = "whsec_local_stand_in"  # noqa: S105 – opens nothing but a demonstration
 
 
 def main() -> None:
@@ -33,14 +39,27 @@ def main() -> None:
     environ.Env.read_env(PROJECT / ".env")
     if not environ.Env().bool("DEBUG", True):
         sys.exit("`make run` is for development. docs/TOKEN_BILLING_SETUP.md says how to run in production.")
-    port = int(os.environ.setdefault("PORT", "8000"))
-    _require_free_ports(port, port + 1, port + 2)
-    print("Starting PostgreSQL and Redis …", flush=True)
-    embedded.configure_environment()
-    commands = _standins(port)  # sets the keys and addresses that the others read
-    for arguments in (["migrate", "--verbosity=0"], ["seed_billing"], ["seed_demo"]):
-        print(f"manage.py {' '.join(arguments)} …", flush=True)
-        subprocess.run([sys.executable, "manage.py", *arguments], check=True)
+    port = chosen_port(default=8000)
+    require_free_ports(port, port + 1, port + 2, command="make run")
+    with step("PostgreSQL and Redis"):
+        embedded.configure_environment()
+        insist_on_servers()
+    # Sets the keys and addresses that the others read.
+    commands = standin_commands(
+        stripe_port=port + 1, ai_port=port + 2, webhook_url=f"http://127.0.0.1:{port}/stripe/webhook/"
+    )
+    for name, *arguments in (
+        ("Database tables", "migrate", "--verbosity=0"),
+        ("Packages and prices", "seed_billing"),
+        ("People and data to look at", "seed_demo"),
+    ):
+        with step(name):
+            if subprocess.run([sys.executable, "manage.py", *arguments]).returncode:
+                sys.exit(
+                    f"manage.py {arguments[0]} failed; its words are above. When the data in {embedded.data_dir()}\n"
+                    "came from other code, `make clean` removes it, and `make run` begins anew."
+                )
+    print("Web, worker and beat …", flush=True)
     commands |= _servers(port)
 
     manager = Manager()
@@ -54,31 +73,36 @@ def main() -> None:
     sys.exit(0 if manager.returncode in (130, 143) else manager.returncode)
 
 
-def _standins(port: int) -> dict[str, list[str]]:
+def standin_commands(*, stripe_port: int, ai_port: int, webhook_url: str) -> dict[str, list[str]]:
     """The stand-ins for the services that have no keys, whose place in the environment they take."""
     commands = {}
-    if not os.environ.get("STRIPE_SECRET_KEY"):
+    if not is_set("STRIPE_SECRET_KEY"):
         os.environ |= {
             "STRIPE_SECRET_KEY": "sk_test_local_stand_in",
             "STRIPE_PUBLISHABLE_KEY": "pk_test_local_stand_in",
             "STRIPE_WEBHOOK_SECRET": STANDIN_WEBHOOK_SECRET,
-            "STRIPE_API_BASE": f"http://localhost:{port + 1}",
+            "STRIPE_API_BASE": f"http://localhost:{stripe_port}",
         }
         commands["stripe"] = [
-            *(sys.executable, "-m", "postmate.standins.stripe", "--port", str(port + 1)),
+            *(sys.executable, "-m", "postmate.standins.stripe", "--port", str(stripe_port)),
             *("--data", str(embedded.data_dir() / "stripe-stand-in.sqlite3")),
-            *("--webhook-url", f"http://127.0.0.1:{port}/stripe/webhook/"),
+            *("--webhook-url", webhook_url),
             *("--webhook-secret", STANDIN_WEBHOOK_SECRET),
         ]
     bases = {"OPENAI": "openai/v1", "ANTHROPIC": "anthropic", "GOOGLE": "google"}
-    without_key = [name for name in bases if not os.environ.get(f"{name}_API_KEY")]
+    without_key = [name for name in bases if not is_set(f"{name}_API_KEY")]
     for name in without_key:
         base_name = "GOOGLE_GEMINI_BASE_URL" if name == "GOOGLE" else f"{name}_BASE_URL"
         os.environ[f"{name}_API_KEY"] = "local-stand-in"
-        os.environ[base_name] = f"http://127.0.0.1:{port + 2}/{bases[name]}"
+        os.environ[base_name] = f"http://127.0.0.1:{ai_port}/{bases[name]}"
     if without_key:
-        commands["ai"] = [sys.executable, "-m", "postmate.standins.ai", "--port", str(port + 2)]
+        commands["ai"] = [sys.executable, "-m", "postmate.standins.ai", "--port", str(ai_port)]
     return commands
+
+
+def is_set(name: str) -> bool:
+    """By its value or by a file that holds it."""
+    return bool(os.environ.get(name) or os.environ.get(f"{name}_FILE"))
 
 
 def _servers(port: int) -> dict[str, list[str]]:
@@ -99,14 +123,46 @@ def _servers(port: int) -> dict[str, list[str]]:
     }
 
 
-def _require_free_ports(*ports: int) -> None:
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Says what is being done and how long it took."""
+    print(f"{name} …", flush=True)
+    began = time.monotonic()
+    yield
+    print(f"  {time.monotonic() - began:.1f} s", flush=True)
+
+
+def chosen_port(*, default: int) -> int:
+    """PORT, or the default, which then stands in the environment; the ports after it are used as well."""
+    text = os.environ.setdefault("PORT", str(default))
+    if not (text.isascii() and text.isdigit() and 1024 <= int(text) <= 65_000):
+        sys.exit(f"PORT is {text!r}. Choose a number from 1024 to 65000.")
+    return int(text)
+
+
+def insist_on_servers() -> None:
+    """Leave with advice when a server that a URL names does not answer."""
+    if (database := os.environ.get("DATABASE_URL", "")).startswith(("postgres://", "postgresql://")):
+        try:
+            psycopg.connect(database, connect_timeout=5).close()
+        except psycopg.OperationalError as error:
+            sys.exit(f"The PostgreSQL server that DATABASE_URL names does not let us in:\n  {error}")
+    if url := os.environ.get("REDIS_URL"):
+        try:
+            redis.Redis.from_url(url, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0)).ping()
+        except redis.RedisError as error:
+            sys.exit(f"The Redis server that REDIS_URL names does not answer:\n  {error}")
+
+
+def require_free_ports(*ports: int, command: str) -> None:
+    """Leave with advice when something listens on one of them."""
     for port in ports:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
-                sys.exit(f"Port {port} is in use. Stop what uses it, or choose others: PORT=8100 make run")
+                sys.exit(f"Port {port} is in use. Stop what uses it, or choose others: PORT={port + 100} {command}")
 
 
 def _announce_when_ready(port: int) -> None:

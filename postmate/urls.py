@@ -1,4 +1,5 @@
 from allauth.account.views import SignupView
+from django.conf import settings
 from django.contrib import admin
 from django.urls import include, path, re_path
 
@@ -27,6 +28,8 @@ from postmate.api import api_urls, docs_urlpatterns
 admin.site.login = superadmin_required(admin.site.login)  # type: ignore[method-assign]
 admin.site.has_permission = may_enter_django_admin  # type: ignore[method-assign]
 admin.site.site_header = admin.site.site_title = "Postmate token billing"
+if settings.REHEARSAL:
+    admin.site.site_header += ", a rehearsal: no real money moves here"
 
 studio_urls = [
     path("", ai_ops.views.home, name="home"),
@@ -81,6 +84,9 @@ dashboard_urls = [
     path("accounts/<int:user_id>/", dashboard_accounts.account, name="account"),
     path("accounts/<int:user_id>/status/", dashboard_accounts.account_status, name="account-status"),
     path("grants/new/", dashboard_accounts.new_grant, name="new-grant"),
+    path("events/", dashboard.events, name="events"),
+    path("events/<int:pk>/", dashboard.handle_event, name="handle-event"),
+    path("bulk/", dashboard_bulk.job_list, name="bulk-jobs"),
     path("bulk/new/", dashboard_bulk.new_job, name="new-bulk-job"),
     path("bulk/<int:pk>/", dashboard_bulk.job, name="bulk-job"),
     path("bulk/<int:pk>.csv", dashboard_bulk.job_export, name="bulk-job-export"),
@@ -121,6 +127,7 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("healthz", views.healthz, name="healthz"),
     path("readyz", views.readyz, name="readyz"),
+    path("metrics", views.prometheus_metrics, name="metrics"),
     path("dev/mails/", views.mails, name="mails"),
     path("dev/mails/<str:file>/<int:number>/", views.mail, name="mail"),
     path("dev/mails/<str:file>/<int:number>/html/", views.mail_html, name="mail-html"),

@@ -1,5 +1,6 @@
 """The front door, and what machines ask about."""
 
+import hmac
 from email import message_from_bytes, policy
 from email.message import EmailMessage
 from pathlib import Path
@@ -18,6 +19,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from billing import packages, system_settings
+from postmate import metrics, serving
 
 
 @require_GET
@@ -39,15 +41,40 @@ def welcome_bonus_tokens() -> int:
 
 @require_GET
 def healthz(request: HttpRequest) -> HttpResponse:
-    """The process lives."""
+    """The process lives and takes requests. One that is about to stop says so, and the proxy goes elsewhere."""
+    if serving.is_draining():
+        return HttpResponse("stopping", content_type="text/plain", status=503)
     return HttpResponse("ok", content_type="text/plain")
 
 
 @require_GET
 def readyz(request: HttpRequest) -> JsonResponse:
-    """The process can work: database and Redis answer."""
+    """The process can work: the database answers, and it is not about to stop.
+
+    Whether Redis answers is told, too, and turns nobody away: pages, debits and webhooks do without it, and a load
+    balancer that took every process out at once would make an outage of it.
+    """
+    if serving.is_draining():
+        return JsonResponse({"stopping": True}, status=503)
     answers = {"database": _database_answers(), "redis": _redis_answers()}
-    return JsonResponse(answers, status=200 if all(answers.values()) else 503)
+    return JsonResponse(answers, status=200 if answers["database"] else 503)
+
+
+@require_GET
+def prometheus_metrics(request: HttpRequest) -> HttpResponse:
+    """For Prometheus, with `Authorization: Bearer <METRICS_TOKEN>`. For anybody else it does not exist."""
+    if not _may_read_metrics(request):
+        raise Http404
+    return HttpResponse(metrics.render(), content_type=metrics.CONTENT_TYPE)
+
+
+def _may_read_metrics(request: HttpRequest) -> bool:
+    if not settings.METRICS_TOKENS:
+        return settings.DEBUG and request.META.get("REMOTE_ADDR") in ("127.0.0.1", "::1")
+    scheme, _, offered = request.headers.get("Authorization", "").partition(" ")
+    # All of them are compared, so that the time tells nothing about which one was nearly right.
+    matches = [hmac.compare_digest(offered.encode(), token.encode()) for token in settings.METRICS_TOKENS]
+    return scheme.lower() == "bearer" and any(matches)
 
 
 def _database_answers() -> bool:

@@ -123,7 +123,7 @@
     if (status === 404) return "This no longer exists. Reload the page to see what is there now.";
     if (status === 409) return "This was already sent with other details. Reload the page and try again.";
     if (status === 429) return "That was a lot in a short time. Wait a moment and try again.";
-    if (status >= 500) return "Something went wrong on our side. Nothing was charged. Try again in a moment.";
+    if (status >= 500) return "Something went wrong on our side. Try again in a moment: nothing is charged twice.";
     return "This did not work. Reload the page and try again.";
   }
 

@@ -7,6 +7,7 @@ missing: on a loopback address browsers trust plain HTTP, and SITE_URL says so.
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from io import StringIO
@@ -29,6 +30,8 @@ LIVE_PORT, WSGI_PORT = environment.free_port(), environment.free_port()
 # The stand-ins' keys and addresses are set by tests.environment.
 os.environ |= {
     "DEBUG": "false",
+    "DRAIN_SECONDS": "0.1",
+    "LOG_LEVEL": "WARNING",  # addresses are tried out
     "ADMIN_MFA_REQUIRED": "false",  # no page looks different for it, and none would be reached
     "DATABASE_URL": urlsplit(SERVER_URL)._replace(path=f"/{SCRATCH}").geturl(),
     "DATABASE_POOL_SIZE": "20",
@@ -58,27 +61,33 @@ def running() -> Iterator[tuple[Server, StripeStandIn]]:
         log = stack.enter_context((REPORTS / "servers.log").open("w"))
         stripe = stack.enter_context(servers.running_stripe(log=log))
         stack.enter_context(servers.running_ai(log=log))
-        stack.enter_context(_python("granian", "postmate.wsgi:application", WSGI_PORT, GRANIAN, log))
-        stack.enter_context(_python("uvicorn", "postmate.asgi:application", LIVE_PORT, UVICORN, log))
+        stack.enter_context(_server("web", WSGI_PORT, log, "--workers", "2"))
+        stack.enter_context(_server("live", LIVE_PORT, log))
         yield stack.enter_context(_proxy(log)), stripe
 
 
-GRANIAN = "--interface wsgi --workers 2 --blocking-threads 8 --log-level warning"
-UVICORN = "--lifespan off --log-level warning --timeout-graceful-shutdown 2"
-
-
-def _python(module: str, application: str, port: int, options: str, log: IO[str]) -> Any:
-    command = ["-m", module, application, "--host", "127.0.0.1", "--port", str(port), *options.split()]
+def _server(kind: str, port: int, log: IO[str], *options: str) -> Any:
+    command = ["-m", "postmate.serving", kind, "--port", str(port), *options]
     return servers.running(command, url=f"http://127.0.0.1:{port}", ready_path="/readyz", log=log)
 
 
 def _proxy(log: IO[str]) -> Any:
-    node = shutil.which("node")
-    if node is None:
-        raise SystemExit("The audit needs Node.js 20 or newer, with npm (Debian: apt install nodejs npm).")
-    command = ["tests/audit/proxy.mjs", str(WEB_PORT), str(WSGI_PORT), str(LIVE_PORT)]
+    """Caddy with production's own Caddyfile."""
+    beside_us = Path(sys.executable).with_name("caddy")
+    program = str(beside_us) if beside_us.exists() else shutil.which("caddy")
+    if program is None:
+        raise SystemExit("The audit needs Caddy, which the packages do not bring for this machine (caddyserver.com).")
     url = f"http://127.0.0.1:{WEB_PORT}"
-    return servers.running(command, program=node, url=url, ready_path="/readyz", log=log)
+    environment: dict[str, Any] = {
+        "SITE_ADDRESS": url,
+        "PROXY_BIND": "127.0.0.1",
+        "WEB_UPSTREAMS": f"to 127.0.0.1:{WSGI_PORT}",
+        "LIVE_UPSTREAMS": f"to 127.0.0.1:{LIVE_PORT}",
+        "XDG_DATA_HOME": str(REPORTS),
+        "XDG_CONFIG_HOME": str(REPORTS),
+    }
+    command = ["run", "--config", "docker/Caddyfile", "--adapter", "caddyfile"]
+    return servers.running(command, program=program, url=url, ready_path="/readyz", log=log, **environment)
 
 
 @contextmanager

@@ -51,7 +51,7 @@ SELECT owner_id, id, 1000000000000, 1, 1000000000000 FROM accounts_workspace ORD
 INSERT INTO billing_tokentransaction
        (account_id, user_id, workspace_id, sequence, type, amount, balance_before, balance_after)
 SELECT id, user_id, workspace_id, 1, 'bonus', balance, 0, balance FROM billing_tokenaccount;
-"""  # noqa: S608
+"""  # noqa: S608 – our own names and constants, no input
 
 # The writes of ledger.py's debit, column for column, the way they are written without it.
 PGBENCH_SCRIPT = f"""
@@ -87,7 +87,7 @@ UPDATE billing_tokenaccount
        lifetime_used_tokens = lifetime_used_tokens + {COST_TOKENS}
  WHERE id = :account;
 COMMIT;
-"""  # noqa: S608
+"""  # noqa: S608 – our own names and constants, no input
 
 
 # --- ledger.py ----------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def debit_in_threads(is_announced: bool) -> tuple[float, list[float]]:
 
     def debit() -> None:
         ledger.deduct_tokens(
-            user_id=random.randint(1, ACCOUNTS),  # noqa: S311
+            user_id=random.randint(1, ACCOUNTS),  # noqa: S311 – chance, no secret
             tokens=COST_TOKENS,
             operation=ledger.Operation(
                 operation_type="generation",
