@@ -19,7 +19,7 @@ from tests import servers
 from tests.payments import buy, deliver, event_of, verify_books
 from tests.servers import Server, StripeStandIn
 
-PASSWORD = "correct horse battery"  # noqa: S105
+PASSWORD = "correct horse battery"  # noqa: S105 – of the tests alone
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -32,8 +32,8 @@ worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 os.environ["REDIS_URL"] = redis_database(os.environ["REDIS_URL"], 1 + worker)
 
 STRIPE_PORT, AI_PORT, WEB_PORT = free_port(), free_port(), free_port()
-WEBHOOK_SECRET = "whsec_tests"  # noqa: S105
-BILLING_SECRET = "tests-billing-secret-0123456789abcdef0123456789abcdef"  # noqa: S105
+WEBHOOK_SECRET = "whsec_tests"  # noqa: S105 – of the tests alone
+BILLING_SECRET = "tests-billing-secret-0123456789abcdef0123456789abcdef"  # noqa: S105 – of the tests alone
 
 # Images that tests make are gone after them.
 MEDIA_ROOT = tempfile.mkdtemp(prefix="postmate-tests-")

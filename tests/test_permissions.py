@@ -29,7 +29,7 @@ from accounts import api_keys
 from accounts.models import ApiKey, User
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
 from billing import grants, ledger
-from billing.models import BulkJob, Drift, Purchase, TokenUsage
+from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenUsage
 from tests.conftest import MakeUser
 from tests.environment import BILLING_SECRET
 
@@ -76,11 +76,14 @@ ROUTES: dict[str, tuple[str, str]] = {
     "admin/tokens/accounts/<int:user_id>/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/accounts/<int:user_id>/status/": ("405 405 405 405 405 405", "login 403 403 403 400 login"),
     "admin/tokens/audit/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
+    "admin/tokens/bulk/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/bulk/new/": ("login 403 403 200 200 login", "login 403 403 400 400 login"),
     "admin/tokens/bulk/<int:pk>/": ("login 403 403 200 200 login", "login 403 403 302 302 login"),
     "admin/tokens/bulk/<int:pk>.csv": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/drifts/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/drifts/<int:pk>/": ("405 405 405 405 405 405", "login 403 403 403 302 login"),
+    "admin/tokens/events/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
+    "admin/tokens/events/<int:pk>/": ("405 405 405 405 405 405", "login 403 403 403 302 login"),
     "admin/tokens/finance/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/finance/postmate-(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})\\.zip$": ("login 403 403 404 404 login", "405 405 405 405 405 405"),
     "admin/tokens/grants/new/": ("login 403 403 200 200 login", "login 403 403 404 404 login"),
@@ -111,6 +114,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "healthz": ("200 200 200 200 200 200", "405 405 405 405 405 405"),
     "live/<slug:name>/": ("405 405 405 405 405 405", "login 400 400 400 400 login"),
     "live/balance/": ("204 200 200 200 200 204", "405 405 405 405 405 405"),
+    "metrics": ("404 404 404 404 404 404", "405 405 405 405 405 405"),
     "readyz": ("200 200 200 200 200 200", "405 405 405 405 405 405"),
     "stripe/webhook/": ("405 405 405 405 405 405", "400 400 400 400 400 400"),
     "studio/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
@@ -200,6 +204,9 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
     )  # fmt: skip
     key, _ = api_keys.make_key(user_id=alice.pk, name=text, scopes=["balance:read"])
     drift = Drift.objects.create(kind="unknown_payment", stripe_id="pi_1", description=text)
+    event = StripeEvent.objects.create(
+        event_id="evt_1", type="charge.refunded", livemode=False, payload={"id": "evt_1"}, state="aside", message=text
+    )
     assert TokenUsage.objects.get().pk == posting.usage_id
     asker = User.objects.create(email="asker@example.com", role="admin")
     wish = grants.grant_tokens(admin=asker, user_id=alice.pk, tokens=5, reason=text, request_key="wish")
@@ -224,6 +231,7 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         "admin/tokens/finance/": {"day": "2000-01-01"},
         "admin/tokens/bulk/": {"pk": job.pk},
         "admin/tokens/drifts/": {"pk": drift.pk},
+        "admin/tokens/events/": {"pk": event.pk},
         "api/": {"usage_id": posting.usage_id, "user_id": alice.pk},
         "dev/": {"file": "x.log", "number": 0},
         "admin/": {"object_id": "1", "content_type_id": 1, "app_label": "billing", "url": "x", "id": "1"},

@@ -24,7 +24,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 import pytest
 import stripe
 
-SECRET = "whsec_test"  # noqa: S105
+SECRET = "whsec_test"  # noqa: S105 – of the tests alone
 TIMEOUT_SECONDS = 20
 _emails = (f"buyer{number}@example.com" for number in itertools.count())
 
