@@ -30,7 +30,7 @@ manage-production: .venv/stamp-local ## A command there: make manage-production 
 	@$(BIN)/python -m postmate.run_production manage $(ARGS)
 
 test: .venv/stamp-dev ## Run all tests against real PostgreSQL, Redis and Chromium
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(if $(CI),$(RERUN))
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(if $(CI),$(RERUN))
 
 screenshots: .venv/stamp-dev ## Picture every page, both widths and themes, into artifacts/screenshots/
 	@SCREENSHOTS=all $(BIN)/python -m pytest tests/journeys
@@ -82,8 +82,9 @@ bench-dashboard: .venv/stamp-dev ## Measure the dashboard on a million ledger en
 bench-serving: .venv/stamp-dev ## Measure what one machine serves, and what limits it (takes three minutes)
 	@$(BIN)/python -m tests.benchmarks.serving
 
-storm: .venv/stamp-dev ## Let 200 people pay while everything fails, and check the books (SEED=… repeats one)
+storm: .venv/stamp-dev ## Let 200 people pay while everything fails, and restart production under load (SEED=… repeats one)
 	@$(BIN)/python -m tests.storms.payments $(if $(SEED),--seed $(SEED))
+	@$(BIN)/python -m pytest -m storm
 
 lock: .venv/stamp-dev ## Resolve the dependencies of pyproject.toml anew
 	@for set in production: "local:--group local" "dev:--group local --group dev"; do \

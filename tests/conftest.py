@@ -22,6 +22,14 @@ from tests.servers import Server, StripeStandIn
 PASSWORD = "correct horse battery"  # noqa: S105 – of the tests alone
 
 
+BEGUN_FIRST = ("tests/faults", "tests/production", "tests/test_permissions.py", "tests/journeys")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files begin first, so that no process is alone with one at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(BEGUN_FIRST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _tests_may_empty_the_ledger() -> Iterator[None]:
     """The one sanctioned switch of law 3: a test that commits has its tables emptied afterwards."""

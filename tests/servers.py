@@ -137,6 +137,16 @@ def running_worker(*, log: IO[str] | None = None, **environment: str) -> Iterato
             process.wait()
 
 
+def running_live(*, port: int, **environment: Any) -> Any:
+    """The process of the streams on the test database, as production serves it; it answers all else, too."""
+    return running(
+        ["-m", "postmate.serving", "live", "--port", str(port)],
+        url=f"http://127.0.0.1:{port}",
+        ready_path="/readyz",
+        **({"DATABASE_URL": _test_database_url(), "DRAIN_SECONDS": "0.1"} | environment),
+    )
+
+
 def running_web(*, port: int = WEB_PORT, **environment: Any) -> Any:
     """The product on the test database, as `make run` serves it; `environment` changes its settings."""
     command = ["-m", "uvicorn", "postmate.asgi:application", "--port", str(port), "--lifespan", "off"]

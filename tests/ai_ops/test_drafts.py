@@ -204,10 +204,10 @@ def test_failed_provider_at_the_plain_form(writer: Writer) -> None:
 
 @pytest.fixture(scope="module")
 def impatient_web(_web_process: Server, django_db_blocker: Any) -> Iterator[Server]:
-    """A second web process that waits two seconds for a provider, and four for a whole answer."""
+    """A process that waits a second for a provider, and two for a whole answer. It has the SDKs imported before."""
     with (
         django_db_blocker.unblock(),
-        servers.running_web(port=free_port(), AI_TIMEOUT_SECONDS="2", AI_MAX_DURATION_SECONDS="4") as process,
+        servers.running_live(port=free_port(), AI_TIMEOUT_SECONDS="1", AI_MAX_DURATION_SECONDS="2") as process,
     ):
         yield process
 
@@ -229,7 +229,7 @@ def test_silent_provider_costs_nothing(alice: User, impatient_web: Server, ai: S
 def test_endless_answer_is_ended(alice: User, impatient_web: Server, ai: Server) -> None:
     """Row 53: a provider that always sends a little more is stopped after AI_MAX_DURATION_SECONDS."""
     writer = Writer(alice, impatient_web)
-    answer = writer.draft(title="Endless", topic="Tea. [[fault:slow]]", length="long")
+    answer = writer.draft(title="Endless", topic="Tea. [[fault:slow]]")
     assert "took too long" in answer.last.data["message"]
     assert writer.account.balance == 10_000
     assert until(lambda: asked(ai, "Endless")[0]["disconnected"])

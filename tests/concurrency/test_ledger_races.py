@@ -24,6 +24,9 @@ pytestmark = pytest.mark.django_db(transaction=True)
 
 DRAFT = Operation("generation", "openai", "gpt-6.1-terra", multiplier=Decimal("1.5"))
 
+# In the place of the lock: a moment in which others read the same row, so that a control never depends on luck.
+WITHOUT_LOCK = "AND pg_sleep(0.02)::text IS NOT NULL"
+
 Result = TypeVar("Result")
 
 
@@ -85,7 +88,7 @@ def test_as_many_reservations_succeed_as_fit(alice: User) -> None:
 
 def test_without_the_lock_the_same_tokens_are_promised_twice(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of 48: it is the lock that holds, and the storm is strong enough to show it."""
-    unlocked = ledger._RESERVE.sql.replace("FOR UPDATE", "", 1)
+    unlocked = ledger._RESERVE.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
     assert unlocked != ledger._RESERVE.sql
     monkeypatch.setattr(ledger, "_RESERVE", ledger._Statement(unlocked, ledger._RESERVE.names))
     assert storm_of_reservations(alice)["Posting"] > 100
@@ -113,7 +116,7 @@ def test_without_the_lock_extensions_promise_the_same_tokens_twice(
     alice: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the one above."""
-    unlocked = ledger._EXTEND.sql.replace("FOR UPDATE", "", 1)
+    unlocked = ledger._EXTEND.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
     assert unlocked != ledger._EXTEND.sql
     monkeypatch.setattr(ledger, "_EXTEND", ledger._Statement(unlocked, ledger._EXTEND.names))
     assert storm_of_extensions(alice)["Posting"] > 50

@@ -8,6 +8,8 @@ import pytest
 from tests.production.conftest import Production, wait_until
 from tests.production.load import Crowd, read_books
 
+pytestmark = pytest.mark.storm
+
 
 @pytest.fixture(scope="module")
 def crowd(production: Production) -> Crowd:
