@@ -245,7 +245,7 @@ USE_TZ = True
 STATIC_URL = "static/"
 STATIC_ROOT = None if DEBUG else BASE_DIR / "staticfiles"  # in development they are served where they lie
 STATICFILES_DIRS = [BASE_DIR / "static"]
-WHITENOISE_USE_FINDERS = DEBUG
+WHITENOISE_USE_FINDERS = WHITENOISE_AUTOREFRESH = DEBUG
 STORAGES = {
     "default": {"BACKEND": "django.core.files.storage.FileSystemStorage"},
     "staticfiles": {

@@ -142,7 +142,8 @@ def test_ids_are_in_the_log_and_secrets_are_not(
     assert deliver(web, broken, uuid4().hex).status_code == 500
     with worker_log.path.open("w") as file, running_worker(log=file, LOG_FORMAT="json", LOG_LEVEL="DEBUG"):
         assert deliver(web, event, request_id).status_code == 200
-        until(lambda: worker_log.find(event="task_succeeded", task="billing.tasks.remember_card"), seconds=30)
+        remembered = {"event": "task_succeeded", "task": "billing.tasks.remember_card", "request_id": request_id}
+        until(lambda: worker_log.find(**remembered), seconds=30)
     bought = Purchase.objects.get(state="paid")
 
     # --- The ids are there ---

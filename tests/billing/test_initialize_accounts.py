@@ -129,8 +129,15 @@ def test_killed_in_the_middle_it_goes_on_and_gives_nothing_twice() -> None:
 
 def is_somebody_waiting_for_a_lock() -> bool:
     with connection.cursor() as cursor:
-        # Not pg_stat_activity: within a transaction that shows the same moment again and again.
-        cursor.execute("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+        # Not pg_stat_activity: within a transaction that shows the same moment again and again. In other databases
+        # other tests run; whoever waits in this one has locks of its tables.
+        cursor.execute("""
+            SELECT EXISTS (
+                SELECT FROM pg_locks AS waiting JOIN pg_locks AS other USING (pid)
+                 WHERE NOT waiting.granted
+                   AND other.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+            )
+        """)
         return bool(cursor.fetchone()[0])
 
 

@@ -202,6 +202,7 @@ def test_log_pages_and_filters(vera: User, page: Page) -> None:
     expect(page.get_by_role("heading", name="No operations match")).to_be_visible()
     page.get_by_role("link", name="Remove the filters").click()
     expect(rows).to_have_count(25)
+    page.wait_for_load_state()  # a choice made before the scripts are there would be lost
     page.get_by_label("Status").select_option("failed")
     expect(rows).to_have_count(4)
     rows.first.get_by_role("link").click()
