@@ -579,7 +579,7 @@ def two_workers(alice: User, settings: Settings, monkeypatch: pytest.MonkeyPatch
     def save_together(self: Notification, **options: Any) -> None:
         if not CountingBackend.sent:
             with suppress(BrokenBarrierError):
-                both_have_chosen.wait(2)
+                both_have_chosen.wait(20)
         save(self, **options)
 
     monkeypatch.setattr(Notification, "save", save_together)
