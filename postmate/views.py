@@ -13,7 +13,7 @@ from django.db import DatabaseError, connection
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse
 from django.shortcuts import redirect, render
 from django.views.decorators.clickjacking import xframe_options_sameorigin
-from django.views.decorators.http import require_GET
+from django.views.decorators.http import require_GET, require_safe
 from psycopg_pool import PoolTimeout
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -22,7 +22,7 @@ from billing import packages, system_settings
 from postmate import metrics, serving
 
 
-@require_GET
+@require_safe
 def home(request: HttpRequest) -> HttpResponse:
     """Signed out: what it is and the prices. Signed in: the Studio."""
     if request.user.is_authenticated:
@@ -39,7 +39,7 @@ def welcome_bonus_tokens() -> int:
     return system_settings.get_system_settings().welcome_bonus_tokens
 
 
-@require_GET
+@require_safe
 def healthz(request: HttpRequest) -> HttpResponse:
     """The process lives and takes requests. One that is about to stop says so, and the proxy goes elsewhere."""
     if serving.is_draining():
@@ -47,7 +47,7 @@ def healthz(request: HttpRequest) -> HttpResponse:
     return HttpResponse("ok", content_type="text/plain")
 
 
-@require_GET
+@require_safe
 def readyz(request: HttpRequest) -> JsonResponse:
     """The process can work: the database answers, and it is not about to stop.
 
