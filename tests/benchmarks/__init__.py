@@ -21,6 +21,7 @@ SERVER_URL = urlsplit(os.environ["DATABASE_URL"])._replace(path="/postgres").get
 os.environ |= {
     "DATABASE_URL": urlsplit(os.environ["DATABASE_URL"])._replace(path=f"/{SCRATCH}").geturl(),
     "DJANGO_SETTINGS_MODULE": "postmate.settings",
+    "LOG_LEVEL": "WARNING",  # a line for each operation would hide the table
 }
 django.setup()
 
