@@ -6,18 +6,23 @@ the AI providers get free ports of the loopback interface and are started by the
 
 import atexit
 import os
+import secrets
 import shutil
 import socket
 import tempfile
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 from postmate import embedded
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below those that the system gives to outgoing connections: none of them takes it before its server does."""
+    while True:
+        port = 12_000 + secrets.randbelow(20_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def redis_database(url: str, number: int) -> str:
