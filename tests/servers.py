@@ -17,7 +17,7 @@ from django.db import connection
 from tests.environment import AI_PORT, STRIPE_PORT, WEB_PORT, WEBHOOK_SECRET
 
 PROJECT = Path(__file__).parents[1]
-START_TIMEOUT_SECONDS = 30
+START_TIMEOUT_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,10 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def get(self, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.get(self.url + path, **options)
+        return httpx2.get(self.url + path, **{"timeout": 30, **options})
 
     def post(self, path: str, **options: Any) -> httpx2.Response:
-        return httpx2.post(self.url + path, **options)
+        return httpx2.post(self.url + path, **{"timeout": 30, **options})
 
 
 class StripeStandIn(Server):
@@ -39,7 +39,7 @@ class StripeStandIn(Server):
 
     def pay(self, checkout_url: str, test_card: str = "4242424242424242") -> httpx2.Response:
         """Pay on the Checkout page, as its button does; the answer is the redirect back, or the page with its error."""
-        return httpx2.post(checkout_url, data={"test_card": test_card}, follow_redirects=False)
+        return httpx2.post(checkout_url, data={"test_card": test_card}, timeout=30)
 
     def control(self, path: str, **parameters: Any) -> Any:
         """Do what a button of the control page does: `control("deliveries/hold")`."""
@@ -87,7 +87,7 @@ def running(
 
 def _answers(url: str) -> bool:
     try:
-        return httpx2.get(url, timeout=5).status_code < 500
+        return httpx2.get(url, timeout=10).status_code < 500
     except httpx2.TransportError:
         return False
 

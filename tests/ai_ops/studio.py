@@ -25,7 +25,7 @@ each_provider = pytest.mark.parametrize("model", [OPENAI, ANTHROPIC, GOOGLE])
 _numbers = count(1)
 
 
-def until(condition: Callable[[], Any], *, seconds: float = 10) -> Any:
+def until(condition: Callable[[], Any], *, seconds: float = 30) -> Any:
     """The first true value of `condition`; fails when there is none in time."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

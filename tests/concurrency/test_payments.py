@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("
 
 COMPLETED = "checkout.session.completed"
 AT_A_TIME = 32
-RACE_SECONDS = 10  # a barrier that is not full by then gives up
+RACE_SECONDS = 20  # a barrier that is not full by then gives up
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("events_wait")]
 
 COMPLETED = "checkout.session.completed"
-RACE_SECONDS = 10  # a barrier that is not full by then gives up
+RACE_SECONDS = 20  # a barrier that is not full by then gives up
 
 
 @pytest.fixture
@@ -143,8 +143,10 @@ def test_without_the_payments_lock_the_refund_is_overlooked(
         verify_books()
 
 
-def _two_refunds_meet(stripe: StripeStandIn, buyer: Client, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Two refunds of a credited purchase are applied; each waits before it posts until the other is there, too."""
+def _two_refunds_meet(
+    stripe: StripeStandIn, buyer: Client, monkeypatch: pytest.MonkeyPatch, *, seconds: float
+) -> list[int]:
+    """Two refunds of a credited purchase are applied; each waits so long before it posts for the other to be there."""
     purchase = buy(stripe, buyer)
     deliver(event_of(stripe, COMPLETED))
     payment_id = stripe.state()["payment_intents"][0]["id"]
@@ -155,7 +157,7 @@ def _two_refunds_meet(stripe: StripeStandIn, buyer: Client, monkeypatch: pytest.
 
     def deduct_together(**arguments: Any) -> ledger.Posting:
         with suppress(BrokenBarrierError):  # the lock keeps the other one away
-            both_are_there.wait(timeout=0.5)
+            both_are_there.wait(timeout=seconds)
         return deduct(**arguments)
 
     monkeypatch.setattr(ledger, "deduct_tokens", deduct_together)
@@ -168,7 +170,7 @@ def test_two_refunds_at_once(
     stripe: StripeStandIn, buyer: Client, books: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """43: one after the other."""
-    assert _two_refunds_meet(stripe, buyer, monkeypatch) == [200, 200, -80_000]
+    assert _two_refunds_meet(stripe, buyer, monkeypatch, seconds=0.5) == [200, 200, -80_000]
 
 
 def test_without_the_purchases_lock_two_refunds_collide(
@@ -180,7 +182,7 @@ def test_without_the_purchases_lock_two_refunds_collide(
         return Purchase.objects.filter(stripe_payment_intent_id=payment_intent_id, state="paid").first()
 
     monkeypatch.setattr(refunds, "_locked_paid_purchase", unlocked)
-    *statuses, taken_tokens = _two_refunds_meet(stripe, buyer, monkeypatch)
+    *statuses, taken_tokens = _two_refunds_meet(stripe, buyer, monkeypatch, seconds=RACE_SECONDS)
     assert statuses == [200, 500]
     assert taken_tokens != -80_000
 

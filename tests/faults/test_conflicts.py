@@ -54,8 +54,11 @@ def beside(work: Callable[[], Any], *settings: str) -> Iterator[Future]:
                 pids.append(cursor.fetchone()[0])
             return work()
         finally:
-            connection.close()
             # The next one to get it from the pool shall find it as it was.
+            with connection.cursor() as cursor:
+                for setting in settings:
+                    cursor.execute(f"RESET {setting.split()[0]}")
+            connection.close()
 
     pids: list[int] = []
     with ThreadPoolExecutor(1) as threads:
