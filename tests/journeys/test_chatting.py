@@ -45,7 +45,7 @@ def test_two_turns_and_what_they_cost(alice: User, open_context: OpenContext, sc
     ask(page, FIRST)
     expect(answered(page)).to_have_count(1)
     chat = Chat.objects.get(author=alice)
-    assert re.search(rf"/studio/chats/{chat.pk}/#turn-\d+$", page.url)
+    expect(page).to_have_url(re.compile(rf"/studio/chats/{chat.pk}/#turn-\d+$"))
     expect(page.get_by_label("Project")).to_be_hidden()
 
     ask(page, SECOND)
