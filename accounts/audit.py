@@ -4,21 +4,18 @@ An entry is written in the transaction of what it tells of: neither is there wit
 alone, and is bounded for each person and minute, so that nobody fills the log by trying.
 """
 
-from collections.abc import Awaitable, Callable, Mapping
-from contextvars import ContextVar
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
-from allauth.account.adapter import get_adapter
-from asgiref.sync import iscoroutinefunction
-from django.core.exceptions import PermissionDenied
-from django.db import connection, models, transaction
+import structlog
+from django.db import models, transaction
 from django.db.models.functions import Now
-from django.http import HttpRequest, HttpResponse
-from django.utils.decorators import sync_and_async_middleware
 
+from accounts.locks import lock_until_commit
 from accounts.models import AuditEntry, User
+from accounts.text import one_line, read_id
 
 Outcome = AuditEntry.Outcome
 
@@ -47,47 +44,6 @@ class Action(models.TextChoices):
     ACCESS = "access", "Page opened"  # refused, always
 
 
-# --- Where a request comes from -------------------------------------------------------------------------------------
-
-_request: ContextVar[HttpRequest | None] = ContextVar("audited_request", default=None)
-
-
-@sync_and_async_middleware
-def audit_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
-    """Lets entries name the address that a request came from, and the request."""
-    if iscoroutinefunction(get_response):
-
-        async def remember_async(request: HttpRequest) -> HttpResponse:
-            token = _request.set(request)
-            try:
-                return await cast(Awaitable[HttpResponse], get_response(request))
-            finally:
-                _request.reset(token)
-
-        return remember_async
-
-    def remember(request: HttpRequest) -> HttpResponse:
-        token = _request.set(request)
-        try:
-            return cast(HttpResponse, get_response(request))
-        finally:
-            _request.reset(token)
-
-    return remember
-
-
-def _origin() -> tuple[str | None, str]:
-    """The address and the id of the request that is being answered; nothing in a shell or a worker."""
-    request = _request.get()
-    if request is None:
-        return None, ""
-    request_id = getattr(request, "request_id", "")  # the one in the server's log
-    try:
-        return get_adapter().get_client_ip(request), request_id
-    except PermissionDenied:  # it cannot be told
-        return None, request_id
-
-
 # --- Writing --------------------------------------------------------------------------------------------------------
 
 
@@ -107,16 +63,16 @@ def write(
 
     `actor` None is the product itself, or an operator. Write no e-mail address and no name: see AuditEntry.
     """
-    ip_address, request_id = _origin()
+    origin = structlog.contextvars.get_contextvars()  # of the request, also in a task that it asked for
     object_type, object_id = about or ("", "")
     return AuditEntry.objects.create(
         actor=actor,
         actor_role=actor.role if actor else "",
-        ip_address=ip_address,
-        request_id=request_id,
+        ip_address=origin.get("ip"),
+        request_id=origin.get("request_id", ""),
         action=action,
-        summary=_plain(summary)[:500],
-        reason=_plain(reason)[:500],
+        summary=one_line(summary)[:500],
+        reason=one_line(reason)[:500],
         outcome=outcome,
         subject_id=subject_id,
         object_type=object_type,
@@ -132,9 +88,8 @@ def write_refusal(*, action: Action, summary: str, actor: User, **details: Any) 
     Call it outside the transaction that the refusal rolls back. `details` as for `write`.
     """
     with transaction.atomic():
-        with connection.cursor() as cursor:
-            # One at a time for each person: parallel attempts would all count the same rows.
-            cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"audit-refusals-{actor.pk}"])
+        # One at a time for each person: parallel attempts would all count the same rows.
+        lock_until_commit(f"audit-refusals-{actor.pk}")
         recent = AuditEntry.objects.filter(
             actor=actor, outcome=Outcome.REFUSED, created_at__gt=Now() - timedelta(minutes=1)
         )
@@ -142,11 +97,6 @@ def write_refusal(*, action: Action, summary: str, actor: User, **details: Any) 
             return False
         write(action=action, summary=summary, actor=actor, outcome=Outcome.REFUSED, **details)
         return True
-
-
-def _plain(text: str) -> str:
-    """One line that PostgreSQL can keep: addresses that people try may hold anything."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
 
 
 # --- Reading --------------------------------------------------------------------------------------------------------
@@ -199,9 +149,8 @@ def _find_people(text: str) -> list[int]:
     text = text.strip()
     if "\x00" in text or not text.isprintable():
         return []
-    people = User.objects.filter(email__icontains=text)
-    if text.isascii() and text.isdigit() and len(text) < 19:
-        people = User.objects.filter(pk=int(text))
+    user_id = read_id(text)
+    people = User.objects.filter(email__icontains=text) if user_id is None else User.objects.filter(pk=user_id)
     return list(people.order_by("pk").values_list("pk", flat=True)[:MAX_FOUND_PEOPLE])
 
 

@@ -4,21 +4,23 @@ from django.db import connection, transaction
 
 from accounts import audit
 from accounts.models import ROLE_CHANGE_IS_WRITTEN, User
+from accounts.refusal import Refusal
 
 
-class RoleNotChanged(Exception):
+class RoleNotChanged(Refusal):
     """Refused; nothing was changed. `message` is for the person."""
 
     http_status = 403
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
+
+def find_superadmin(user_id: int) -> User | None:
+    """The person, if they are an active superadmin at this moment, whatever they were when they signed in."""
+    return User.objects.filter(pk=user_id, role=User.Role.SUPERADMIN, is_active=True).first()
 
 
 def change_role(*, user_id: int, role: str, changed_by: User, reason: str = "") -> User:
     """Give somebody a role. Nobody changes their own, so the last superadmin stays one. Raises RoleNotChanged."""
-    superadmin = User.objects.filter(pk=changed_by.pk, role=User.Role.SUPERADMIN, is_active=True).first()
+    superadmin = find_superadmin(changed_by.pk)
     if superadmin is None or superadmin.pk == user_id:
         audit.write_refusal(
             action=audit.Action.ROLE_CHANGED,

@@ -4,8 +4,8 @@ from django.contrib import admin
 from django.db import models
 from django.http import HttpRequest
 
+from accounts.admin import ReadOnlyAdmin
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, ImagePrompt, Project
-from billing.admin import ReadOnlyAdmin
 
 
 class AuthorsOwnAdmin(ReadOnlyAdmin):

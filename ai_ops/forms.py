@@ -15,9 +15,11 @@ from ai_ops.operations import (
     RefinementRequest,
     RepurposeRequest,
     SelectionRequest,
+    ShownPrice,
 )
 from billing import catalogue, system_settings
 from billing.catalogue import CatalogueError
+from billing.forms import KeyField
 from billing.models import ModelPrice
 
 MAX_TEXT_CHARACTERS = 100_000
@@ -266,5 +268,15 @@ class ImageForm(OperationForm):
         return ImageRequest(**self._fields("prompt", "style", "project", "size", "quality", "count"))
 
 
-class KeyForm(forms.Form):
-    idempotency_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z")
+class SendingForm(forms.Form):
+    """What stands beside an operation's form when it is sent: the key of this one sending, and the price that its
+    quote showed. Without scripts there is no quote."""
+
+    idempotency_key = KeyField()
+    quoted_unit = forms.CharField(max_length=200, required=False)
+    quoted_price = forms.DecimalField(min_value=0, max_digits=20, required=False)
+
+    @property
+    def shown_price(self) -> ShownPrice | None:
+        unit, price = self.cleaned_data["quoted_unit"], self.cleaned_data["quoted_price"]
+        return None if price is None else ShownPrice(unit, price)

@@ -20,6 +20,7 @@ from django.db import connection, transaction
 from ai_ops import providers
 from ai_ops.prompts import Prompt
 from ai_ops.providers import (
+    FinishReason,
     Images,
     ProviderError,
     ProviderRefused,
@@ -28,7 +29,7 @@ from ai_ops.providers import (
     TextDelta,
     TextEnd,
 )
-from billing import catalogue, ledger, pricing, tasks, usage
+from billing import after_debit, catalogue, ledger, pricing, usage
 from billing.database import DATABASE_AWAY, in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
 from billing.models import ModelPrice, TokenAccount
@@ -55,6 +56,8 @@ STOP_NOTES: Mapping[StoppedBy, str] = {
     "balance": "The balance ran out before the text was finished.",
     "provider": "The provider broke off before the text was finished.",
 }
+
+NOTHING_WRITTEN = "It was stopped before anything was written."
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,16 @@ class Quote:
     @property
     def is_reduced(self) -> bool:
         return self.held_tokens < self.max_billable_tokens
+
+    @property
+    def unit(self) -> str:
+        """What `unit_price` is the price of: a token of the model, or an image of its size and quality."""
+        return " ".join((self.ask.provider, self.ask.model, self.ask.image_size, self.ask.image_quality)).rstrip()
+
+    @property
+    def unit_price(self) -> Decimal:
+        """In tokens."""
+        return Decimal(0) if self.is_free else self.multiplier or Decimal(self.fixed_cost_tokens or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +296,32 @@ def _take_back_if_closed_before(posting: Posting) -> None:
         transaction.set_rollback(True)
 
 
+def _failure_words(failure: Exception) -> str:
+    return failure.message if isinstance(failure, ProviderError) else "The operation failed."
+
+
+async def abandon(*, usage_id: int, keep_nothing: Callable[[], None]) -> None:
+    """The reader left before the provider was asked: close the result and give the hold back, in one transaction."""
+
+    def close() -> Posting:
+        with transaction.atomic(durable=True):
+            keep_nothing()
+            posting = ledger.release_usage(usage_id=usage_id, error_message=NOTHING_WRITTEN)
+            _take_back_if_closed_before(posting)
+        return posting
+
+    await asyncio.shield(asyncio.ensure_future(in_thread(_close_for_sure)(close)))
+
+
 # --- Text -------------------------------------------------------------------------------------------------------------
+
+# Where a text ends that the provider did not end as finished.
+_STOPPED_BY: Mapping[FinishReason, StoppedBy] = {
+    "stop": "",
+    "length": "length",
+    "refused": "provider",
+    "other": "provider",
+}
 
 
 @dataclass(slots=True)
@@ -328,7 +366,7 @@ class _TextRun:
             self.is_estimated = True
         self.counted += end.usage or self._estimated_pools()
         self.is_call_under_way = False
-        self.stopped_by = "length" if end.finish_reason == "length" else ""
+        self.stopped_by = _STOPPED_BY[end.finish_reason]
         if not self.written:
             error_class = ProviderRefused if end.finish_reason == "refused" else ProviderUnavailable
             self.fail(error_class(self.quote.price.get_provider_display(), usage=end.usage))
@@ -359,7 +397,7 @@ class _TextRun:
             keep(text, self.stopped_by == "" and self.failure is None)
             posting = self._settle_or_release(text)
             _take_back_if_closed_before(posting)
-            tasks.follow_debit(posting)
+            after_debit.follow_debit(posting)
         if self.failure is None:
             _log_end(self.log_ids, posting, self.duration_ms)
         return posting
@@ -372,14 +410,14 @@ class _TextRun:
             pools = reported or (self.pools if text else TokenPools())
             return ledger.release_usage(
                 usage_id=self.usage_id,
-                error_message=failure.message if isinstance(failure, ProviderError) else "The operation failed.",
+                error_message=_failure_words(failure),
                 provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, pools),
                 duration_ms=self.duration_ms,
             )
         if not text:
             return ledger.release_usage(
                 usage_id=self.usage_id,
-                error_message="It was stopped before anything was written.",
+                error_message=NOTHING_WRITTEN,
                 duration_ms=self.duration_ms,
             )
         return ledger.settle_usage(
@@ -531,12 +569,12 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
                     provider_cost_microusd=_images_cost_microusd(quote, pools, len(images.images)),
                     duration_ms=duration_ms,
                 )
-                tasks.follow_debit(posting)
+                after_debit.follow_debit(posting)
             else:
                 reported = failure.usage if isinstance(failure, ProviderError) else None
                 posting = ledger.release_usage(
                     usage_id=usage_id,
-                    error_message=_images_error(failure),
+                    error_message=_failure_words(failure) if failure else "It was stopped before an image was made.",
                     provider_cost_microusd=_images_cost_microusd(quote, reported, 0) if reported else 0,
                     duration_ms=duration_ms,
                 )
@@ -575,9 +613,3 @@ def _images_cost_microusd(quote: Quote, pools: TokenPools, image_count: int) -> 
         image_size=quote.ask.image_size,
         image_quality=quote.ask.image_quality,
     )
-
-
-def _images_error(failure: Exception | None) -> str:
-    if failure is None:
-        return "It was stopped before an image was made."
-    return failure.message if isinstance(failure, ProviderError) else "The operation failed."

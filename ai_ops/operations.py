@@ -8,18 +8,20 @@ charged). Close the generator to stop the provider: what was written is kept and
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from decimal import Decimal
 from functools import partial
-from typing import Any, ClassVar, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 from django.conf import settings
 from django.core.files.base import ContentFile
 from django.db import transaction
 
 from accounts.models import Workspace
+from accounts.refusal import Refusal
 from ai_ops import metering, prompts
 from ai_ops.metering import Ask, Finished, Quote
 from ai_ops.models import (
@@ -51,14 +53,8 @@ Origin = ContentVersion.Origin
 Result: TypeAlias = ContentPiece | ChatTurn | ImagePrompt | ImageBatch
 
 
-class OperationError(Exception):
+class OperationError(Refusal):
     """Refused; nothing was written and nobody was asked. `message` is for the person."""
-
-    http_status: ClassVar[int] = 400
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class NotYours(OperationError):
@@ -69,6 +65,12 @@ class NotYours(OperationError):
 
 class TextChanged(OperationError):
     """The text that a request is about is not the one that is stored."""
+
+    http_status = 409
+
+
+class PriceChanged(OperationError):
+    """It costs more than the person was shown."""
 
     http_status = 409
 
@@ -100,18 +102,33 @@ Event: TypeAlias = Started | Replayed | TextDelta | Finished
 Events: TypeAlias = AsyncGenerator[Event, None]
 
 
-class Request(Protocol):
-    """What a person asks for in the Studio: a dataclass whose fields are what they entered."""
-
-    def ask(self, user_id: int) -> Ask:
-        """What the model is asked. Reads, writes nothing; raises OperationError."""
-
-
 # --- Requests ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class DraftRequest:
+class ShownPrice:
+    """`Quote.unit` and `Quote.unit_price` of the quote that a person had before them."""
+
+    unit: str
+    unit_price: Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a person asks for in the Studio: the fields of each kind are what they entered.
+
+    With `shown_price` it is refused when that costs more by now. It is no part of what is asked for.
+    """
+
+    shown_price: ShownPrice | None = field(default=None, kw_only=True)
+
+    def ask(self, user_id: int) -> Ask:
+        """What the model is asked. Reads, writes nothing; raises OperationError."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest(Request):
     title: str
     topic: str
     project: str
@@ -132,7 +149,7 @@ class DraftRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class ContinuationRequest:
+class ContinuationRequest(Request):
     """The rest of a text that was cut short."""
 
     content_id: int
@@ -156,7 +173,7 @@ class ContinuationRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class ChatRequest:
+class ChatRequest(Request):
     """`chat_id` None opens a chat in the project."""
 
     chat_id: int | None
@@ -181,7 +198,7 @@ class ChatRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class RefinementRequest:
+class RefinementRequest(Request):
     """`body` is the text as it stands in the editor, written over version `base_number`."""
 
     content_id: int
@@ -209,7 +226,7 @@ class RefinementRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class SelectionRequest:
+class SelectionRequest(Request):
     """A passage of `body`, from its character `start` on; without `start` it must occur once."""
 
     content_id: int
@@ -262,7 +279,7 @@ class SelectionRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class RepurposeRequest:
+class RepurposeRequest(Request):
     content_id: int
     transformation: str
     wishes: str
@@ -290,7 +307,7 @@ class RepurposeRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class ImagePromptRequest:
+class ImagePromptRequest(Request):
     idea: str
     style: str
     project: str
@@ -313,7 +330,7 @@ class ImagePromptRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class ImageRequest:
+class ImageRequest(Request):
     prompt: str
     style: str
     project: str
@@ -335,16 +352,6 @@ class ImageRequest:
             image_quality=self.quality,
             metadata={"operation": "generate_images", "style": self.style or "plain"},
         )
-
-
-def quote_text(*, user_id: int, request: Request) -> Quote:
-    """What a text costs at most. Raises OperationError and what `metering.quote_text` raises."""
-    return metering.quote_text(user_id=user_id, ask=request.ask(user_id))
-
-
-def quote_images(*, user_id: int, request: ImageRequest) -> Quote:
-    """What the images cost. Raises what `metering.quote_images` raises."""
-    return metering.quote_images(user_id=user_id, ask=request.ask(user_id))
 
 
 # --- The operations ---------------------------------------------------------------------------------------------------
@@ -371,10 +378,12 @@ def continue_draft(*, user_id: int, request: ContinuationRequest, idempotency_ke
         return get_piece(user_id=user_id, content_id=request.content_id)
 
     def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
+        base = piece.body  # what the model went on from
         piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
         if text:
-            state = ResultState.READY if is_complete else ResultState.CUT_SHORT
-            _add_version(piece, piece.body + text, Origin.CONTINUATION, usage_id=usage_id, state=state)
+            is_used = piece.body == base  # else it is kept aside
+            state = _state_of(text, is_complete)
+            _add_version(piece, base + text, Origin.CONTINUATION, usage_id=usage_id, is_used=is_used, state=state)
 
     return _run_text(user_id, request, idempotency_key, open_piece, keep)
 
@@ -404,7 +413,9 @@ def refine_content(*, user_id: int, request: RefinementRequest, idempotency_key:
     note = prompts.REFINEMENTS[request.refinement].label
 
     def open_piece() -> ContentPiece:
-        return _save_edit(user_id, request.content_id, request.base_number, request.body)
+        return save_edit(
+            user_id=user_id, content_id=request.content_id, base_number=request.base_number, body=request.body
+        )
 
     def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
         _keep_revision(piece, request.body, text, is_complete, Origin.REFINEMENT, note, usage_id)
@@ -416,7 +427,9 @@ def refine_selection(*, user_id: int, request: SelectionRequest, idempotency_key
     """Rewrite one passage of a piece as the instruction says; the piece with the new passage is its next version."""
 
     def open_piece() -> ContentPiece:
-        return _save_edit(user_id, request.content_id, request.base_number, request.body)
+        return save_edit(
+            user_id=user_id, content_id=request.content_id, base_number=request.base_number, body=request.body
+        )
 
     def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
         before, after = request.around
@@ -482,12 +495,15 @@ async def generate_images(*, user_id: int, request: ImageRequest, idempotency_ke
             file = ContentFile(image.data, name=name)
             GeneratedImage.objects.create(batch=batch, position=position, file=file, media_type=image.media_type)
 
-    begun = await in_thread(_begin)(user_id, request, idempotency_key, metering.quote_images, open_batch)
+    def keep_nothing(started: Started) -> None:
+        keep(cast(ImageBatch, started.result), None)
+
+    begun = await _begin(user_id, request, idempotency_key, metering.quote_images, open_batch, keep_nothing)
     if isinstance(begun, Replayed):
         yield begun
         return
     started, quote = begun
-    async with aclosing(_hand_over(started)) as hand_over:
+    async with aclosing(_hand_over(started, keep_nothing)) as hand_over:
         async for item in hand_over:
             yield item
     yield await metering.make_images(
@@ -507,7 +523,11 @@ async def _run_text(
 ) -> Events:
     """`open_result` makes or finds the row that the text goes to, in the transaction of the hold; `keep(result,
     usage_id, text, is_complete)` puts it there, in the transaction that charges for it."""
-    begun = await in_thread(_begin)(user_id, request, idempotency_key, metering.quote_text, open_result)
+
+    def keep_nothing(started: Started) -> None:
+        keep(started.result, started.usage_id, "", False)
+
+    begun = await _begin(user_id, request, idempotency_key, metering.quote_text, open_result, keep_nothing)
     if isinstance(begun, Replayed):
         yield begun
         return
@@ -515,38 +535,70 @@ async def _run_text(
     text = metering.stream_text(
         quote=quote, usage_id=started.usage_id, keep=partial(keep, started.result, started.usage_id)
     )
-    for stream in (_hand_over(started), text):
+    for stream in (_hand_over(started, keep_nothing), text):
         async with aclosing(stream):
             async for item in stream:
                 yield item
 
 
-async def _hand_over(started: Started) -> AsyncGenerator[Event, None]:
+async def _begin(
+    user_id: int,
+    request: Request,
+    idempotency_key: str,
+    quote_operation: Callable[..., Quote],
+    open_result: Callable[[], Result],
+    keep_nothing: Callable[[Started], None],
+) -> tuple[Started, Quote] | Replayed:
+    """Quote and hold. When the reader leaves meanwhile, what was held is given back: a thread cannot be stopped."""
+    begin = asyncio.ensure_future(
+        in_thread(_quote_and_hold)(user_id, request, idempotency_key, quote_operation, open_result)
+    )
     try:
-        yield started
-    except BaseException:
-        # The reader left before the provider was asked: nothing was produced.
-        release = in_thread(ledger.release_usage)(
-            usage_id=started.usage_id, error_message="It was stopped before anything was written."
-        )
-        await asyncio.shield(asyncio.ensure_future(release))
+        return await asyncio.shield(begin)
+    except asyncio.CancelledError:
+        await asyncio.shield(asyncio.ensure_future(_give_back(begin, keep_nothing)))
         raise
 
 
+async def _give_back(
+    begin: Awaitable[tuple[Started, Quote] | Replayed], keep_nothing: Callable[[Started], None]
+) -> None:
+    try:
+        begun = await begin
+    except Exception:  # refused: nothing is held
+        return
+    if not isinstance(begun, Replayed):
+        await _abandon(begun[0], keep_nothing)
+
+
+async def _hand_over(started: Started, keep_nothing: Callable[[Started], None]) -> AsyncGenerator[Event, None]:
+    try:
+        yield started
+    except BaseException:
+        await _abandon(started, keep_nothing)  # the reader left before the provider was asked
+        raise
+
+
+async def _abandon(started: Started, keep_nothing: Callable[[Started], None]) -> None:
+    await metering.abandon(usage_id=started.usage_id, keep_nothing=partial(keep_nothing, started))
+
+
 @repeated_after_conflicts
-def _begin(
+def _quote_and_hold(
     user_id: int,
     request: Request,
     idempotency_key: str,
     quote_operation: Callable[..., Quote],
     open_result: Callable[[], Result],
 ) -> tuple[Started, Quote] | Replayed:
-    asked_for = {"request": type(request).__name__} | dataclasses.asdict(cast(Any, request))
+    asked_for = {"request": type(request).__name__} | dataclasses.asdict(request)
+    del asked_for["shown_price"]
     # First of all: a retry must not fail because its first time spent the balance or changed the text.
     replay = ledger.find_reservation(user_id=user_id, idempotency_key=idempotency_key, request=asked_for)
     if replay is not None:
         return _replayed(replay)
     quote = quote_operation(user_id=user_id, ask=request.ask(user_id))
+    _require_shown_price(quote, request.shown_price)
     with transaction.atomic(durable=True):
         result = open_result()
         ask = dataclasses.replace(quote.ask, **_links(result))
@@ -561,6 +613,13 @@ def _begin(
     if posting.is_replay:
         return _replayed(posting)
     return Started(cast(int, posting.usage_id), result, quote.held_tokens), quote  # a reservation always has one
+
+
+def _require_shown_price(quote: Quote, shown: ShownPrice | None) -> None:
+    # The price alone: by how much a text has grown since the quote, its author knows.
+    if shown and shown.unit == quote.unit and shown.unit_price < quote.unit_price:
+        tokens = f"{quote.max_billable_tokens:,}"
+        raise PriceChanged(f"The price changed: this now costs at most {tokens} tokens. Send it again if you agree.")
 
 
 def _links(result: Result) -> dict[str, Any]:
@@ -606,9 +665,10 @@ def get_project(*, user_id: int, name: str) -> Project:
     return Project.objects.get_or_create(workspace=workspace, name=name)[0]
 
 
-def get_piece(*, user_id: int, content_id: int) -> ContentPiece:
-    """Raises NotYours."""
-    piece = ContentPiece.objects.filter(pk=content_id, author_id=user_id).first()
+def get_piece(*, user_id: int, content_id: int, is_locked: bool = False) -> ContentPiece:
+    """The author's piece, `is_locked` until the end of the transaction. Raises NotYours."""
+    pieces = ContentPiece.objects.select_for_update() if is_locked else ContentPiece.objects
+    piece = pieces.filter(pk=content_id, author_id=user_id).first()
     if piece is None:
         raise NotYours("There is no such piece. It may have been deleted.")
     return piece
@@ -630,33 +690,22 @@ def newest_number(piece: ContentPiece) -> int:
 @transaction.atomic
 def save_edit(*, user_id: int, content_id: int, base_number: int, body: str) -> ContentPiece:
     """Keep what the author typed as the piece's next version. Raises NotYours, TextChanged."""
-    return _save_edit(user_id, content_id, base_number, body)
-
-
-@transaction.atomic
-def restore_version(*, user_id: int, content_id: int, number: int) -> ContentPiece:
-    """Make an older version, or one that was kept aside, the piece's text again, as a new version."""
-    piece = _locked_piece(user_id, content_id)
-    version = piece.versions.filter(number=number).first()
-    if version is None:
-        raise NotYours("There is no such version.")
-    if version.body != piece.body:
-        _add_version(piece, version.body, Origin.RESTORED, note=f"Version {number}")
-    return piece
-
-
-def _save_edit(user_id: int, content_id: int, base_number: int, body: str) -> ContentPiece:
-    piece = _locked_piece(user_id, content_id)
+    piece = get_piece(user_id=user_id, content_id=content_id, is_locked=True)
     if body != piece.body:
         _require_newest(piece, base_number)
         _add_version(piece, body, Origin.EDIT)
     return piece
 
 
-def _locked_piece(user_id: int, content_id: int) -> ContentPiece:
-    piece = ContentPiece.objects.select_for_update().filter(pk=content_id, author_id=user_id).first()
-    if piece is None:
-        raise NotYours("There is no such piece. It may have been deleted.")
+@transaction.atomic
+def restore_version(*, user_id: int, content_id: int, number: int) -> ContentPiece:
+    """Make an older version, or one that was kept aside, the piece's text again, as a new version."""
+    piece = get_piece(user_id=user_id, content_id=content_id, is_locked=True)
+    version = piece.versions.filter(number=number).first()
+    if version is None:
+        raise NotYours("There is no such version.")
+    if version.body != piece.body:
+        _add_version(piece, version.body, Origin.RESTORED, note=f"Version {number}")
     return piece
 
 

@@ -1,10 +1,10 @@
 """Everything that is a person's, over all layers: to take along as a ZIP, and to be made nobody's (row 70)."""
 
-import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from io import TextIOWrapper
+from itertools import chain
 from shutil import copyfileobj
 from typing import IO, Any
 from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
@@ -17,10 +17,11 @@ from django.utils import timezone
 
 from accounts import own_data as accounts_data
 from accounts.models import User
+from accounts.refusal import Refusal
 from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImagePrompt, Project
 from ai_ops.operations import FILE_ENDINGS
 from billing import own_data as billing_data
-from billing.exports import neutralise
+from billing.exports import csv_lines
 from billing.own_data import NotNow
 
 logger = structlog.get_logger(__name__)
@@ -48,14 +49,10 @@ Passwords, keys and codes are not in here, nor is your card: Stripe keeps it, we
 """
 
 
-class TooManyDownloads(Exception):
+class TooManyDownloads(Refusal):
     """Nothing was made. `message` is for the person."""
 
     http_status = 429
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 # --- To take along --------------------------------------------------------------------------------------------------
@@ -146,10 +143,9 @@ def _write_rows(archive: ZipFile, name: str, rows: Iterable[Row]) -> None:
 
 
 def _write_csv(archive: ZipFile, name: str, columns: tuple[str, ...], rows: Iterable[Row]) -> None:
+    cells = ([_cell(row[column]) for column in columns] for row in rows)
     with _text_file(archive, f"{name}.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows([_cell(row[column]) for column in columns] for row in rows)
+        file.writelines(csv_lines(chain([columns], cells)))
 
 
 def _text_file(archive: ZipFile, name: str) -> TextIOWrapper:
@@ -158,10 +154,9 @@ def _text_file(archive: ZipFile, name: str) -> TextIOWrapper:
 
 
 def _cell(value: Any) -> Any:
-    """A number stays one; a text never becomes a formula (row 67)."""
     if isinstance(value, dict | list):
-        value = json.dumps(value, cls=DjangoJSONEncoder, ensure_ascii=False) if value else ""
-    return neutralise(value) if isinstance(value, str) else value
+        return json.dumps(value, cls=DjangoJSONEncoder, ensure_ascii=False) if value else ""
+    return value
 
 
 def _write_image(archive: ZipFile, image: GeneratedImage) -> None:

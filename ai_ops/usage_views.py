@@ -13,6 +13,7 @@ from django.views.decorators.http import require_GET
 
 from accounts.models import User
 from accounts.permissions import SignedInRequest
+from accounts.text import read_id
 from ai_ops import operations
 from ai_ops.models import Project
 from ai_ops.tables import UsageTable
@@ -42,8 +43,7 @@ def _charts_over_time(
     over_time: Mapping[tuple[int, Any], Figures],
     name_of: Callable[[Dimension, Any], str],
 ) -> list[Chart]:
-    labels = bucket_labels(edges, bucket)
-    buckets = range(len(labels))
+    labels, head = bucket_labels(edges, bucket), bucket_head(bucket)
     totals = [Figures()] * len(labels)
     of_key: dict[Any, Figures] = {}
     for (number, key), figures in over_time.items():
@@ -52,78 +52,91 @@ def _charts_over_time(
     keys = sorted(of_key, key=lambda key: (-of_key[key].billable_tokens, name_of(dimension, key)))
     shown, rest = (keys, []) if len(keys) <= MAX_SERIES + 1 else (keys[:MAX_SERIES], keys[MAX_SERIES:])
 
-    def tokens(number: int, keys: Sequence[Any]) -> int:
-        return sum(over_time.get((number, key), Figures()).billable_tokens for key in keys)
+    def tokens(keys: Sequence[Any]) -> list[int | None]:
+        return [
+            sum(over_time.get((number, key), Figures()).billable_tokens for key in keys)
+            for number in range(len(labels))
+        ]
 
-    series = [(name_of(dimension, key), [tokens(number, [key]) for number in buckets]) for key in shown]
+    series = [(name_of(dimension, key), tokens([key])) for key in shown]
     if rest:
-        series.append((OTHER, [tokens(number, rest) for number in buckets]))
-    total = sum(totals, Figures())
-    highest = max(buckets, key=lambda number: totals[number].billable_tokens)
+        series.append((OTHER, tokens(rest)))
     return [
-        Chart(
-            id="tokens",
-            title="Tokens over time",
-            summary=(
-                f"Bars of the tokens paid: {total.billable_tokens:,} in all, "
-                f"the most in {labels[highest]}: {totals[highest].billable_tokens:,}."
-            ),
-            kind="stacked",
-            labels=labels,
-            series=series,
-            table=Table(
-                [bucket_head(bucket), *(label for label, _ in series), "All"],
-                [
-                    [labels[n], *(f"{values[n]:,}" for _, values in series), f"{totals[n].billable_tokens:,}"]
-                    for n in buckets
-                ],
-            ),
-        ),
-        Chart(
-            id="outcomes",
-            title="Operations and success",
-            summary=(
-                f"Bars of the operations that succeeded, {total.succeeded:,} in all, "
-                f"and of those that failed, {total.failed:,}."
-            ),
-            kind="stacked",
-            labels=labels,
-            series=[
-                ("Succeeded", [figures.succeeded for figures in totals]),
-                ("Failed", [figures.failed for figures in totals]),
-            ],
-            tones=("ok", "bad"),
-            note="A failed operation costs nothing.",
-            table=Table(
-                [bucket_head(bucket), "Succeeded", "Failed", "Success rate"],
-                [
-                    [
-                        labels[n],
-                        f"{totals[n].succeeded:,}",
-                        f"{totals[n].failed:,}",
-                        percent(totals[n].success_permille),
-                    ]
-                    for n in buckets
-                ],
-            ),
-        ),
-        Chart(
-            id="cost",
-            title="Cost per operation",
-            summary=f"A line of the tokens an operation cost: {number_or_dash(total.tokens_per_operation)} on average.",
-            kind="line",
-            labels=labels,
-            series=[("Tokens per operation", [figures.tokens_per_operation for figures in totals])],
-            note="The average of the operations that were charged.",
-            table=Table(
-                [bucket_head(bucket), "Operations charged", "Tokens per operation"],
-                [
-                    [label, f"{sums.charged:,}", number_or_dash(sums.tokens_per_operation)]
-                    for label, sums in zip(labels, totals, strict=True)
-                ],
-            ),
-        ),
+        _tokens_chart(labels, head, totals, series),
+        _outcomes_chart(labels, head, totals),
+        _cost_chart(labels, head, totals),
     ]
+
+
+def _tokens_chart(
+    labels: list[str], head: str, totals: Sequence[Figures], series: list[tuple[str, list[int | None]]]
+) -> Chart:
+    highest, label = max(zip(totals, labels, strict=True), key=lambda each: each[0].billable_tokens)
+    return Chart(
+        id="tokens",
+        title="Tokens over time",
+        summary=(
+            f"Bars of the tokens paid: {sum(figures.billable_tokens for figures in totals):,} in all, "
+            f"the most in {label}: {highest.billable_tokens:,}."
+        ),
+        kind="stacked",
+        labels=labels,
+        series=series,
+        table=Table(
+            [head, *(name for name, _ in series), "All"],
+            [
+                [label, *(f"{values[number]:,}" for _, values in series), f"{figures.billable_tokens:,}"]
+                for number, (label, figures) in enumerate(zip(labels, totals, strict=True))
+            ],
+        ),
+    )
+
+
+def _outcomes_chart(labels: list[str], head: str, totals: Sequence[Figures]) -> Chart:
+    total = sum(totals, Figures())
+    return Chart(
+        id="outcomes",
+        title="Operations and success",
+        summary=(
+            f"Bars of the operations that succeeded, {total.succeeded:,} in all, "
+            f"and of those that failed, {total.failed:,}."
+        ),
+        kind="stacked",
+        labels=labels,
+        series=[
+            ("Succeeded", [figures.succeeded for figures in totals]),
+            ("Failed", [figures.failed for figures in totals]),
+        ],
+        tones=("ok", "bad"),
+        note="A failed operation costs nothing.",
+        table=Table(
+            [head, "Succeeded", "Failed", "Success rate"],
+            [
+                [label, f"{figures.succeeded:,}", f"{figures.failed:,}", percent(figures.success_permille)]
+                for label, figures in zip(labels, totals, strict=True)
+            ],
+        ),
+    )
+
+
+def _cost_chart(labels: list[str], head: str, totals: Sequence[Figures]) -> Chart:
+    average = number_or_dash(sum(totals, Figures()).tokens_per_operation)
+    return Chart(
+        id="cost",
+        title="Cost per operation",
+        summary=f"A line of the tokens an operation cost: {average} on average.",
+        kind="line",
+        labels=labels,
+        series=[("Tokens per operation", [figures.tokens_per_operation for figures in totals])],
+        note="The average of the operations that were charged.",
+        table=Table(
+            [head, "Operations charged", "Tokens per operation"],
+            [
+                [label, f"{figures.charged:,}", number_or_dash(figures.tokens_per_operation)]
+                for label, figures in zip(labels, totals, strict=True)
+            ],
+        ),
+    )
 
 
 def _breakdown(dimension: Dimension, groups: Sequence[UsageGroup], name_of: Callable[[Dimension, Any], str]) -> Chart:
@@ -211,14 +224,15 @@ class Comparison:
     days: int
     is_so_far: bool
 
-    def change(self, now: int | None, before: int | None) -> str:
-        """In words: by how many per cent a figure rose or fell."""
-        if not now or not before:
-            return ""
-        change = abs(now - before) * 100 // before
-        if change == 0:
-            return "as before"
-        return f"{change:,} % {'more' if now > before else 'less'}"
+
+def _change(now: int | None, before: int | None) -> str:
+    """In words: by how many per cent a figure rose or fell."""
+    if not now or not before:
+        return ""
+    change = abs(now - before) * 100 // before
+    if change == 0:
+        return "as before"
+    return f"{change:,} % {'more' if now > before else 'less'}"
 
 
 def _compare(user_id: int, span: Span) -> Comparison | None:
@@ -286,17 +300,14 @@ def _cards(total: Figures, comparison: Comparison | None) -> list[tuple[str, str
     """The figures on top: name, value, and how it was before."""
     before = comparison.figures if comparison else Figures()
 
-    def compared(now: int | None, then: int | None) -> str:
-        return comparison.change(now, then) if comparison else ""
-
     rate_before = percent(before.success_permille)
     return [
-        ("Tokens paid", f"{total.billable_tokens:,}", compared(total.billable_tokens, before.billable_tokens)),
-        ("Operations", f"{total.operations:,}", compared(total.operations, before.operations)),
+        ("Tokens paid", f"{total.billable_tokens:,}", _change(total.billable_tokens, before.billable_tokens)),
+        ("Operations", f"{total.operations:,}", _change(total.operations, before.operations)),
         (
             "Cost per operation",
             number_or_dash(total.tokens_per_operation),
-            compared(total.tokens_per_operation, before.tokens_per_operation),
+            _change(total.tokens_per_operation, before.tokens_per_operation),
         ),
         (
             "Success rate",
@@ -392,9 +403,9 @@ def _cursor(request: SignedInRequest, name: str) -> int | None:
     text = request.GET.get(name, "")
     if not text:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
+    if (before_id := read_id(text)) is None:
         raise Http404
-    return int(text)
+    return before_id
 
 
 @require_GET

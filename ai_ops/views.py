@@ -1,5 +1,7 @@
 """The Studio."""
 
+import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
@@ -16,10 +18,11 @@ from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonRe
 from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
 from django.views.decorators.cache import cache_control
-from django.views.decorators.http import require_GET, require_POST
+from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from ai_ops import operations, prompts, providers
+from accounts.text import read_id
+from ai_ops import metering, operations, prompts, providers
 from ai_ops.forms import (
     IMAGE_SIZES,
     ChatForm,
@@ -28,11 +31,11 @@ from ai_ops.forms import (
     EditForm,
     ImageForm,
     ImagePromptForm,
-    KeyForm,
     OperationForm,
     RefinementForm,
     RepurposeForm,
     SelectionForm,
+    SendingForm,
 )
 from ai_ops.metering import STOP_NOTES, Finished, Quote, StoppedBy
 from ai_ops.models import (
@@ -50,11 +53,12 @@ from ai_ops.providers import ProviderError, TextDelta
 from billing import catalogue, system_settings
 from billing.catalogue import CatalogueError
 from billing.database import in_thread
-from billing.ledger import InsufficientTokens, LedgerError
+from billing.ledger import IdempotencyConflict, InsufficientTokens, LedgerError
 from billing.models import ModelPrice, TokenUsage
 
 REFUSALS = (LedgerError, CatalogueError, OperationError)
 PAGE_SIZE = 24
+KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
@@ -130,7 +134,7 @@ def _render_content(
     # What stood in the editor when it was refused; nothing typed is lost.
     body = form.data.get("body") if form is not None else None
     if body is not None and form is not forms["edit"]:
-        forms["edit"] = EditForm(initial=about | {"body": body})
+        forms["edit"] = EditForm(initial=about | {"body": body, "base_number": form.data.get("base_number")})
     for name, shown in forms.items():
         shown.auto_id = f"{name}_%s"  # they stand on one page, and share names of fields
     usages = TokenUsage.objects.filter(content_id=piece.pk, user=request.user).in_bulk()
@@ -151,9 +155,11 @@ def _render_content(
     return render(request, "ai_ops/content.html", context, status=status)
 
 
-@require_POST
+@require_http_methods(["GET", "POST"])
 @login_required
 def save_content(request: SignedInRequest, pk: int) -> HttpResponse:
+    if request.method == "GET":  # after a sign-in that stood between
+        return redirect("studio:content", pk)
     form = EditForm(request.POST)
     if not form.is_valid():
         return _render_content(request, form, 400, content_id=pk)
@@ -180,9 +186,11 @@ def version(request: SignedInRequest, pk: int, number: int) -> HttpResponse:
     return render(request, "ai_ops/version.html", context)
 
 
-@require_POST
+@require_http_methods(["GET", "POST"])
 @login_required
 def restore(request: SignedInRequest, pk: int, number: int) -> HttpResponse:
+    if request.method == "GET":  # after a sign-in that stood between
+        return redirect("studio:version", pk, number)
     try:
         operations.restore_version(user_id=request.user.pk, content_id=pk, number=number)
     except operations.NotYours as error:
@@ -318,8 +326,7 @@ def _page(request: HttpRequest, rows: Any) -> Any:
 
 def _number(value: Any) -> int | None:
     """An id out of an address or a form, None when it is none."""
-    text = str(value or "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
+    return read_id(str(value or ""))
 
 
 def _new_key() -> str:
@@ -331,23 +338,25 @@ def _new_key() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """How an operation is asked for: its form, its function, what it would cost, and the page that the form is on."""
+    """How an operation is asked for: its form, its function, and the page that the form is on, as it is refused and by
+    the name of its address."""
 
     form: type[OperationForm]
     run: Callable[..., Events]
-    quote: Callable[..., Quote]
     render_page: Callable[[SignedInRequest, Any, int], HttpResponse]
+    page: str = "studio:home"
+    quote: Callable[..., Quote] = metering.quote_text
 
 
 OPERATIONS: Mapping[str, Operation] = {
-    "draft": Operation(DraftForm, operations.generate_draft, operations.quote_text, _render_home),
-    "continuation": Operation(ContinuationForm, operations.continue_draft, operations.quote_text, _render_content),
-    "chat": Operation(ChatForm, operations.generate_chat_response, operations.quote_text, _render_chat),
-    "refinement": Operation(RefinementForm, operations.refine_content, operations.quote_text, _render_content),
-    "selection": Operation(SelectionForm, operations.refine_selection, operations.quote_text, _render_content),
-    "repurpose": Operation(RepurposeForm, operations.repurpose_content, operations.quote_text, _render_content),
-    "image-prompt": Operation(ImagePromptForm, operations.generate_image_prompt, operations.quote_text, _render_images),
-    "images": Operation(ImageForm, operations.generate_images, operations.quote_images, _render_images),
+    "draft": Operation(DraftForm, operations.generate_draft, _render_home),
+    "continuation": Operation(ContinuationForm, operations.continue_draft, _render_content),
+    "chat": Operation(ChatForm, operations.generate_chat_response, _render_chat, "studio:chats"),
+    "refinement": Operation(RefinementForm, operations.refine_content, _render_content),
+    "selection": Operation(SelectionForm, operations.refine_selection, _render_content),
+    "repurpose": Operation(RepurposeForm, operations.repurpose_content, _render_content),
+    "image-prompt": Operation(ImagePromptForm, operations.generate_image_prompt, _render_images, "studio:images"),
+    "images": Operation(ImageForm, operations.generate_images, _render_images, "studio:images", metering.quote_images),
 }
 
 
@@ -366,7 +375,8 @@ def quote(request: SignedInRequest, name: str) -> HttpResponse:
     context: dict[str, Any] = {"operation": name}
     if form.is_valid():
         try:
-            context["quote"] = operation.quote(user_id=request.user.pk, request=form.request)
+            ask = form.request.ask(request.user.pk)
+            context["quote"] = operation.quote(user_id=request.user.pk, ask=ask)
         except InsufficientTokens as error:
             context["shortfall_tokens"] = error.missing_tokens
         except REFUSALS as error:
@@ -374,7 +384,7 @@ def quote(request: SignedInRequest, name: str) -> HttpResponse:
     return render(request, "ai_ops/_quote.html", context)
 
 
-@require_POST
+@require_http_methods(["GET", "POST"])
 async def operate(request: SignedInRequest, name: str) -> HttpResponse | StreamingHttpResponse:
     """Run an operation. A script gets it as server-sent events; a plain form gets the page of the result."""
     # Not by `login_required`, whose query would keep a connection from the pool for as long as the stream lasts.
@@ -382,17 +392,24 @@ async def operate(request: SignedInRequest, name: str) -> HttpResponse | Streami
     if user_id is None:
         return redirect_to_login(request.get_full_path())
     operation = _operation(name)
-    form, key_form = operation.form(request.POST), KeyForm(request.POST)
+    if request.method == "GET":  # after a sign-in that stood between
+        return redirect(operation.page)
+    form, sending = operation.form(request.POST), SendingForm(request.POST)
     wants_stream = "text/event-stream" in request.headers.get("Accept", "")
-    if not await in_thread(form.is_valid)() or not key_form.is_valid():
+    if not await in_thread(form.is_valid)() or not sending.is_valid():
         message = "" if form.errors else "This form is out of date. Reload the page and try again."
         return await _refuse(request, operation, form, wants_stream, message, 400)
     events = operation.run(
-        user_id=user_id, request=form.request, idempotency_key=key_form.cleaned_data["idempotency_key"]
+        user_id=user_id,
+        request=dataclasses.replace(form.request, shown_price=sending.shown_price),
+        idempotency_key=sending.cleaned_data["idempotency_key"],
     )
     try:
         # The first item says whether the operation may run at all; only then is the answer a stream.
         first = cast(Started | Replayed, await anext(events))
+    except IdempotencyConflict as error:
+        message = "This form was sent before, with other contents. Nothing was started now: send it once more."
+        return await _refuse(request, operation, form, wants_stream, message, error.http_status)
     except REFUSALS as error:
         return await _refuse(request, operation, form, wants_stream, error.message, error.http_status)
     if wants_stream:
@@ -435,16 +452,37 @@ async def _run_to_the_end(
 
 
 async def _stream(first: Started | Replayed, events: AsyncGenerator[Event, None]) -> AsyncIterator[str]:
-    async with aclosing(events):
+    items = _with_silences(events)
+    async with aclosing(events), aclosing(items):
         try:
             yield await in_thread(_first_event)(first)
-            async for item in events:
-                if isinstance(item, TextDelta):
+            async for item in items:
+                if item is None:
+                    yield ": still here\n\n"
+                elif isinstance(item, TextDelta):
                     yield _event("text", text=item.text)
                 elif isinstance(item, Finished):
                     yield await in_thread(_done_event)(item.usage_id, first.result, item.stopped_by)
         except ProviderError as error:
             yield await in_thread(_failed_event)(error.message, first)
+
+
+async def _with_silences(events: Events) -> AsyncGenerator[Event | None, None]:
+    """The events, and None whenever there was none for KEEP_ALIVE_SECONDS. Close it to stop the operation."""
+    while True:
+        item = asyncio.ensure_future(anext(events, None))
+        try:
+            while not (await asyncio.wait({item}, timeout=KEEP_ALIVE_SECONDS))[0]:
+                yield None
+        except BaseException:
+            # The reader left: so does what waits for the provider, once it has charged for what was written.
+            item.cancel()
+            await asyncio.wait({item})
+            raise
+        event = item.result()
+        if event is None:
+            return
+        yield event
 
 
 def _first_event(first: Started | Replayed) -> str:

@@ -4,14 +4,16 @@ import json
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 from django.db import transaction
 from django.db.models import F, Max, OuterRef, Q, QuerySet, Subquery, Value
 from django.db.models.functions import Coalesce
 
-from accounts import audit
+from accounts import audit, roles
 from accounts.models import User
+from accounts.refusal import Refusal
+from accounts.text import one_line, read_id
 from billing import notifications, system_settings
 from billing.models import Purchase, SystemSettings, TokenAccount
 from billing.models.account import AccountStatus as Status
@@ -25,14 +27,8 @@ Band = Literal["debt", "critical", "low", "healthy", "high"]
 Sort = Literal["balance", "usage", "last_purchase", "joined"]
 
 
-class AccountError(Exception):
+class AccountError(Refusal):
     """Refused; nothing was changed. `message` is for the person."""
-
-    http_status = 400
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class StatusNotAllowed(AccountError):
@@ -72,7 +68,7 @@ def reactivate_account(*, superadmin: User, user_id: int, reason: str) -> TokenA
 
 def _set_status(superadmin: User, user_id: int, status: Status, reason: str) -> TokenAccount:
     reason = clean_reason(reason)
-    actor = User.objects.filter(pk=superadmin.pk, is_active=True, role=User.Role.SUPERADMIN).first()
+    actor = roles.find_superadmin(superadmin.pk)
     if actor is None or actor.pk == user_id:
         audit.write_refusal(
             action=audit.Action.ACCOUNT_STATUS,
@@ -121,7 +117,7 @@ def _set_status(superadmin: User, user_id: int, status: Status, reason: str) -> 
 
 def clean_reason(reason: str) -> str:
     """One line of readable text. Raises StatusNotPossible."""
-    reason = " ".join("".join(each if each.isprintable() else " " for each in reason).split())
+    reason = one_line(reason)
     if not reason or reason.casefold() in RESERVED_REASONS:
         # Law 12: a suspension with the reason of a debt would lift itself with the next payment.
         raise StatusNotPossible("Enter a reason, in words of your own.")
@@ -227,8 +223,8 @@ def _matches(search: str) -> Q:
         payment = Q(stripe_payment_intent_id=search) | Q(stripe_session_id=search)
         return Q(pk__in=list(Purchase.objects.filter(payment).values_list("account_id", flat=True)))
     matches = Q(user__email__icontains=search) | Q(user__name__icontains=search)
-    if search.isascii() and search.isdigit() and len(search) < 19:
-        matches |= Q(user_id=int(search))
+    if (user_id := read_id(search)) is not None:
+        matches |= Q(user_id=user_id)
     return matches
 
 
@@ -237,21 +233,19 @@ _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
 def _with_sort_key(accounts: QuerySet[TokenAccount], name: Sort) -> tuple[str, QuerySet[TokenAccount]]:
     if name == "last_purchase":
-        newest = _paid_purchases().annotate(newest=Max("paid_at")).values("newest")
-        return "sort_key", accounts.annotate(sort_key=Coalesce(Subquery(newest), Value(_LONG_AGO)))
+        return "sort_key", accounts.annotate(sort_key=Coalesce(_last_purchase_at(), Value(_LONG_AGO)))
     fields = {"balance": "balance", "usage": "lifetime_used_tokens", "joined": "created_at"}
     return fields[name], accounts
 
 
-def _paid_purchases() -> QuerySet[Purchase, dict[str, Any]]:
-    paid = Purchase.objects.filter(account=OuterRef("pk"), state=Purchase.State.PAID)
-    return cast(QuerySet[Purchase, dict[str, Any]], paid.order_by().values("account"))
+def _last_purchase_at() -> Subquery:
+    paid = Purchase.objects.filter(account=OuterRef("pk"), state=Purchase.State.PAID).order_by().values("account")
+    return Subquery(paid.annotate(newest=Max("paid_at")).values("newest"))
 
 
 def _in_order(account_ids: list[int]) -> list[TokenAccount]:
-    newest = _paid_purchases().annotate(newest=Max("paid_at")).values("newest")
     accounts = TokenAccount.objects.select_related("user", "auto_recharge_package").annotate(
-        last_purchase_at=Subquery(newest)
+        last_purchase_at=_last_purchase_at()
     )
     by_id = accounts.in_bulk(account_ids)
     return [by_id[pk] for pk in account_ids if pk in by_id]

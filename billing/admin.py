@@ -2,24 +2,25 @@
 
 import json
 import re
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any, cast
 
 from django import forms
 from django.contrib import admin, messages
 from django.core.exceptions import ValidationError
-from django.core.paginator import Paginator
 from django.db import models
 from django.forms.fields import InvalidJSONInput
 from django.http import HttpRequest
 from django.urls import reverse
 from django.utils.formats import date_format
-from django.utils.functional import cached_property
 from django.utils.html import format_html, format_html_join
 from django.utils.timezone import localtime
 
+from accounts.admin import ReadOnlyAdmin
 from accounts.models import User
 from billing import catalogue, ledger, packages, system_settings, webhooks
+from billing.forms import PlainDecimalField, WholeNumberField
 from billing.models import (
     BulkJob,
     BulkJobRow,
@@ -43,34 +44,7 @@ from billing.models import (
     UsageDay,
     UsageHour,
 )
-
-
-class BoundedPaginator(Paginator):
-    """Counts no further than anyone turns pages: an exact count of ten million rows takes seconds."""
-
-    MAX_ROWS = 10_000
-
-    @cached_property
-    def count(self) -> int:
-        return cast(models.QuerySet, self.object_list)[: self.MAX_ROWS].count()
-
-
-class ReadOnlyAdmin(admin.ModelAdmin):
-    """Superadmins look; rows are written by the code that keeps the laws."""
-
-    show_full_result_count = False
-    paginator = BoundedPaginator
-    list_per_page = 50
-
-    def has_add_permission(self, request: HttpRequest) -> bool:
-        return False
-
-    def has_change_permission(self, request: HttpRequest, obj: models.Model | None = None) -> bool:
-        return False
-
-    def has_delete_permission(self, request: HttpRequest, obj: models.Model | None = None) -> bool:
-        return False
-
+from billing.models.fields import Currency
 
 # --- What can be read ---------------------------------------------------------------------------------------
 
@@ -271,24 +245,6 @@ class ModelPriceChangeAdmin(ReadOnlyAdmin):
 # --- What can be edited -------------------------------------------------------------------------------------
 
 
-def _require_plain_number(value: Any) -> None:
-    # Python reads "１２" as 12.
-    if isinstance(value, str) and not value.isascii():
-        raise ValidationError("Enter the number in the digits 0 to 9.", code="invalid")
-
-
-class PlainIntegerField(forms.IntegerField):
-    def to_python(self, value: Any) -> int | None:
-        _require_plain_number(value)
-        return super().to_python(value)
-
-
-class PlainDecimalField(forms.DecimalField):
-    def to_python(self, value: Any) -> Any:
-        _require_plain_number(value)
-        return super().to_python(value)
-
-
 class PlainJSONField(forms.JSONField):
     """JSON that can be stored, and shown again beside its error: no lone surrogates, no abyss."""
 
@@ -311,11 +267,15 @@ def _is_plain_json(text: str) -> bool:
     return "\\u0000" not in text
 
 
+# The form carries what it was opened with: saved after another superadmin's, it writes what was changed in it alone.
 _PLAIN_FIELDS: dict[type[models.Field], dict[str, Any]] = {
-    models.IntegerField: {"form_class": PlainIntegerField},
-    models.BigIntegerField: {"form_class": PlainIntegerField},
-    models.DecimalField: {"form_class": PlainDecimalField},
-    models.JSONField: {"form_class": PlainJSONField},
+    models.IntegerField: {"form_class": WholeNumberField, "show_hidden_initial": True},
+    models.BigIntegerField: {"form_class": WholeNumberField, "show_hidden_initial": True},
+    models.DecimalField: {"form_class": PlainDecimalField, "show_hidden_initial": True},
+    models.JSONField: {"form_class": PlainJSONField, "show_hidden_initial": True},
+    models.BooleanField: {"show_hidden_initial": True},
+    models.CharField: {"show_hidden_initial": True},
+    models.DateField: {"show_hidden_initial": True},
 }
 
 
@@ -329,6 +289,15 @@ class TokenPricingForm(forms.ModelForm):
         if not isinstance(features, list) or not all(_is_word(each, max_length=200) for each in features):
             raise ValidationError('Enter a list of texts: ["One", "Two"].')
         return features
+
+    def clean(self) -> dict[str, Any]:
+        cleaned = super().clean() or {}
+        for currency in Currency.values:
+            price_id = f"stripe_price_id_{currency}"
+            is_stale = f"price_{currency}_cents" in self.changed_data and price_id not in self.changed_data
+            if self.instance.pk and is_stale and cleaned.get(price_id):
+                self.add_error(price_id, "This Stripe price has the old amount: enter the new one's id, or empty it.")
+        return cleaned
 
 
 _SIZE_AND_QUALITY = re.compile(r"[1-9][0-9]{1,4}x[1-9][0-9]{1,4}(/[a-z]{1,20})?")
@@ -367,6 +336,21 @@ class CatalogueAdmin(admin.ModelAdmin):
         return False
 
 
+def _history_table(changes: Iterable[tuple[datetime, str, Any, Any, Any]]) -> str:
+    """When it changed, the field, its value before and after, and who changed it."""
+    rows = (
+        (
+            date_format(localtime(changed_at), "DATETIME_FORMAT"),
+            field,
+            *("–" if value in (None, "") else value for value in (before, after)),
+            changed_by,
+        )
+        for changed_at, field, before, after, changed_by in changes
+    )
+    cells = format_html_join("", "<tr><td>{}</td><td>{}</td><td>{} → {}</td><td>{}</td></tr>", rows)
+    return format_html("<table>{}</table>", cells)
+
+
 @admin.register(TokenPricing)
 class TokenPricingAdmin(CatalogueAdmin):
     """Saved through billing/packages.py, which keeps who changed what."""
@@ -375,7 +359,20 @@ class TokenPricingAdmin(CatalogueAdmin):
     list_display = ("name", "tokens", "price_usd_cents", "is_popular", "is_active", "sort_order")
     list_filter = ("is_active",)
     search_fields = ("name",)
-    readonly_fields = ("created_at", "updated_at")
+    readonly_fields = ("created_at", "updated_at", "history")
+
+    @admin.display(description="history")
+    def history(self, package: TokenPricing) -> str:
+        """The newest changes, out of the audit log."""
+        if package.pk is None:
+            return "–"
+        changes = [
+            (entry.created_at, field, (entry.before or {}).get(field), value, entry.actor or "An operator")
+            for entry in packages.list_changes(package.pk).entries
+            for field, value in (entry.after or {}).items()
+        ]
+        everything = reverse("dashboard:audit", query={"action": "package_changed"})
+        return format_html('{}<a href="{}">Changes of all packages</a>', _history_table(changes), everything)
 
     def save_model(self, request: HttpRequest, obj: TokenPricing, form: forms.ModelForm, change: bool) -> None:
         by = cast(int, request.user.pk)
@@ -453,23 +450,12 @@ class ModelPriceAdmin(CatalogueAdmin):
         """The newest changes. Not an inline, which would send every row back with the form."""
         if price.pk is None:
             return "–"
-        changes = price.changes.select_related("changed_by")[: self.CHANGES_SHOWN]
-        rows = format_html_join(
-            "",
-            "<tr><td>{}</td><td>{}</td><td>{} → {}</td><td>{}</td></tr>",
-            (
-                (
-                    date_format(localtime(change.changed_at), "DATETIME_FORMAT"),
-                    change.field,
-                    change.old_value or "–",
-                    change.new_value or "–",
-                    change.changed_by or change.get_source_display(),
-                )
-                for change in changes
-            ),
-        )
+        changes = [
+            (each.changed_at, each.field, each.old_value, each.new_value, each.changed_by or each.get_source_display())
+            for each in price.changes.select_related("changed_by")[: self.CHANGES_SHOWN]
+        ]
         everything = f"{reverse('admin:billing_modelpricechange_changelist')}?price__id__exact={price.pk}"
-        return format_html('<table>{}</table><a href="{}">All changes</a>', rows, everything)
+        return format_html('{}<a href="{}">All changes</a>', _history_table(changes), everything)
 
     def get_readonly_fields(self, request: HttpRequest, obj: ModelPrice | None = None) -> tuple[str, ...]:
         return self.readonly_fields if obj is None else (*catalogue.IDENTITY_FIELDS, *self.readonly_fields)
@@ -496,6 +482,11 @@ class SystemSettingsAdmin(admin.ModelAdmin):
 
     def has_delete_permission(self, request: HttpRequest, obj: models.Model | None = None) -> bool:
         return False
+
+    def formfield_for_dbfield(self, db_field: models.Field, request: HttpRequest, **options: Any) -> Any:
+        if db_field.name.endswith("_cost_tokens"):
+            options["min_value"] = 1  # no reservation can be made of none
+        return super().formfield_for_dbfield(db_field, request, **options)
 
     def get_queryset(self, request: HttpRequest) -> models.QuerySet[SystemSettings]:
         system_settings.get_system_settings()  # so that there is a row to edit from the first day on

@@ -14,6 +14,7 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
+from accounts.refusal import Refusal
 from billing import accounts, grants
 from billing.accounts import AccountFilter
 from billing.background import enqueue_on_commit
@@ -27,14 +28,8 @@ ROWS_PER_TASK = 200  # then the worker is free for other tasks
 MAX_ROWS = 200_000
 
 
-class BulkError(Exception):
+class BulkError(Refusal):
     """Refused; nothing was started. `message` is for the person."""
-
-    http_status = 400
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class BulkNotAllowed(BulkError):
@@ -45,6 +40,12 @@ class BulkNotAllowed(BulkError):
 
 class BulkNotPossible(BulkError):
     pass
+
+
+class BulkCountChanged(BulkNotPossible):
+    """Other accounts match than the person has confirmed."""
+
+    http_status = 409
 
 
 class BulkKeyConflict(BulkError):
@@ -75,11 +76,6 @@ class Progress:
 # --- Starting and cancelling ----------------------------------------------------------------------------------------
 
 
-def count_rows(filter: AccountFilter) -> int:
-    """How many accounts a job on the filter would take on. Raises accounts.InvalidSearch."""
-    return accounts.filter_accounts(filter).count()
-
-
 def start_bulk_job(
     *,
     admin: User,
@@ -88,27 +84,19 @@ def start_bulk_job(
     request_key: str,
     tokens: int | None = None,
     reason: str = "",
+    expected_rows: int | None = None,
 ) -> BulkJob:
     """Start a job on the accounts that the filter finds now. Admins may export, superadmins everything.
 
-    `request_key` is the form's: sent twice it is one job. Raises BulkNotAllowed, BulkNotPossible, BulkKeyConflict,
-    accounts.InvalidSearch.
+    `request_key` is the form's: sent twice it is one job. `expected_rows` is how many accounts the person has
+    confirmed: when others match by now, nothing is started, but for an export. Raises BulkNotAllowed, BulkNotPossible,
+    BulkCountChanged, BulkKeyConflict, accounts.InvalidSearch.
     """
     actor = User.objects.filter(pk=admin.pk, is_active=True).first()
-    if actor is None or not (actor.is_superadmin or (actor.is_admin and kind == Kind.EXPORT)):
+    if actor is None or not may_start(actor, kind):
         audit.write_refusal(action=audit.Action.BULK_JOB, summary=f"Was refused a bulk {kind}", actor=admin)
         raise BulkNotAllowed("Only superadmins change many accounts at once.")
-    if kind not in Kind.values:
-        raise BulkNotPossible("There is no such action.")
-    try:
-        if kind == Kind.GRANT:
-            grants.require_tokens(tokens)
-        else:
-            tokens = None
-        clean = {Kind.GRANT: grants.clean_reason, Kind.SUSPEND: accounts.clean_reason}.get(Kind(kind))
-        reason = clean(reason) if clean else ""
-    except (grants.GrantError, accounts.AccountError) as error:
-        raise BulkNotPossible(error.message) from error
+    tokens, reason = _clean(kind, tokens, reason)
     found = accounts.filter_accounts(filter).order_by("pk")
     # What was searched for is kept as a hash: it may be somebody's address, who must stay free to be anonymised.
     search_hash = sha256(filter.search.encode()).hexdigest() if filter.search else ""
@@ -130,18 +118,10 @@ def start_bulk_job(
             if (job.kind, job.filters, job.tokens, job.reason) != wanted:
                 raise BulkKeyConflict("This form was already sent with other contents. Reload the page.") from None
             return job
-        account_ids = list(found.values_list("pk", flat=True)[: MAX_ROWS + 1])
-        if not account_ids:
-            raise BulkNotPossible("No account matches.")
-        if len(account_ids) > MAX_ROWS:
-            raise BulkNotPossible(f"More than {MAX_ROWS:,} accounts match. Narrow the filter.")
-        BulkJobRow.objects.bulk_create(
-            [BulkJobRow(job=job, account_id=account_id) for account_id in account_ids], batch_size=5_000
-        )
+        rows = _take_on(job, found, expected_rows)
         audit.write(
             action=audit.Action.EXPORT if kind == Kind.EXPORT else audit.Action.BULK_JOB,
-            summary=f"{job.get_kind_display()}: {len(account_ids):,} accounts"
-            + (f", {tokens:,} tokens each" if tokens else ""),
+            summary=f"{job.get_kind_display()}: {rows:,} accounts" + (f", {tokens:,} tokens each" if tokens else ""),
             actor=actor,
             about=("bulk_job", job.pk),
             after=filters,
@@ -149,6 +129,43 @@ def start_bulk_job(
         )
         enqueue_on_commit("billing.tasks.run_bulk_job", job.pk)
     return job
+
+
+def may_start(user: User, kind: str) -> bool:
+    """Whether their role lets them begin a job of the kind, and its rows be done."""
+    return user.is_superadmin or (user.is_admin and kind == Kind.EXPORT)
+
+
+def _clean(kind: str, tokens: int | None, reason: str) -> tuple[int | None, str]:
+    """Tokens and reason as an action of the kind keeps them. Raises BulkNotPossible."""
+    try:
+        if kind == Kind.GRANT:
+            grants.require_tokens(tokens)
+            return tokens, grants.clean_reason(reason)
+        if kind == Kind.SUSPEND:
+            return None, accounts.clean_reason(reason)
+    except (grants.GrantError, accounts.AccountError) as error:
+        raise BulkNotPossible(error.message) from error
+    if kind != Kind.EXPORT:
+        raise BulkNotPossible("There is no such action.")
+    return None, ""
+
+
+def _take_on(job: BulkJob, found: QuerySet[TokenAccount], expected_rows: int | None) -> int:
+    """Give the job its rows, one for each account. Returns how many. Raises BulkNotPossible, BulkCountChanged."""
+    account_ids = list(found.values_list("pk", flat=True)[: MAX_ROWS + 1])
+    if not account_ids:
+        raise BulkNotPossible("No account matches.")
+    if len(account_ids) > MAX_ROWS:
+        raise BulkNotPossible(f"More than {MAX_ROWS:,} accounts match. Narrow the filter.")
+    if job.kind != Kind.EXPORT and expected_rows not in (None, len(account_ids)):
+        raise BulkCountChanged(
+            f"Nothing was started: you confirmed {expected_rows:,} accounts, and by now {len(account_ids):,} match."
+        )
+    BulkJobRow.objects.bulk_create(
+        [BulkJobRow(job=job, account_id=account_id) for account_id in account_ids], batch_size=5_000
+    )
+    return len(account_ids)
 
 
 def cancel_bulk_job(*, admin: User, job_id: int) -> BulkJob:
@@ -231,7 +248,7 @@ def _do_next(job_id: int) -> bool:
 
 def _do(row: BulkJobRow) -> tuple[RowState, str]:
     job, account, requester = row.job, row.account, row.job.requested_by
-    if not requester.is_active or not (requester.is_superadmin or (requester.is_admin and job.kind == Kind.EXPORT)):
+    if not requester.is_active or not may_start(requester, job.kind):
         raise BulkNotAllowed("Whoever started this may not do it any more.")
     if job.kind == Kind.GRANT:
         # The row's key: whatever repeats, this account has one grant of this job.

@@ -17,6 +17,7 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
+from accounts.refusal import Refusal
 from billing import pricing
 from billing.models import ModelPrice, ModelPriceChange, SystemSettings
 from billing.models.model_price import PriceChangeSource
@@ -29,14 +30,10 @@ IDENTITY_FIELDS = ("provider", "model", "kind")
 IMAGE_SIZES = ("1024x1024", "1536x1024", "1024x1536")
 
 
-class CatalogueError(Exception):
+class CatalogueError(Refusal):
     """The model cannot be used; the provider was not called. `message` is for the person."""
 
     http_status = 422
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class UnknownModel(CatalogueError):

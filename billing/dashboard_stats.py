@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias
 
 from django.db import connection, transaction
 from django.db.models import Case, Count, F, Q, Sum, When
@@ -19,7 +19,6 @@ from django.db.models import Case, Count, F, Q, Sum, When
 from billing import rollups, stats, system_settings
 from billing.database import one_snapshot
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
-from billing.periods import midnight
 from billing.stats import BucketName
 
 BEGINNING = datetime(1990, 1, 1, tzinfo=UTC)  # of everything there is to count
@@ -31,44 +30,6 @@ UsageDimension: TypeAlias = Literal["model", "operation"]
 _COLUMNS: dict[UsageDimension, tuple[str, ...]] = {"model": ("provider", "model"), "operation": ("operation_type",)}
 
 Type = TokenTransaction.Type
-Figures = TypeVar("Figures")
-
-
-# --- Periods ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison(Generic[Figures]):
-    """The figures of a span, and those of the one before it, which is as long."""
-
-    now: Figures
-    before: Figures
-    before_since: datetime
-    before_until: datetime
-
-
-def span_before(*, since: datetime, until: datetime) -> tuple[datetime, datetime]:
-    """The span of the same length that ends where this one begins: so many days of the calendar, where it is of whole
-    days (one of them may have 23 or 25 hours), else so many seconds."""
-    zone = since.tzinfo
-    until = until.astimezone(zone)
-    days = (until.date() - since.date()).days
-    if since == midnight(since.date(), zone) and until == midnight(until.date(), zone):
-        return midnight(since.date() - timedelta(days=days), zone), since
-    return (since.astimezone(UTC) - (until.astimezone(UTC) - since.astimezone(UTC))).astimezone(zone), since
-
-
-def compare(
-    figures: Callable[..., Figures], *, since: datetime, until: datetime, **options: Any
-) -> Comparison[Figures]:
-    """What `figures(since=…, until=…)` says of the span and of the one before."""
-    before_since, before_until = span_before(since=since, until=until)
-    return Comparison(
-        now=figures(since=since, until=until, **options),
-        before=figures(since=before_since, until=before_until, **options),
-        before_since=before_since,
-        before_until=before_until,
-    )
 
 
 def change_permille(now: int, before: int) -> int | None:
@@ -423,12 +384,6 @@ class RevenueRate:
             return 0
         return self.net_cents.get(currency, 0) * 10_000 * used_tokens // self.circulated_tokens
 
-    @property
-    def usd_share_permille(self) -> int:
-        """How many of 1,000 tokens sold were sold in USD: what the real margin covers. 1,000 when none were sold."""
-        total = sum(self.sold_tokens.values())
-        return self.sold_tokens.get("usd", 0) * 1_000 // total if total > 0 else 1_000
-
     def covered_cost_microusd(self, provider_cost_microusd: int) -> int:
         """The part of the costs that the sales in USD bear, rounded up."""
         total = sum(self.sold_tokens.values())
@@ -465,16 +420,11 @@ class Revenue:
     sold_tokens: int = 0
     sales_cents: int = 0  # after discounts
     discount_cents: int = 0
-    auto_recharge_sales: int = 0  # of the sales
     refunded_cents: int = 0  # taken back by refunds and disputes in the span, less what was given back
 
     @property
     def net_cents(self) -> int:
         return self.sales_cents - self.refunded_cents
-
-    @property
-    def average_sale_cents(self) -> int | None:
-        return self.sales_cents // self.sales if self.sales else None
 
 
 def _revenue(sums: Mapping[tuple[int, str, str], LedgerSums], number: int) -> list[Revenue]:
@@ -493,7 +443,6 @@ def _revenue(sums: Mapping[tuple[int, str, str], LedgerSums], number: int) -> li
                 sold_tokens=sales.tokens,
                 sales_cents=sales.paid_cents,
                 discount_cents=sales.discount_cents,
-                auto_recharge_sales=recharges.transactions,
                 refunded_cents=-refunds.paid_cents,
             )
         )
@@ -544,7 +493,8 @@ def get_token_stats(*, since: datetime, until: datetime) -> TokenStats:
     RevenueRate.
     """
     sums = sum_ledger(edges=[BEGINNING, since, until])
-    reversals = PaymentReversal.objects.filter(created_at__gte=since, created_at__lt=until)
+    # Without a purchase they are of another product on the same Stripe account.
+    reversals = PaymentReversal.objects.filter(purchase__isnull=False, created_at__gte=since, created_at__lt=until)
     taken = {
         kind: reversals.filter(kind=kind, status__in=statuses).count()
         for kind, statuses in PaymentReversal.TAKING_STATUSES.items()
@@ -667,27 +617,31 @@ class ModelStats:
     provider: str
     model: str
     now: UsageSums
-    before: UsageSums  # in the span before, which is as long
+    before: UsageSums  # in the span that it is compared with
     real_margin_microusd: int
 
 
-def get_model_usage_stats(*, since: datetime, until: datetime) -> list[ModelStats]:
-    """Each model that ended an operation in the span or in the one before, most billable tokens first.
+def get_model_usage_stats(
+    *, since: datetime, until: datetime, before: tuple[datetime, datetime] | None = None
+) -> list[ModelStats]:
+    """Each model that ended an operation in the span, or in the one before it, most billable tokens first.
 
     `real_margin_microusd` takes the average revenue of a token (RevenueRate) for the model's billable tokens.
     """
-    before_since, _ = span_before(since=since, until=until)
-    sums = sum_usage(edges=[before_since, since, until], by="model")
+    now, earlier = (
+        {key: each for (_, key), each in sum_usage(edges=span, by="model").items()} if span else {}
+        for span in ((since, until), before)
+    )
     rate = _rate(sum_ledger(edges=[BEGINNING, until]))
     found = [
         ModelStats(
             provider=provider,
             model=model,
-            now=(now := sums.get((1, (provider, model)), UsageSums())),
-            before=sums.get((0, (provider, model)), UsageSums()),
-            real_margin_microusd=rate.real_margin_microusd(now),
+            now=now.get((provider, model), UsageSums()),
+            before=earlier.get((provider, model), UsageSums()),
+            real_margin_microusd=rate.real_margin_microusd(now.get((provider, model), UsageSums())),
         )
-        for provider, model in {key for _, key in sums}
+        for provider, model in now.keys() | earlier.keys()
     ]
     return sorted(found, key=lambda each: (-each.now.billable_tokens, -each.now.operations, each.provider, each.model))
 
@@ -758,7 +712,7 @@ def _latency(since: datetime, until: datetime) -> dict[str, Latency]:
 
 @dataclass(frozen=True, slots=True)
 class Cohort:
-    """The accounts that were opened in one span, a month as a rule."""
+    """The accounts that were opened in one month, or what of it is in the span."""
 
     since: datetime
     until: datetime
@@ -810,12 +764,12 @@ SELECT width_bucket(account.created_at, %(edges)s::timestamptz[]) - 1,
  GROUP BY 1, 2, 3"""
 
 
-def get_cohorts(*, since: datetime, until: datetime, bucket: BucketName = "month") -> list[Cohort]:
-    """Accounts by when they were opened (in the time zone of `since`), and what they have spent since then.
+def get_cohorts(*, since: datetime, until: datetime) -> list[Cohort]:
+    """Accounts by the month they were opened in (in the time zone of `since`), and what they have spent since then.
 
     What was paid after `until` counts in the span after the last.
     """
-    edges = stats.time_edges(since=since, until=until.astimezone(since.tzinfo), bucket=bucket)
+    edges = stats.time_edges(since=since, until=until.astimezone(since.tzinfo), bucket="month")
     parameters = {"edges": edges, "since": since, "until": until}
     spent: dict[int, dict[tuple[int, str], int]] = defaultdict(dict)
     for cohort, paid_in, currency, cents in _rows(_COHORTS_SPENT, parameters):

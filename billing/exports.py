@@ -8,6 +8,7 @@ from django.utils import timezone
 
 from billing import history
 
+PIECE_LENGTH = 64 * 1024  # in characters, at least
 BYTE_ORDER_MARK = "\ufeff"  # tells Excel that the file is UTF-8
 
 # What a spreadsheet takes for the beginning of a formula, in the wide forms of East Asian keyboards too (row 67).
@@ -21,7 +22,7 @@ TRANSACTION_COLUMNS = {
     "Tokens": "the change: positive came in, negative went out",
     "Balance before": "what you had before it, in tokens",
     "Balance after": "what you had after it, in tokens",
-    "Paid": "what a purchase cost, before tax and discounts",
+    "Paid": "what a purchase cost after discounts, without tax; negative where money went back",
     "Currency": "that of what was paid",
     "Operation": "the number of the AI operation in your usage log",
     "Purchase": "the number of the purchase, as on its receipt",
@@ -74,13 +75,13 @@ def export_transactions(selection: history.Selection) -> Iterator[str]:
     return _in_pieces(csv_lines(rows()))
 
 
-def _in_pieces(lines: Iterator[str], *, length: int = 64 * 1024) -> Iterator[str]:
+def _in_pieces(lines: Iterator[str]) -> Iterator[str]:
     piece: list[str] = []
     size = 0
     for line in lines:
         piece.append(line)
         size += len(line)
-        if size >= length:
+        if size >= PIECE_LENGTH:
             yield "".join(piece)
             piece, size = [], 0
     if piece:

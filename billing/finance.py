@@ -238,8 +238,9 @@ def _reversals(since: datetime, until: datetime) -> Iterator[list[Cell]]:
         "Reversal", "Kind", "At Stripe", "Payment at Stripe", "Purchase", "Began at", "Amount", "Currency", "Status",
         "Reason", "Asked for by",
     ]  # fmt: skip
-    reversals = PaymentReversal.objects.filter(created_at__gte=since, created_at__lt=until).order_by("pk")
-    for each in reversals.iterator(chunk_size=ROWS_AT_ONCE):
+    # Without a purchase they are of another product on the same Stripe account.
+    reversals = PaymentReversal.objects.filter(purchase__isnull=False, created_at__gte=since, created_at__lt=until)
+    for each in reversals.order_by("pk").iterator(chunk_size=ROWS_AT_ONCE):
         yield [
             each.pk, each.kind, each.stripe_id, each.stripe_payment_intent_id, each.purchase_id,
             _moment(each.created_at), _money(each.amount_cents), each.currency.upper(), each.status, each.reason,

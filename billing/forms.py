@@ -17,17 +17,35 @@ from billing.purchases import Terms
 CURRENCY_NAMES = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
 
 
-class MoneyField(forms.DecimalField):
+class PlainDigits(forms.Field):
+    """For a number's field: in our own digits; Python would take any script's."""
+
+    def to_python(self, value: Any) -> Any:
+        if isinstance(value, str) and not value.strip().isascii():
+            raise forms.ValidationError(self.error_messages["invalid"], code="invalid")
+        return super().to_python(value)
+
+
+class WholeNumberField(PlainDigits, forms.IntegerField):
+    pass
+
+
+class PlainDecimalField(PlainDigits, forms.DecimalField):
+    pass
+
+
+class KeyField(forms.RegexField):
+    """The key that a form was given when it was shown, so that sent twice it is one."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(r"\A[A-Za-z0-9_-]{8,100}\Z", **options)
+
+
+class MoneyField(PlainDecimalField):
     """An amount such as 25 or 25.50; cleaned, it is in cents."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(min_value=0, max_digits=12, decimal_places=2, **options)
-
-    def to_python(self, value: Any) -> Any:
-        # Python's numbers take any script's digits; an amount is written with ours.
-        if value not in self.empty_values and not str(value).strip().isascii():
-            raise forms.ValidationError(self.error_messages["invalid"], code="invalid")
-        return super().to_python(value)
 
     def clean(self, value: Any) -> int | None:
         amount = super().clean(value)
@@ -43,7 +61,7 @@ class CheckoutForm(AmountForm):
 
     package_id = forms.IntegerField(required=False, min_value=1, max_value=2**63 - 1)
     currency = forms.ChoiceField(required=False, choices=Currency)
-    checkout_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z")
+    checkout_key = KeyField()
 
     def clean(self) -> dict[str, Any]:
         cleaned = super().clean() or {}
@@ -58,15 +76,6 @@ class CheckoutForm(AmountForm):
         if data["package_id"] is not None:
             return purchases.terms_of_package(data["package_id"], currency=data["currency"] or Currency.USD)
         return purchases.terms_of_amount(data["amount"])
-
-
-class WholeNumberField(forms.IntegerField):
-    """A whole number in our own digits; Python would take any script's."""
-
-    def to_python(self, value: Any) -> Any:
-        if value not in self.empty_values and not str(value).strip().isascii():
-            raise forms.ValidationError(self.error_messages["invalid"], code="invalid")
-        return super().to_python(value)
 
 
 class AutoRechargeForm(forms.Form):
@@ -112,7 +121,7 @@ def _package_choices(account: TokenAccount) -> list[tuple[int, str]]:
 
 
 class ConfirmForm(forms.Form):
-    confirm_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z")
+    confirm_key = KeyField()
 
 
 class RefundForm(forms.Form):
@@ -121,7 +130,7 @@ class RefundForm(forms.Form):
     what = forms.ChoiceField(label="What to refund", widget=forms.RadioSelect)
     amount = MoneyField(required=False, label="Amount")
     reason = forms.CharField(max_length=300, label="Reason", help_text="It is kept with the refund.")
-    request_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z", widget=forms.HiddenInput)
+    request_key = KeyField(widget=forms.HiddenInput)
 
     def __init__(self, *args: Any, purchase: Purchase, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -156,7 +165,7 @@ class RefundConfirmationForm(forms.Form):
 
     amount_cents = forms.IntegerField(min_value=1, max_value=2**63 - 1)
     reason = forms.CharField(max_length=300)
-    request_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z")
+    request_key = KeyField()
 
 
 class ResolutionForm(forms.Form):
@@ -185,15 +194,6 @@ class SettingsForm(ProfileForm):
 # --- The dashboard --------------------------------------------------------------------------------------------------
 
 
-class PlainDecimalField(forms.DecimalField):
-    """A number in our own digits; Python would take any script's."""
-
-    def to_python(self, value: Any) -> Any:
-        if value not in self.empty_values and not str(value).strip().isascii():
-            raise forms.ValidationError(self.error_messages["invalid"], code="invalid")
-        return super().to_python(value)
-
-
 class GrantForm(forms.Form):
     """Tokens for somebody, or from them; cleaned, the reason is as it will be kept."""
 
@@ -209,7 +209,7 @@ class GrantForm(forms.Form):
         max_length=grants.MAX_REASON_LENGTH,
         help_text="The person reads it in their history and in the notice.",
     )
-    request_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z", widget=forms.HiddenInput)
+    request_key = KeyField(widget=forms.HiddenInput)
 
     def clean_reason(self) -> str:
         try:
@@ -263,7 +263,9 @@ class BulkForm(forms.Form):
         max_length=accounts.MAX_REASON_LENGTH,
         help_text="For a grant or a suspension. The people are told it.",
     )
-    request_key = forms.RegexField(r"\A[A-Za-z0-9_-]{8,100}\Z", widget=forms.HiddenInput)
+    request_key = KeyField(widget=forms.HiddenInput)
+    # How many accounts the confirmation named: empty until then.
+    expected_rows = WholeNumberField(required=False, min_value=0, widget=forms.HiddenInput)
 
     def __init__(self, *args: Any, person: User, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -286,8 +288,10 @@ class BulkForm(forms.Form):
         return cleaned
 
 
-def _tokens_setting(label: str, help_text: str = "", *, required: bool = True) -> WholeNumberField:
-    return WholeNumberField(label=label, help_text=help_text, min_value=0, max_value=MAX_TOKENS, required=required)
+def _tokens_setting(label: str, help_text: str = "", *, min_value: int = 0, required: bool = True) -> WholeNumberField:
+    return WholeNumberField(
+        label=label, help_text=help_text, min_value=min_value, max_value=MAX_TOKENS, required=required
+    )
 
 
 class SystemSettingsForm(forms.Form):
@@ -305,9 +309,9 @@ class SystemSettingsForm(forms.Form):
         decimal_places=4,
         help_text="A text costs the provider’s tokens times this, rounded up.",
     )
-    dalle3_cost_tokens = _tokens_setting("DALL-E 3", "Tokens for one image.")
-    dalle2_cost_tokens = _tokens_setting("DALL-E 2", "Tokens for one image.")
-    imagen_cost_tokens = _tokens_setting("Imagen", "Tokens for one image.")
+    dalle3_cost_tokens = _tokens_setting("DALL-E 3", "Tokens for one image.", min_value=1)
+    dalle2_cost_tokens = _tokens_setting("DALL-E 2", "Tokens for one image.", min_value=1)
+    imagen_cost_tokens = _tokens_setting("Imagen", "Tokens for one image.", min_value=1)
     tokens_per_usd = PlainDecimalField(
         label="Tokens for one US dollar",
         min_value=Decimal("0.0001"),

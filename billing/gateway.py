@@ -14,6 +14,8 @@ import stripe
 from django.conf import settings
 from stripe.params.checkout import SessionCreateParams, SessionCreateParamsLineItem
 
+from accounts.refusal import Refusal
+
 API_VERSION: str = stripe.api_version
 SIGNATURE_TOLERANCE_SECONDS = 300
 CARD_CONSENT = "Your card is kept for auto-recharge, which stays off until you switch it on."
@@ -25,14 +27,10 @@ MAX_EVENT_DEPTH = 50  # several times what Stripe sends
 Result = TypeVar("Result")
 
 
-class GatewayError(Exception):
+class GatewayError(Refusal):
     """`message` is for the person who pays."""
 
     http_status = 502
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class GatewayUnavailable(GatewayError):
@@ -53,16 +51,13 @@ class GatewayRefused(GatewayError):
 
 
 class CardDeclined(GatewayError):
-    """The card's bank said no, or wants to see its owner first (`needs_authentication`). Nothing was charged."""
+    """The card's bank said no, or wants to see its owner first. Nothing was charged."""
 
     http_status = 402
 
-    def __init__(
-        self, message: str, *, code: str, needs_authentication: bool, payment_intent: "PaymentIntent | None"
-    ) -> None:
+    def __init__(self, message: str, *, code: str, payment_intent: "PaymentIntent | None") -> None:
         super().__init__(message)
         self.code = code
-        self.needs_authentication = needs_authentication
         self.payment_intent = payment_intent
 
 
@@ -100,7 +95,6 @@ class PaymentIntent:
     amount_received_cents: int
     currency: str
     purchase_id: str  # as our metadata says; whoever edits metadata at Stripe can change it
-    amount_cents: int = 0
     payment_method_id: str = ""
     action_url: str = ""  # where the card's owner confirms, when the bank wants that
     # Only where the payment was retrieved with its details:
@@ -201,7 +195,7 @@ def _client() -> stripe.StripeClient:
 
 def is_live_mode() -> bool:
     """Whether our key moves real money."""
-    return "_live_" in settings.STRIPE_SECRET_KEY
+    return settings.STRIPE_SECRET_KEY.startswith(("sk_live_", "rk_live_"))
 
 
 def _call(request: Callable[[], Result]) -> Result:
@@ -232,7 +226,6 @@ def _declined(error: stripe.CardError) -> CardDeclined:
     return CardDeclined(
         error.user_message or "The card was declined.",
         code=details.get("decline_code") or error.code or "card_declined",
-        needs_authentication=error.code == "authentication_required",
         payment_intent=read_payment_intent(payment_intent) if payment_intent else None,
     )
 
@@ -477,7 +470,11 @@ def list_refunds(*, since: datetime) -> Iterator[Refund]:
 
 def list_refunds_of(payment_intent_id: str) -> Iterator[Refund]:
     """All refunds of one payment, newest first. Raises GatewayError while it is read."""
-    return _listed(lambda: _client().v1.refunds.list({"payment_intent": payment_intent_id, "limit": 100}), read_refund)
+    return _listed_refunds_of(payment_intent_id, read=read_refund)
+
+
+def _listed_refunds_of(payment_intent_id: str, *, read: Callable[[Mapping[str, Any]], Result]) -> Iterator[Result]:
+    return _listed(lambda: _client().v1.refunds.list({"payment_intent": payment_intent_id, "limit": 100}), read)
 
 
 def retrieve_refund(refund_id: str) -> Refund:
@@ -532,15 +529,8 @@ def with_refunds(event: Event) -> Event:
     payment_intent_id = _id_of(event.object.get("payment_intent"))
     if not payment_intent_id:  # a charge made without one: not by us
         return event
-    refunds = _call(
-        lambda: [
-            each.to_dict()
-            for each in _client()
-            .v1.refunds.list({"payment_intent": payment_intent_id, "limit": 100})
-            .auto_paging_iter()
-        ]
-    )
-    return replace(event, object={**event.object, "refunds": {"data": refunds}})
+    refunds = _listed_refunds_of(payment_intent_id, read=dict)
+    return replace(event, object={**event.object, "refunds": {"data": list(refunds)}})
 
 
 # --- Reading what Stripe sends --------------------------------------------------------------------------------------
@@ -575,7 +565,6 @@ def read_payment_intent(payment_intent: Mapping[str, Any]) -> PaymentIntent:
         amount_received_cents=payment_intent["amount_received"],
         currency=payment_intent["currency"],
         purchase_id=str((payment_intent.get("metadata") or {}).get("purchase_id", "")),
-        amount_cents=payment_intent.get("amount") or 0,
         payment_method_id=_id_of(payment_intent.get("payment_method")) or "",
         action_url=_inner(payment_intent, "next_action", "redirect_to_url").get("url") or "",
         card_brand=_inner(payment_intent, "payment_method", "card").get("brand") or "",

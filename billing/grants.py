@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from django.db import IntegrityError, connection, transaction
+from django.db import IntegrityError, transaction
 from django.db.models import F, QuerySet, Sum
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from accounts import audit
+from accounts import audit, roles
 from accounts.audit import Action
+from accounts.locks import lock_until_commit
 from accounts.models import User
+from accounts.refusal import Refusal
+from accounts.text import one_line
 from billing import database, ledger, notifications, system_settings
 from billing.database import repeated_after_conflicts
 from billing.models import GrantRequest, SystemSettings, TokenAccount, TokenTransaction
@@ -31,14 +34,8 @@ LIMIT_SPAN = timedelta(hours=24)
 REQUEST_LIFETIME = timedelta(days=14)
 
 
-class GrantError(Exception):
+class GrantError(Refusal):
     """Refused; no token moved. `message` is for the person."""
-
-    http_status = 400
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class GrantNotPossible(GrantError):
@@ -88,7 +85,7 @@ def preview(*, admin: User, user_id: int, tokens: int, kind: str = Kind.GRANT) -
         approvals_needed = 0
     else:
         counts_as_first = admin.is_superadmin and admin.pk != user_id
-        approvals_needed = (2 if needs_two else 1) - (counts_as_first and needs_two)
+        approvals_needed = 2 if needs_two and not counts_as_first else 1
     return GrantPreview(account.balance, account.balance + amount_tokens, approvals_needed)
 
 
@@ -173,8 +170,7 @@ def _needs_two(settings: SystemSettings, tokens: int) -> bool:
 
 
 def _one_at_a_time(asker: User) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"grants-of-{asker.pk}"])
+    lock_until_commit(f"grants-of-{asker.pk}")
 
 
 def _sent_before(kind: str, asker: User, *, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
@@ -249,7 +245,7 @@ def _require_decider(superadmin: User, request_id: int, verb: str) -> User:
     request = GrantRequest.objects.filter(pk=request_id).first()
     if request is None:
         raise GrantNotPossible("There is no such request.")
-    decider = User.objects.filter(pk=superadmin.pk, is_active=True, role=User.Role.SUPERADMIN).first()
+    decider = roles.find_superadmin(superadmin.pk)
     if decider is None:
         message = "Only superadmins decide on requests."
     elif decider.pk == request.requested_by_id:
@@ -299,9 +295,7 @@ def _carry_out(request: GrantRequest, *, by: User, action: Action) -> GrantReque
             posting = ledger.add_tokens(type=TokenTransaction.Type.ADMIN_GRANT, **entry)
         else:
             posting = ledger.deduct_tokens(type=TokenTransaction.Type.ADMIN_DEDUCTION, **entry)  # law 4: no debt
-    except ledger.AccountNotActive as error:  # a debit that does not fit a suspended account
-        raise _too_much(request) from error
-    except ledger.InsufficientTokens as error:
+    except (ledger.InsufficientTokens, ledger.AccountNotActive) as error:  # the latter: a suspended account
         raise _too_much(request) from error
     request.transaction_id = posting.transaction_id
     _close(request, State.DONE, by=by)
@@ -366,7 +360,7 @@ def _available_words(account: TokenAccount) -> str:
 
 def clean_reason(reason: str) -> str:
     """One line of readable text. Raises GrantNotPossible."""
-    reason = " ".join("".join(each if each.isprintable() else " " for each in reason).split())
+    reason = one_line(reason)
     if not reason:
         raise GrantNotPossible("Enter a reason.")
     if len(reason) > MAX_REASON_LENGTH:

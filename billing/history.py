@@ -13,6 +13,7 @@ from typing import Any
 
 from django.db.models import Count, Q, QuerySet, Sum, prefetch_related_objects
 
+from accounts.text import read_id
 from billing import ledger
 from billing.models import TokenAccount, TokenTransaction
 
@@ -139,9 +140,10 @@ class Cursor:
     def parse(cls, text: str) -> "Cursor | None":
         """Anything else is no cursor, and leads to the first page."""
         direction, _, number = text.partition("-")
-        if direction not in ("after", "before") or not (number.isascii() and number.isdigit() and len(number) < 19):
+        sequence = read_id(number)
+        if direction not in ("after", "before") or sequence is None:
             return None
-        return cls(int(number), is_backward=direction == "before")
+        return cls(sequence, is_backward=direction == "before")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,12 @@ from hashlib import sha256
 from typing import Any
 
 import psycopg
-from django.contrib.auth import get_user_model
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import IntegrityError, connection, transaction
 from psycopg.rows import namedtuple_row
 
-from accounts.models import Workspace
+from accounts.models import User, Workspace
+from accounts.refusal import Refusal
 from billing import live, system_settings
 from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
@@ -40,15 +40,10 @@ WELCOME_BONUS_KEY = "welcome-bonus"
 Type = TokenTransaction.Type
 
 
-class LedgerError(Exception):
+class LedgerError(Refusal):
     """Refused; nothing was written. `message` is for the person, `http_status` for the API, `code` for programs."""
 
-    http_status = 400
     code = "refused"
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class InvalidAmount(LedgerError):
@@ -196,7 +191,7 @@ def initialize_account(*, user_id: int) -> TokenAccount:
         account = TokenAccount.objects.get(user_id=user_id)
     bonus_tokens = system_settings.get_system_settings().welcome_bonus_tokens
     had_bonus = TokenTransaction.objects.filter(account=account, idempotency_key=WELCOME_BONUS_KEY).exists()
-    if bonus_tokens and not had_bonus and get_user_model().objects.get(pk=user_id).has_verified_email:
+    if bonus_tokens and not had_bonus and User.objects.get(pk=user_id).has_verified_email:
         # A conflict: given at this moment by another request, of another size if the setting just changed.
         with suppress(IdempotencyConflict):
             add_tokens(
@@ -965,15 +960,18 @@ def _replayed_transaction(user_id: int, idempotency_key: str | None, fingerprint
         return None
     if entry.request_fingerprint != fingerprint:
         raise IdempotencyConflict
-    return _outcome_of(entry.account, entry)
+    return outcome_of(entry.account, entry)
 
 
 def _replay(usage: TokenUsage) -> Posting:
     entry = TokenTransaction.objects.filter(usage=usage).first()
-    return _outcome_of(usage.account, entry, usage_id=usage.pk)
+    return outcome_of(usage.account, entry, usage_id=usage.pk)
 
 
-def _outcome_of(account: TokenAccount, entry: TokenTransaction | None, usage_id: int | None = None) -> Posting:
+def outcome_of(
+    account: TokenAccount, entry: TokenTransaction | None, usage_id: int | None = None, *, is_replay: bool = True
+) -> Posting:
+    """What the operation or the ledger row `entry` left, as a posting."""
     return Posting(
         account_id=account.pk,
         user_id=account.user_id,
@@ -983,5 +981,5 @@ def _outcome_of(account: TokenAccount, entry: TokenTransaction | None, usage_id:
         status=account.status,
         usage_id=usage_id or (entry.usage_id if entry else None),
         transaction_id=entry.pk if entry else None,
-        is_replay=True,
+        is_replay=is_replay,
     )

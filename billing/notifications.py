@@ -21,6 +21,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
+from accounts.text import one_line
 from accounts.time_zones import zone_of
 from billing.models import (
     Notification,
@@ -42,7 +43,7 @@ ALWAYS_EMAILED = (
     Kind.AUTO_RECHARGE_SWITCHED_OFF,
     Kind.ACCOUNT_STATUS_CHANGED,
 )
-FOR_ADMINS = (Kind.WEEKLY_SUMMARY,)
+FOR_ADMINS = (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED)
 
 # The waits triple: 2, 6, 18 minutes … a day. A mail server may be away for a night.
 MAX_EMAIL_ATTEMPTS = 8
@@ -71,7 +72,7 @@ def purchase_confirmed(purchase: Purchase) -> None:
         kind=Kind.PURCHASE_CONFIRMED,
         key=str(purchase.pk),
         title=f"{_tokens(purchase.tokens)} were added",
-        body=f"You paid {purchase.price_display} for {what}. The tokens are in your balance and do not expire.",
+        body=f"You paid {purchase.paid_display} for {what}. The tokens are in your balance and do not expire.",
         link=_tokens_page("transactions"),
         action="See it in your history",
         facts=_facts_of(purchase),
@@ -138,7 +139,7 @@ def auto_recharge_needs_confirmation(purchase: Purchase) -> None:
             f"Auto-recharge wanted to buy {_tokens(purchase.tokens)} for you, and your bank asks you to confirm the "
             "payment first. It takes a minute. The tokens are added as soon as you have confirmed."
         ),
-        link=f"/tokens/confirm/{purchase.pk}/",
+        link=reverse("tokens:confirm", args=[purchase.pk]),
         action="Confirm the payment",
         facts=[*_facts_of(purchase, paid="Amount"), *([("Card", card)] if card else [])],
     )
@@ -153,7 +154,7 @@ def auto_recharge_switched_off(account: TokenAccount, *, reason: str, key: str) 
         title="Auto-recharge was switched off",
         body=(
             f"{_sentence(reason)} Your card will not be charged again until you switch auto-recharge back on. "
-            f"You have {_tokens(account.available)} left."
+            f"{_left_sentence(account)}"
         ),
         link=_tokens_page("auto-recharge"),
         action="Look at auto-recharge",
@@ -167,7 +168,7 @@ def low_balance(account: TokenAccount, *, key: str) -> None:
         kind=Kind.LOW_BALANCE,
         key=key,
         title="Your balance is running low",
-        body=f"You have {_tokens(account.available)} left. Buy more in time, so that your work can go on.",
+        body=f"{_left_sentence(account)} Buy more in time, so that your work can go on.",
         link=_tokens_page("packages"),
         action="Buy tokens",
     )
@@ -175,18 +176,12 @@ def low_balance(account: TokenAccount, *, key: str) -> None:
 
 def critical_balance(account: TokenAccount, *, key: str) -> None:
     """The available tokens have fallen below the critical mark. `key` names the crossing, so that it is said once."""
-    if account.available < 0:
-        state = f"Your balance is {-account.available:,} tokens below zero."
-    elif account.available == 0:
-        state = "You have no tokens left."
-    else:
-        state = f"You have {_tokens(account.available)} left."
     _notify(
         user_id=account.user_id,
         kind=Kind.CRITICAL_BALANCE,
         key=key,
         title="Your tokens are almost used up" if account.available > 0 else "Your tokens are used up",
-        body=f"{state} Drafts and images will not start until you buy more.",
+        body=f"{_left_sentence(account)} Drafts and images will not start until you buy more.",
         link=_tokens_page("packages"),
         action="Buy tokens",
     )
@@ -281,6 +276,23 @@ def refund_failed(reversal: PaymentReversal, *, tokens: int) -> None:
     )
 
 
+def refund_refused(reversal: PaymentReversal, *, reason: str) -> None:
+    """Stripe did not carry out what a superadmin had asked for, who may have left the page long ago."""
+    if reversal.requested_by_id is None:
+        return
+    amount = _amount_of(reversal)
+    _notify(
+        user_id=reversal.requested_by_id,
+        kind=Kind.REFUND_REFUSED,
+        key=str(reversal.pk),
+        title=f"The refund of {amount} was not made",
+        body=f"{_sentence(reason)} The buyer's tokens stay as they are.",
+        link=reverse("dashboard:purchase", args=[reversal.purchase_id]),
+        action="See the purchase",
+        facts=[("Refund", amount), ("Purchase number", str(reversal.purchase_id))],
+    )
+
+
 def dispute_opened(reversal: PaymentReversal, *, tokens: int) -> None:
     """The buyer's bank disputes a payment, and `tokens` were taken back until it has decided."""
     if reversal.purchase is None:
@@ -364,7 +376,8 @@ class WeeklyFigures:
             billable_tokens=used["billable_tokens"],
             revenue_cents=dict(revenue),
             failed_payments=Purchase.objects.filter(in_week, state=Purchase.State.FAILED).count(),
-            open_disputes=PaymentReversal.objects.filter(kind=PaymentReversal.Kind.DISPUTE)
+            # Without a purchase they are of another product on the same Stripe account.
+            open_disputes=PaymentReversal.objects.filter(kind=PaymentReversal.Kind.DISPUTE, purchase__isnull=False)
             .exclude(status__in=PaymentReversal.FINAL_STATUSES)
             .count(),
             # An account in debt is never active; its status has an index, the balance has none.
@@ -382,7 +395,9 @@ def weekly_summary(*, now: datetime | None = None) -> int:
     last_day = figures.until - timedelta(days=1)
     period = f"{figures.since:%-d %b} to {last_day:%-d %b %Y}"
     admins = User.objects.filter(is_active=True, role__in=(User.Role.ADMIN, User.Role.SUPERADMIN))
+    told = 0
     for user_id in admins.values_list("pk", flat=True):
+        told += 1
         _notify(
             user_id=user_id,
             kind=Kind.WEEKLY_SUMMARY,
@@ -409,7 +424,7 @@ def weekly_summary(*, now: datetime | None = None) -> int:
                 ("Accounts in debt", f"{figures.accounts_in_debt:,}"),
             ],
         )
-    return len(admins)
+    return told
 
 
 # --- In the product -------------------------------------------------------------------------------------------------
@@ -494,7 +509,7 @@ def send_pending_emails(limit: int = 100) -> int:
                     user_id=notification.user_id,
                     error=error,
                 )
-                Notification.objects.filter(pk=notification.pk).update(email_error=_plain(repr(error))[:500])
+                Notification.objects.filter(pk=notification.pk).update(email_error=one_line(repr(error))[:500])
                 if isinstance(error, OSError) and not isinstance(error, REFUSALS):
                     break  # the server is away: the others need not find that out one by one
             else:
@@ -510,7 +525,7 @@ def render_email(notification: Notification) -> EmailMultiAlternatives:
     """The e-mail of a notification, as text and HTML that say the same."""
     context = {
         "notification": notification,
-        "name": _plain(notification.user.display_name),
+        "name": one_line(notification.user.display_name),
         "site_url": settings.SITE_URL,
         "url": f"{settings.SITE_URL}{notification.link}",
         "facts": notification.context.get("facts", []),
@@ -577,7 +592,7 @@ def _notify(
         may_be_muted(kind)
         and NotificationPreference.objects.filter(user_id=user_id, kind=kind, wants_email=False).exists()
     )
-    context: dict[str, Any] = {"action": action, "facts": [[name, _plain(value)] for name, value in facts]}
+    context: dict[str, Any] = {"action": action, "facts": [[name, one_line(value)] for name, value in facts]}
     if second_link:
         context["second_link"] = second_link
     Notification.objects.bulk_create(
@@ -586,8 +601,8 @@ def _notify(
                 user_id=user_id,
                 kind=kind,
                 key=f"{kind}:{key}",
-                title=_plain(title)[:200],
-                body=_plain(body),
+                title=one_line(title)[:200],
+                body=one_line(body),
                 link=link,
                 context=context,
                 email_wanted=not is_muted,
@@ -598,13 +613,8 @@ def _notify(
     )
 
 
-def _plain(text: str) -> str:
-    """One line without control characters: it stands in an e-mail's subject, and PostgreSQL refuses some."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
-
-
 def _sentence(text: str) -> str:
-    text = _plain(text)
+    text = one_line(text)
     return text if text.endswith((".", "!", "?", "…")) else f"{text}."
 
 
@@ -638,6 +648,12 @@ def _balance_of(purchase: Purchase) -> int:
     return TokenAccount.objects.values_list("balance", flat=True).get(pk=purchase.account_id)
 
 
+def _left_sentence(account: TokenAccount) -> str:
+    if account.available < 0:
+        return f"Your balance is {_tokens(-account.available)} below zero."
+    return f"You have {_tokens(account.available) if account.available else 'no tokens'} left."
+
+
 def _debt_sentence(balance_tokens: int) -> str:
     if balance_tokens >= 0:
         return ""
@@ -648,7 +664,7 @@ def _facts_of(purchase: Purchase, *, paid: str = "Paid") -> Facts:
     return [
         ("Package", purchase.package_name),
         ("Tokens", f"{purchase.tokens:,}"),
-        (paid, purchase.price_display),
+        (paid, purchase.paid_display),
         ("Purchase number", str(purchase.pk)),
     ]
 

@@ -7,6 +7,7 @@ import structlog
 from django.utils import timezone
 
 from accounts.models import User
+from accounts.refusal import Refusal
 from billing import gateway, ledger, purchases
 from billing.background import enqueue_on_commit
 from billing.models import (
@@ -28,7 +29,8 @@ ACCOUNT_FIELDS = (
     "status", "status_reason", "status_changed_at", "balance", "reserved", "currency", "lifetime_purchased_tokens",
     "lifetime_granted_tokens", "lifetime_used_tokens", "lifetime_spent_cents", "card_brand", "card_last4",
     "stripe_customer_id", "auto_recharge_enabled", "auto_recharge_threshold_tokens", "auto_recharge_package__name",
-    "auto_recharge_monthly_cap_cents", "auto_recharge_last_outcome", "created_at",
+    "auto_recharge_price_cents", "auto_recharge_package_tokens", "auto_recharge_monthly_cap_cents",
+    "auto_recharge_last_outcome", "created_at",
 )  # fmt: skip
 ENTRY_FIELDS = (
     "sequence", "created_at", "type", "amount", "balance_before", "balance_after", "description", "usage_id",
@@ -49,14 +51,10 @@ REVERSAL_FIELDS = ("purchase_id", "kind", "status", "amount_cents", "currency", 
 NOTIFICATION_FIELDS = ("created_at", "kind", "title", "body", "link", "read_at", "email_sent_at")
 
 
-class NotNow(Exception):
+class NotNow(Refusal):
     """Nothing was changed. `message` says to the person what has to end first."""
 
     http_status = 409
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 # --- To take along --------------------------------------------------------------------------------------------------
@@ -134,6 +132,8 @@ def anonymize_account(account: TokenAccount) -> None:
         card_last4="",
         auto_recharge_enabled=False,
         auto_recharge_package=None,
+        auto_recharge_price_cents=None,
+        auto_recharge_package_tokens=None,
         auto_recharge_monthly_cap_cents=None,
         auto_recharge_retry_at=None,
         auto_recharge_last_outcome="",

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Literal
 
-from django.conf import settings
 from fpdf import FPDF
 
-FONTS = settings.BASE_DIR / "static" / "vendor" / "dejavu-2.37.3"
+FONTS = Path(__file__).parent / "fonts" / "dejavu-2.37.3"
 GREY, BLACK, RULE = (95, 99, 104), (20, 22, 26), (210, 212, 216)
 MARGIN_MM = 20
 

@@ -10,6 +10,8 @@ from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from django.utils import timezone
 from django.utils.formats import date_format
 
+from accounts.refusal import Refusal
+
 PRESETS = {
     "today": "Today",
     "7d": "Last 7 days",
@@ -24,12 +26,8 @@ CUSTOM = "custom"
 FIRST_YEAR, LAST_YEAR = 2000, 2100  # far from the ends of what a datetime holds in every zone
 
 
-class InvalidPeriod(Exception):
+class InvalidPeriod(Refusal):
     """The address asks for a span that is none. `message` is for the person."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 @dataclass(frozen=True, slots=True)

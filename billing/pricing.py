@@ -11,8 +11,7 @@ from types import MappingProxyType
 
 DEFAULT_TOKEN_MULTIPLIER = Decimal("1.5")
 
-# What one image costs the user, by model and size, in tokens. The system settings hold the same figures per model;
-# this table is the fallback when neither the catalogue nor the settings know the model.
+# What one image costs the user, by model and size, in tokens. For callers that pass no cost; the product always does.
 IMAGE_COSTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
         "dall-e-3": {"1024x1024": 6_000, "1024x1792": 6_000, "1792x1024": 6_000},

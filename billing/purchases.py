@@ -7,7 +7,7 @@ takes up where it stands.
 
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 import structlog
@@ -16,6 +16,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Q
 from django.urls import reverse
 
+from accounts.refusal import Refusal
 from billing import database, gateway, ledger, notifications, packages, refunds, system_settings
 from billing.background import enqueue_on_commit
 from billing.database import repeated_after_conflicts
@@ -45,14 +46,8 @@ def log_ids(purchase: Purchase) -> dict[str, int]:
     return {"purchase_id": purchase.pk, "account_id": purchase.account_id, "user_id": purchase.user_id}
 
 
-class PurchaseError(Exception):
+class PurchaseError(Refusal):
     """Nothing was charged. `message` is for the person."""
-
-    http_status = 400
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class PackageNotSold(PurchaseError):
@@ -73,6 +68,12 @@ class TooManyCheckouts(PurchaseError):
 
 class CurrencyNotChanged(PurchaseError):
     http_status = 409
+
+
+class AccountMayNotBuy(PurchaseError):
+    """A person's block or suspension ends buying; who only has a debt pays it by buying."""
+
+    http_status = 403
 
 
 class PurchaseNotFound(PurchaseError):
@@ -121,13 +122,17 @@ def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) ->
 
     The same form sent twice, or a second click while a checkout of the package is open, gives the same page. The terms
     come from `terms_of_package` or `terms_of_amount`, never from the browser. Buying in a currency makes it the
-    account's, until the first payment fixes it. Raises CurrencyNotChanged, CheckoutKeyConflict, GatewayError. When
-    Stripe did not answer, the next click resumes the purchase with the same key.
+    account's, until the first payment fixes it. Raises AccountMayNotBuy, CurrencyNotChanged, CheckoutKeyConflict,
+    GatewayError. When Stripe did not answer, the next click resumes the purchase with the same key.
     """
+    require_may_buy(ledger.get_account(user_id=user_id))
     account = update_currency(user_id=user_id, currency=terms.currency)
-    purchase, replaced_session_ids = _open_purchase(account, terms, checkout_key)
-    for session_id in replaced_session_ids:
-        _close_session(session_id)
+    purchase, replaced = _open_purchase(account, terms, checkout_key)
+    for each in replaced:
+        try:
+            close_checkout(each)
+        except (gateway.GatewayError, PurchaseError) as error:
+            logger.warning("A checkout was not closed", **log_ids(each), error=error.__cause__ or error)
     if purchase.state == State.CREATED:
         try:
             _open_session(purchase)
@@ -140,6 +145,14 @@ def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) ->
             )
             raise
     return purchase
+
+
+def require_may_buy(account: TokenAccount) -> None:
+    """Raises AccountMayNotBuy. Of a payment that is under way nothing is refused: it is credited (law 12)."""
+    if not account.may_buy:
+        raise AccountMayNotBuy(
+            f"Your account is {account.get_status_display().lower()}: it cannot buy tokens. Please contact support."
+        )
 
 
 def update_stripe_customer(*, user_id: int, stripe_customer_id: str) -> None:
@@ -156,7 +169,9 @@ def why_currency_is_fixed(account: TokenAccount) -> str:
     paid = Purchase.objects.filter(account=account, state__in=(State.PAID, State.REVIEW))
     if account.lifetime_spent_cents or paid.exists():
         return "It was fixed by your first payment: what you spent and auto-recharge's limit are counted in it."
-    if Purchase.objects.filter(account=account, state__in=Purchase.PENDING_STATES).exists():
+    # One that was given up here is still paid on its page, should Stripe not have heard that it is to be closed.
+    is_open = Q(state__in=Purchase.PENDING_STATES) | Q(state=State.EXPIRED, expires_at__gt=database.now())
+    if Purchase.objects.filter(is_open, account=account).exists():
         return "A payment page of yours is open. Once it is paid or closed, within a day, this is settled."
     return ""
 
@@ -191,10 +206,10 @@ def close_checkout(purchase: Purchase) -> Purchase:
 
 
 @repeated_after_conflicts
-def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tuple[Purchase, list[str]]:
+def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tuple[Purchase, list[Purchase]]:
     """The purchase of this form, else the open one of this package on the same terms, else a new one.
 
-    Beside it the sessions of open purchases that the new one replaces, which are to be closed at Stripe.
+    Beside it the purchases that the new one replaces, whose pages are to be closed at Stripe.
     """
     now = database.now()
     is_usable = Q(state=State.CREATED, created_at__gt=now - RETRY_WITHIN) | Q(state=State.OPEN, expires_at__gt=now)
@@ -241,18 +256,15 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
                     # A form that is sent again after its purchase has ended begins a new one.
                     checkout_key=None if sent_before.exists() else checkout_key,
                 )
-                return purchase, [each.stripe_session_id for each in replaced if each.stripe_session_id]
+                # Two tabs in two currencies: the other one finds this purchase, or we find its currency here. The lock
+                # comes after the purchases', as in a credit.
+                locked = TokenAccount.objects.select_for_update().get(pk=account.pk)
+                if locked.currency != terms.currency:
+                    raise CurrencyNotChanged("Your currency was changed in another window. Reload the page.")
+                return purchase, [each for each in replaced if each.stripe_session_id]
         except IntegrityError:
             continue  # the second half of a double click: the first one's purchase is found in the next round
     raise CheckoutKeyConflict("Several checkouts were opened at once. Try again.")
-
-
-def _close_session(session_id: str) -> None:
-    """Close a session that a newer checkout replaces. It may be paid or closed already; then nothing changes."""
-    try:
-        gateway.expire_checkout_session(session_id)
-    except gateway.GatewayError as error:
-        logger.warning("A checkout was not closed", session_id=session_id, error=error.__cause__ or error)
 
 
 def _open_session(purchase: Purchase) -> None:
@@ -313,10 +325,13 @@ def apply_checkout_session(session: CheckoutSession) -> Purchase:
                 charged_cents=session.amount_total_cents,
                 discount_cents=session.discount_cents,
             )
-        elif session.status == "expired" and purchase.is_pending:
-            _set_state(purchase, State.EXPIRED, "The payment page was not used in time.")
-        elif session.status == "complete" and purchase.state in Purchase.UNPAID_STATES:
-            _set_state(purchase, State.PROCESSING, "Your bank needs a while to confirm the payment.")
+        elif session.status == "expired" and purchase.may_be_paid:
+            if purchase.is_pending:
+                set_state(purchase, State.EXPIRED, "The payment page was not used in time.")
+            purchase.expires_at = database.now()  # its page is closed, perhaps before its time
+            purchase.save(update_fields=["expires_at"])
+        elif session.status == "complete" and purchase.state in (*Purchase.UNPAID_STATES, State.EXPIRED):
+            set_state(purchase, State.PROCESSING, "Your bank needs a while to confirm the payment.")
     return purchase
 
 
@@ -326,7 +341,7 @@ def apply_payment_failure(session: CheckoutSession) -> Purchase:
     with transaction.atomic():
         purchase = _locked_purchase_of(session)
         if purchase.is_pending:
-            _set_state(purchase, State.FAILED, "The bank did not confirm the payment. You were not charged.")
+            set_state(purchase, State.FAILED, "The bank did not confirm the payment. You were not charged.")
     return purchase
 
 
@@ -355,14 +370,13 @@ def apply_payment_intent(payment_intent: PaymentIntent) -> Purchase:
 
 
 def refresh_from_stripe(purchase: Purchase) -> Purchase:
-    """Ask Stripe how a pending purchase stands, at most every two seconds, for the page that waits for it.
+    """Ask Stripe how a purchase stands that may be paid, at most every two seconds, for the page that waits for it.
 
     Stripe out of reach is no error: the page goes on waiting, and the webhook or the sweeper will come.
     """
-    due = Q(checked_at=None) | Q(checked_at__lt=database.now() - PAGE_ASKS_AGAIN_AFTER)
-    if not purchase.is_pending or not purchase.stripe_session_id:
+    if not purchase.may_be_paid or not purchase.stripe_session_id:
         return purchase
-    if not Purchase.objects.filter(due, pk=purchase.pk).update(checked_at=database.now()):
+    if not claim(purchase, database.now(), again_after=PAGE_ASKS_AGAIN_AFTER):
         return purchase
     try:
         return _ask_stripe(purchase.stripe_session_id)
@@ -436,10 +450,18 @@ def _require_customer(purchase: Purchase, customer_id: str) -> None:
         raise PurchaseNotFound(f"Customer {customer_id!r} is not the one of purchase {purchase.pk}.")
 
 
-def _set_state(purchase: Purchase, state: str, message: str) -> None:
+def claim(purchase: Purchase, now: datetime, *, again_after: timedelta) -> bool:
+    """Whether the caller may ask Stripe about it: nobody has done so for `again_after`. It counts as asked then."""
+    due = Q(checked_at=None) | Q(checked_at__lt=now - again_after)
+    return bool(Purchase.objects.filter(due, pk=purchase.pk).update(checked_at=now))
+
+
+def set_state(purchase: Purchase, state: str, message: str, *, failure_code: str = "") -> None:
+    """Write where a locked purchase stands, and in words why."""
     purchase.state = state
-    purchase.message = message
-    purchase.save(update_fields=["state", "message"])
+    purchase.message = message[:500]
+    purchase.failure_code = failure_code[:100]
+    purchase.save(update_fields=["state", "message", "failure_code"])
 
 
 def _credit(
@@ -473,7 +495,7 @@ def _credit(
             amount_cents=purchase.amount_cents,
             currency=purchase.currency,
         )
-        _set_state(purchase, State.REVIEW, "The amount paid differs from the price. We are looking into it.")
+        set_state(purchase, State.REVIEW, "The amount paid differs from the price. We are looking into it.")
         return
     purchase.discount_cents = discount_cents
     ledger.add_tokens(

@@ -24,6 +24,7 @@ from billing.database import repeated_after_conflicts
 from billing.gateway import CardDeclined, GatewayBroken, GatewayError, GatewayRefused, GatewayUnavailable, PaymentIntent
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.pricing import display_price
+from billing.purchases import claim, set_state
 
 logger = structlog.get_logger(__name__)
 
@@ -63,7 +64,7 @@ def update_auto_recharge(
     monthly_cap_cents: int | None = None,
 ) -> TokenAccount:
     """Save the user's settings: buy the package when fewer than `threshold_tokens` are available, for at most
-    `monthly_cap_cents` in a calendar month (UTC).
+    `monthly_cap_cents` in a calendar month (UTC). The package's tokens and price of now are what they agree to.
 
     Raises ValidationError naming each wrong field; then nothing is changed. Switching it off lets a charge under way
     come to its end (row 38). Switched on below the threshold, it recharges at once.
@@ -81,6 +82,8 @@ def update_auto_recharge(
         account.auto_recharge_enabled = enabled
         account.auto_recharge_threshold_tokens = threshold_tokens
         account.auto_recharge_package = package
+        account.auto_recharge_price_cents = package.price_cents(account.currency) if package else None
+        account.auto_recharge_package_tokens = package.tokens if package else None
         account.auto_recharge_monthly_cap_cents = monthly_cap_cents
         if is_new:
             # Declines and waits belong to the settings before.
@@ -90,8 +93,8 @@ def update_auto_recharge(
         account.save(
             update_fields=[
                 "auto_recharge_enabled", "auto_recharge_threshold_tokens", "auto_recharge_package",
-                "auto_recharge_monthly_cap_cents", "auto_recharge_failures", "auto_recharge_retry_at",
-                "auto_recharge_last_outcome",
+                "auto_recharge_price_cents", "auto_recharge_package_tokens", "auto_recharge_monthly_cap_cents",
+                "auto_recharge_failures", "auto_recharge_retry_at", "auto_recharge_last_outcome",
             ]
         )  # fmt: skip
         if enabled and account.available < threshold_tokens:
@@ -192,7 +195,7 @@ def _due_accounts(now: datetime) -> QuerySet[TokenAccount]:
     )
     return TokenAccount.objects.filter(
         ~Exists(under_way),
-        Q(status=TokenAccount.Status.ACTIVE) | Q(status=TokenAccount.Status.SUSPENDED, status_reason=TokenAccount.DEBT),
+        TokenAccount.MAY_BUY,
         Q(auto_recharge_retry_at=None) | Q(auto_recharge_retry_at__lte=now),
         auto_recharge_enabled=True,
         auto_recharge_threshold_tokens__gt=F("balance") - F("reserved"),
@@ -226,8 +229,12 @@ def _new_attempt(account: TokenAccount, now: datetime) -> Purchase | None:
     package = account.auto_recharge_package
     price_cents = package.price_cents(account.currency) if package and package.is_active else None
     if package is None or price_cents is None:
-        reason = "The package is not on sale any more. Choose another one to go on."
-        switch_off(account_id=account.pk, reason=reason, key=f"package-{account.pk}-{account.sequence}")
+        _switch_off_for_package(account, "The package is not on sale any more. Choose another one to go on.")
+        return None
+    if not _is_agreed(account, package, price_cents):
+        now_words = f"The package is now {package.tokens:,} tokens for {display_price(price_cents, account.currency)}."
+        agreed_words = f" You agreed to {account.auto_recharge_terms}." if account.auto_recharge_terms else ""
+        _switch_off_for_package(account, f"{now_words}{agreed_words} Choose again to go on.")
         return None
     cap_cents = account.auto_recharge_monthly_cap_cents
     if cap_cents is not None and _spent_this_month_cents(account, now) + price_cents > cap_cents:
@@ -255,6 +262,21 @@ def _new_attempt(account: TokenAccount, now: datetime) -> Purchase | None:
     )
 
 
+def _switch_off_for_package(account: TokenAccount, reason: str) -> None:
+    switch_off(account_id=account.pk, reason=reason, key=f"package-{account.pk}-{account.sequence}")
+
+
+def _is_agreed(account: TokenAccount, package: TokenPricing, price_cents: int) -> bool:
+    """Whether the package is at least as good for its buyer as when they chose it."""
+    agreed_cents, agreed_tokens = account.auto_recharge_price_cents, account.auto_recharge_package_tokens
+    return (
+        agreed_cents is not None
+        and agreed_tokens is not None
+        and price_cents <= agreed_cents
+        and package.tokens >= agreed_tokens
+    )
+
+
 def _month_of(now: datetime) -> datetime:
     return now.astimezone(UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
 
@@ -267,7 +289,7 @@ def _spent_this_month_cents(account: TokenAccount, now: datetime) -> int:
     """What auto-recharge took this month, or may be taking. Money given back later was taken all the same."""
     counted = Purchase.objects.filter(
         Q(state__in=Purchase.PENDING_STATES)
-        | Q(state=State.PAID, paid_at__gte=_month_of(now))
+        | Q(paid_at__gte=_month_of(now))
         | Q(state=State.REVIEW, created_at__gte=_month_of(now)),
         account=account,
         kind=Purchase.Kind.AUTO_RECHARGE,
@@ -355,7 +377,7 @@ def apply_payment_intent(payment: PaymentIntent) -> Purchase:
         if payment.needs_authentication:
             _await_confirmation(purchase)
         elif payment.status == "processing":
-            _set_state(purchase, State.PROCESSING, "Your bank needs a while to confirm the payment.")
+            set_state(purchase, State.PROCESSING, "Your bank needs a while to confirm the payment.")
         elif payment.status == "canceled" and purchase.state == State.CREATED:
             _close_uncharged(purchase)
         elif payment.status == "canceled":
@@ -369,14 +391,14 @@ def apply_payment_intent(payment: PaymentIntent) -> Purchase:
 def _await_confirmation(purchase: Purchase) -> None:
     # An old event that says so cannot take a payment back that the owner has confirmed meanwhile.
     if purchase.state == State.CREATED:
-        _set_state(purchase, State.ACTION_REQUIRED, "Your bank wants you to confirm this payment.")
+        set_state(purchase, State.ACTION_REQUIRED, "Your bank wants you to confirm this payment.")
         _note_outcome(purchase, "Your bank wants you to confirm the payment.")
         notifications.auto_recharge_needs_confirmation(purchase)
 
 
 def _fail(purchase: Purchase, *, message: str, code: str = "", state: str = State.FAILED) -> None:
     """Close a locked attempt that brought no money and count it: try again later, or switch off, and tell the user."""
-    _set_state(purchase, state, message, failure_code=code)
+    set_state(purchase, state, message, failure_code=code)
     account = TokenAccount.objects.select_for_update().get(pk=purchase.account_id)
     account.auto_recharge_failures += 1
     failures = account.auto_recharge_failures
@@ -398,7 +420,7 @@ def _fail(purchase: Purchase, *, message: str, code: str = "", state: str = Stat
 def _close_uncharged(purchase: Purchase) -> None:
     """Close a locked attempt that never reached the card: no decline, so it does not count as one."""
     message = "The payment service had a problem. Your card was not charged."
-    _set_state(purchase, State.FAILED, message)
+    set_state(purchase, State.FAILED, message)
     TokenAccount.objects.filter(pk=purchase.account_id, auto_recharge_enabled=True).update(
         auto_recharge_retry_at=database.now() + RETRY_AFTER_FAULT, auto_recharge_last_outcome=message
     )
@@ -407,15 +429,8 @@ def _close_uncharged(purchase: Purchase) -> None:
 def _refuse(purchase: Purchase) -> None:
     """Close a locked attempt whose card or customer Stripe does not have any more (row 37)."""
     message = "The saved card cannot be charged any more."
-    _set_state(purchase, State.FAILED, message)
+    set_state(purchase, State.FAILED, message)
     switch_off(account_id=purchase.account_id, reason=message, key=str(purchase.pk))
-
-
-def _set_state(purchase: Purchase, state: str, message: str, *, failure_code: str = "") -> None:
-    purchase.state = state
-    purchase.message = message[:500]
-    purchase.failure_code = failure_code[:100]
-    purchase.save(update_fields=["state", "message", "failure_code"])
 
 
 def _note_outcome(purchase: Purchase, outcome: str) -> None:
@@ -431,11 +446,13 @@ def start_confirmation(purchase: Purchase, *, return_url: str, confirm_key: str)
     """Try the payment again with the card's owner present. Returns the address of the bank's page, "" when there is
     none to visit (it was paid at once, or nothing waits for a confirmation).
 
-    `confirm_key` is the form's: sent twice, it is one try. A card declined now ends the attempt. Raises GatewayError.
+    `confirm_key` is the form's: sent twice, it is one try. A card declined now ends the attempt. Raises GatewayError,
+    AccountMayNotBuy.
     """
     if purchase.state != State.ACTION_REQUIRED:
         return ""
     account = TokenAccount.objects.get(pk=purchase.account_id)
+    purchases.require_may_buy(account)
     try:
         payment = gateway.confirm_payment_intent(
             str(purchase.stripe_payment_intent_id),
@@ -465,10 +482,9 @@ def refresh_from_stripe(purchase: Purchase) -> Purchase:
 
     Stripe out of reach is no error: the page goes on waiting, and the webhook or the sweep will come.
     """
-    now = database.now()
     if not purchase.is_pending or not purchase.stripe_payment_intent_id:
         return purchase
-    if not _claim(purchase, now, again_after=purchases.PAGE_ASKS_AGAIN_AFTER):
+    if not claim(purchase, database.now(), again_after=purchases.PAGE_ASKS_AGAIN_AFTER):
         return purchase
     try:
         return apply_payment_intent(gateway.retrieve_payment_intent(purchase.stripe_payment_intent_id))
@@ -497,7 +513,7 @@ def sweep_auto_recharges(*, limit: int = 100) -> int:
     ).order_by("checked_at", "id")
     moved = 0
     for purchase in waiting[:limit]:
-        if not _claim(purchase, now, again_after=RESUME_AFTER):
+        if not claim(purchase, now, again_after=RESUME_AFTER):
             continue
         try:
             _take_up(purchase, now)
@@ -521,14 +537,11 @@ def sweep_auto_recharges(*, limit: int = 100) -> int:
     return moved
 
 
-def _claim(purchase: Purchase, now: datetime, *, again_after: timedelta) -> bool:
-    due = Q(checked_at=None) | Q(checked_at__lt=now - again_after)
-    return bool(Purchase.objects.filter(due, pk=purchase.pk).update(checked_at=now))
-
-
 def _take_up(purchase: Purchase, now: datetime) -> None:
     """Bring one attempt nearer to its end. Raises GatewayError, PurchaseNotFound."""
-    is_on = TokenAccount.objects.filter(pk=purchase.account_id, auto_recharge_enabled=True).exists()
+    is_on = TokenAccount.objects.filter(
+        TokenAccount.MAY_BUY, pk=purchase.account_id, auto_recharge_enabled=True
+    ).exists()
     if purchase.state == State.CREATED:
         if is_on and purchase.created_at > now - purchases.RETRY_WITHIN:
             _charge(purchase)
@@ -557,9 +570,20 @@ def remember_card(*, purchase_id: int) -> None:
     purchase = Purchase.objects.filter(pk=purchase_id, state=State.PAID, stripe_payment_intent_id__isnull=False).first()
     if purchase is None:
         return
-    payment = gateway.retrieve_payment_intent(str(purchase.stripe_payment_intent_id))
+    _keep_details(purchase, gateway.retrieve_payment_intent(str(purchase.stripe_payment_intent_id)))
+
+
+@repeated_after_conflicts
+def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
     with transaction.atomic():
-        Purchase.objects.filter(pk=purchase.pk).update(receipt_url=payment.receipt_url, checked_at=database.now())
+        # Its row first: who makes the account nobody's meanwhile clears it before this, or after it.
+        Purchase.objects.select_for_update().get(pk=purchase.pk)
+        is_anonymised = TokenAccount.objects.filter(
+            pk=purchase.account_id, status_reason=TokenAccount.ANONYMISED
+        ).exists()
+        Purchase.objects.filter(pk=purchase.pk).update(
+            receipt_url="" if is_anonymised else payment.receipt_url, checked_at=database.now()
+        )
         bought_again = Purchase.objects.filter(
             account=purchase.account_id, kind=Purchase.Kind.CHECKOUT, paid_at__gt=purchase.paid_at
         )
@@ -578,13 +602,13 @@ def remember_card(*, purchase_id: int) -> None:
 
 
 def _keep_card(account_id: int, card: gateway.SavedCard) -> None:
-    """Store the card. Another one than before starts without the declines of the one before."""
-    TokenAccount.objects.filter(pk=account_id).exclude(stripe_payment_method_id=card.payment_method_id).update(
+    """Store the card, unless its owner is nobody by now. Another one than before starts without the declines of the
+    one before."""
+    accounts = TokenAccount.objects.filter(pk=account_id).exclude(status_reason=TokenAccount.ANONYMISED)
+    accounts.exclude(stripe_payment_method_id=card.payment_method_id).update(
         auto_recharge_failures=0, auto_recharge_retry_at=None
     )
-    TokenAccount.objects.filter(pk=account_id).update(
-        stripe_payment_method_id=card.payment_method_id, card_brand=card.brand, card_last4=card.last4
-    )
+    accounts.update(stripe_payment_method_id=card.payment_method_id, card_brand=card.brand, card_last4=card.last4)
 
 
 def _sweep_details(now: datetime, *, limit: int) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 
 import structlog
 from django.db import transaction
-from django.db.models import Q
+from django.db.models import F, Q
 from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
+from accounts.text import read_id
 from billing import gateway, purchases, refunds
 from billing.gateway import Dispute, PaymentIntent, Refund
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
@@ -25,13 +26,19 @@ logger = structlog.get_logger(__name__)
 
 State = Purchase.State
 
+AMOUNT_DIFFERS = "amount_differs"
+
 HEALED = "Found at Stripe and applied."
 GONE = "Looked at again: it does not differ any more."
+
+# What the buyer reads of a purchase that was under review.
+RETURNED = "All of the payment was sent back."
+SETTLED = "The amount paid differed from the price. Our team has settled it."
 
 
 @dataclass
 class Report:
-    """What one walk saw and found. `looked_at` counts what is ours."""
+    """What one walk saw and found. Only what is ours is counted."""
 
     payments: int = 0
     refunds: int = 0
@@ -142,6 +149,9 @@ class _Walk:
             if not _is_returned(payment):
                 description = f"{amount} were paid a second time for purchase {purchase.pk}."
                 self.differs("paid_twice", payment.id, description, purchase)
+        elif purchase.state in (State.REVIEW, State.FAILED) and (message := _why_over(payment)):
+            # Nothing is credited for it any more, nor may another look set it back under review.
+            _end_review(purchase.pk, message)
         else:
             self.credit(payment, purchase)
 
@@ -190,7 +200,7 @@ class _Walk:
             return
         paid = display_price(payment.amount_received_cents, payment.currency)
         description = f"{paid} were paid, {purchase.money(purchase.paid_total_cents)} were agreed."
-        self.differs("amount_differs", payment.id, description, purchase)
+        self.differs(AMOUNT_DIFFERS, payment.id, description, purchase)
 
     def heals(self, kind: str, stripe_id: str, description: str, about: Purchase | PaymentReversal) -> None:
         drift, _ = _note(kind, stripe_id, description, about, resolution=HEALED, resolved_at=timezone.now())
@@ -201,6 +211,9 @@ class _Walk:
     ) -> None:
         self.found.add(stripe_id)
         drift, is_new = _note(kind, stripe_id, description, about)
+        if drift.resolution == GONE:  # it was mended, and is not any more: a refund that failed
+            drift.resolved_at, drift.resolution, drift.description, is_new = None, "", description[:500], True
+            drift.save(update_fields=["resolved_at", "resolution", "description"])
         if is_new:
             logger.error(
                 "A difference with Stripe",
@@ -221,7 +234,10 @@ class _Walk:
 
 
 def resolve_drift(drift: Drift, *, resolution: str, by: User) -> bool:
-    """Note what a person has done about a drift; the audit log says who. Returns whether it was open."""
+    """Note what a person has done about a drift; the audit log says who. Returns whether it was open.
+
+    A purchase that was under review for it is over: it failed, and no later walk credits it.
+    """
     with transaction.atomic():
         is_resolved = bool(
             Drift.objects.filter(pk=drift.pk, resolved_at=None).update(
@@ -229,6 +245,8 @@ def resolve_drift(drift: Drift, *, resolution: str, by: User) -> bool:
             )
         )
         if is_resolved:
+            if drift.kind == AMOUNT_DIFFERS and drift.purchase_id is not None:
+                _end_review(drift.purchase_id, SETTLED)
             audit.write(
                 action=audit.Action.DRIFT_RESOLVED,
                 summary=f"Resolved: {drift.description}",
@@ -253,10 +271,26 @@ def _note(
 def _purchase_of(payment: PaymentIntent, account: TokenAccount | None) -> Purchase | None:
     """Our purchase behind a payment: the one that has it, else the one that it names, if its customer is the payer."""
     by_payment = Purchase.objects.filter(stripe_payment_intent_id=payment.id).first()
-    named = payment.purchase_id
-    if by_payment or account is None or not (named.isascii() and named.isdigit() and len(named) < 19):
+    named = read_id(payment.purchase_id)
+    if by_payment or account is None or named is None:
         return by_payment
-    return Purchase.objects.filter(pk=int(named), account=account).first()
+    return Purchase.objects.filter(pk=named, account=account).first()
+
+
+def _why_over(payment: PaymentIntent) -> str:
+    """Why nobody is owed anything for a payment of another amount than agreed; empty while somebody is."""
+    if _is_returned(payment):
+        return RETURNED
+    resolved = Drift.objects.filter(kind=AMOUNT_DIFFERS, stripe_id=payment.id, resolved_at__isnull=False)
+    return SETTLED if resolved.exclude(resolution=GONE).exists() else ""
+
+
+def _end_review(purchase_id: int, message: str) -> None:
+    """Close a purchase without a credit, if it is under review; the buyer reads the message."""
+    # `paid_at` keeps that money came: auto-recharge's monthly limit counts it (law 13).
+    Purchase.objects.filter(pk=purchase_id, state=State.REVIEW).update(
+        state=State.FAILED, message=message, paid_at=F("created_at")
+    )
 
 
 def _is_returned(payment: PaymentIntent) -> bool:

@@ -12,12 +12,15 @@ the order purchase, payment, account.
 from datetime import timedelta
 
 import structlog
-from django.db import connection, transaction
+from django.db import transaction
 from django.db.models import Count, Sum
 from django.utils import timezone
 
-from accounts import audit
+from accounts import audit, roles
+from accounts.locks import lock_until_commit
 from accounts.models import User
+from accounts.refusal import Refusal
+from accounts.text import read_id
 from billing import database, gateway, ledger, notifications
 from billing.database import repeated_after_conflicts
 from billing.gateway import Dispute, Refund
@@ -51,14 +54,8 @@ RETRY_WITHIN = timedelta(hours=20)
 SWITCHES_OFF = {Kind.REFUND: "A payment of yours was refunded.", Kind.DISPUTE: "A payment of yours is disputed."}
 
 
-class RefundError(Exception):
+class RefundError(Refusal):
     """Nothing was refunded, unless `RefundUnanswered`. `message` is for the superadmin."""
-
-    http_status = 400
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        self.message = message
 
 
 class RefundNotPossible(RefundError):
@@ -173,18 +170,17 @@ def _locked_paid_purchase(payment_intent_id: str) -> Purchase | None:
 
 def _lock_payment(payment_intent_id: str) -> None:
     """Hold a payment that may have no row yet, until the end of the transaction."""
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [payment_intent_id])
+    lock_until_commit(payment_intent_id)
 
 
 def _locked_reversal(kind: str, picture: Refund | Dispute, request_id: str) -> PaymentReversal:
     """Our row of it, locked: the one of its id, else the request that it answers, else a new one without a status."""
     rows = PaymentReversal.objects.select_for_update()
-    is_number = request_id.isascii() and request_id.isdigit() and len(request_id) < 19
-    if is_number and not rows.filter(stripe_id=picture.id).exists():
+    request_pk = read_id(request_id)
+    if request_pk is not None and not rows.filter(stripe_id=picture.id).exists():
         # Metadata can be edited at Stripe. It only helps to find our row; payment and amount must be the row's.
         request = rows.filter(
-            pk=int(request_id),
+            pk=request_pk,
             kind=kind,
             stripe_id__startswith=PaymentReversal.REQUEST_PREFIX,
             stripe_payment_intent_id=picture.payment_intent_id,
@@ -367,8 +363,15 @@ def resume_requests(*, limit: int = 50) -> int:
             else:
                 _look_up(reversal)
             ended += 1
-        except RefundRefused:
+        except RefundRefused as error:
             ended += 1
+            logger.error(
+                "A refund was refused after its superadmin had gone",
+                reversal_id=reversal.pk,
+                purchase_id=reversal.purchase_id,
+                user_id=reversal.requested_by_id,
+                error=error.__cause__ or error,
+            )
         except (RefundUnanswered, gateway.GatewayError) as error:
             logger.warning(
                 "A refund was not finished",
@@ -383,7 +386,7 @@ def resume_requests(*, limit: int = 50) -> int:
 def _open_request(
     *, purchase_id: int, amount_cents: int, reason: str, requested_by_id: int, request_key: str
 ) -> PaymentReversal:
-    if not User.objects.filter(pk=requested_by_id, role=User.Role.SUPERADMIN, is_active=True).exists():
+    if roles.find_superadmin(requested_by_id) is None:
         logger.warning("A refund was refused to no superadmin", user_id=requested_by_id, purchase_id=purchase_id)
         audit.write_refusal(
             action=audit.Action.REFUND,
@@ -446,8 +449,7 @@ def _send_request(reversal: PaymentReversal) -> PaymentReversal:
             idempotency_key=f"postmate-refund-{reversal.pk}",
         )
     except gateway.GatewayRefused as error:
-        _refuse(reversal)
-        raise RefundRefused(f"Stripe refused the refund: {error.__cause__}") from error
+        raise _refuse(reversal, f"Stripe refused the refund: {error.__cause__}") from error
     except gateway.GatewayBroken as error:
         # Stripe gives this answer again under this key; whether it refunded, only its list tells.
         logger.warning(
@@ -470,15 +472,20 @@ def _look_up(reversal: PaymentReversal) -> PaymentReversal:
     for refund in gateway.list_refunds_of(reversal.stripe_payment_intent_id):
         if refund.reversal_id == str(reversal.pk):
             return apply_refund(refund)
-    _refuse(reversal)
-    raise RefundRefused("Stripe had a problem and has not refunded anything. Reload the page to ask again.")
+    raise _refuse(reversal, "Stripe had a problem and has not refunded anything. Ask again on the purchase's page.")
 
 
-def _refuse(reversal: PaymentReversal) -> None:
-    PaymentReversal.objects.filter(pk=reversal.pk, status=REQUESTED).update(status=REFUSED, updated_at=timezone.now())
+def _refuse(reversal: PaymentReversal, message: str) -> RefundRefused:
+    """Close a request, and tell who made it: they need not be at the page any more."""
+    with transaction.atomic():
+        request = PaymentReversal.objects.filter(pk=reversal.pk, status=REQUESTED)
+        if request.update(status=REFUSED, updated_at=timezone.now()):
+            notifications.refund_refused(reversal, reason=message)
+    return RefundRefused(message)
 
 
 def _unanswered() -> RefundUnanswered:
     return RefundUnanswered(
-        "Stripe did not answer. The refund is kept and finished by itself within minutes; do not ask for it again."
+        "Stripe did not answer. The refund is kept and finished by itself within minutes, and this page shows how it "
+        "ended. Do not ask for it again."
     )

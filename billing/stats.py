@@ -229,10 +229,9 @@ def _next_day(day: date, bucket: BucketName) -> date:
 
 
 def average_tokens_per_operation(account: TokenAccount) -> int | None:
-    """Billable tokens of an operation, averaged over the last 100 that succeeded; None when there was none."""
-    recent = TokenUsage.objects.filter(user_id=account.user_id, status=_Status.SUCCEEDED).order_by("-created_at")[
-        :RECENT_OPERATIONS
-    ]
+    """Billable tokens of an operation, averaged over the last 100 that were charged; None when there was none."""
+    charged = TokenUsage.objects.filter(_CHARGED, user_id=account.user_id)
+    recent = charged.order_by("-created_at")[:RECENT_OPERATIONS]
     average = TokenUsage.objects.filter(pk__in=recent.values("pk")).aggregate(average=Avg("billable_tokens"))
     return None if average["average"] is None else round(average["average"])
 

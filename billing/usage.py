@@ -183,8 +183,8 @@ def record_usage(
         is_already_done=True,
     )
     operation = priced.operation
-    if success and operation.fixed_cost_tokens is None and pools.actual_tokens == 0:
-        raise InvalidUsage("A successful text operation used at least one token.")
+    if success:
+        _require_tokens_of_text(pools, operation.fixed_cost_tokens)
     provider_cost_microusd = priced.provider_cost_microusd(pools)
     billable_tokens = operation.billable_tokens(pools) if success else 0
     try:
@@ -202,28 +202,45 @@ def record_usage(
             if not posting.is_replay:
                 return posting
         else:
-            with transaction.atomic():
-                usage = TokenUsage.objects.create(
-                    account=account,
-                    user_id=user_id,
-                    workspace_id=account.workspace_id,
-                    actual_tokens=pools.actual_tokens,
-                    charge_type=operation.charge_type,
-                    multiplier=operation.multiplier,
-                    fixed_cost_tokens=operation.fixed_cost_tokens,
-                    is_free=operation.is_free,
-                    provider_cost_microusd=provider_cost_microusd,
-                    idempotency_key=idempotency_key,
-                    completed_at=ClockTimestamp(),
-                    **requested,
-                )
-            return _outcome(usage, account, is_replay=False)
+            return _record_without_debit(account, operation, pools, provider_cost_microusd, idempotency_key, requested)
     except (IntegrityError, ledger.IdempotencyConflict):
         pass  # the same key at the same moment, perhaps at another price: compare what was asked for
     recorded = _find_recorded(account, idempotency_key)
     if recorded is None:
         raise ledger.IdempotencyConflict
     return _replay(recorded, requested)
+
+
+def _record_without_debit(
+    account: TokenAccount,
+    operation: ledger.Operation,
+    pools: TokenPools,
+    provider_cost_microusd: int,
+    idempotency_key: str,
+    requested: Mapping[str, Any],
+) -> ledger.Posting:
+    """What failed or is free: it costs nothing, so there is no ledger row. Raises IntegrityError for a used key."""
+    with transaction.atomic():
+        usage = TokenUsage.objects.create(
+            account=account,
+            user_id=account.user_id,
+            workspace_id=account.workspace_id,
+            actual_tokens=pools.actual_tokens,
+            charge_type=operation.charge_type,
+            multiplier=operation.multiplier,
+            fixed_cost_tokens=operation.fixed_cost_tokens,
+            is_free=operation.is_free,
+            provider_cost_microusd=provider_cost_microusd,
+            idempotency_key=idempotency_key,
+            completed_at=ClockTimestamp(),
+            **requested,
+        )
+    return ledger.outcome_of(account, None, usage.pk, is_replay=False)
+
+
+def _require_tokens_of_text(pools: TokenPools, fixed_cost_tokens: int | None) -> None:
+    if fixed_cost_tokens is None and pools.actual_tokens == 0:
+        raise InvalidUsage("A successful text operation used at least one token.")
 
 
 def _require_sound(pools: TokenPools, *, operation_type: str, success: bool, error_message: str) -> None:
@@ -257,51 +274,44 @@ def _replay(usage: TokenUsage, requested: Mapping[str, Any]) -> ledger.Posting:
             stored, value = json.dumps(stored, sort_keys=True), json.dumps(value, sort_keys=True)
         if stored != value:
             raise ledger.IdempotencyConflict
-    return _outcome(usage, usage.account, is_replay=True)
-
-
-def _outcome(usage: TokenUsage, account: TokenAccount, *, is_replay: bool) -> ledger.Posting:
-    entry = TokenTransaction.objects.filter(usage=usage).first() if is_replay else None
-    return ledger.Posting(
-        account_id=account.pk,
-        user_id=account.user_id,
-        amount_tokens=entry.amount if entry else 0,
-        balance_tokens=entry.balance_after if entry else account.balance,
-        reserved_tokens=account.reserved,
-        status=account.status,
-        usage_id=usage.pk,
-        transaction_id=entry.pk if entry else None,
-        is_replay=is_replay,
-    )
+    return ledger.outcome_of(usage.account, TokenTransaction.objects.filter(usage=usage).first(), usage.pk)
 
 
 def settle_reservation(
     *,
     usage_id: int,
     pools: TokenPools,
+    image_count: int | None = None,
     is_estimated: bool = False,
     duration_ms: int | None = None,
 ) -> ledger.Posting:
     """Settle what another server reserved, with what its provider counted.
 
-    Charges at most the hold (law 5); what the provider charges us comes from the catalogue. Settling twice
-    changes nothing. Raises UsageNotFound, UsageAlreadyClosed, InvalidUsage.
+    Charges at most the hold (law 5); what the provider charges us comes from the catalogue. `image_count` is how many
+    images came, when they are fewer than were reserved. Settling twice changes nothing. Raises UsageNotFound,
+    UsageAlreadyClosed, InvalidUsage.
     """
     usage = TokenUsage.objects.filter(pk=usage_id).first()
     if usage is None:
         raise ledger.UsageNotFound("There is no such operation.")
     _require_sound(pools, operation_type=usage.operation_type, success=True, error_message="")
+    if usage.status == TokenUsage.Status.RESERVED:  # else the ledger tells what became of it
+        if not usage.is_free:
+            _require_tokens_of_text(pools, usage.fixed_cost_tokens)
+        if image_count is not None and not 0 < image_count <= usage.image_count:
+            raise InvalidUsage(f"{usage.image_count:,} images were reserved: fewer may come, not none and not more.")
     price = ModelPrice.objects.filter(provider=usage.provider, model=usage.model).first()
     return ledger.settle_usage(
         usage_id=usage_id,
         pools=pools,
+        image_count=image_count,
         is_estimated=is_estimated,
         duration_ms=duration_ms,
         provider_cost_microusd=(
             catalogue.provider_cost_microusd(
                 price,
                 pools,
-                image_count=usage.image_count,
+                image_count=usage.image_count if image_count is None else image_count,
                 image_size=usage.image_size,
                 image_quality=usage.image_quality,
             )

@@ -43,10 +43,6 @@ def _on_session_payment_failed(object: Mapping[str, Any]) -> None:
 
 
 def _on_payment_intent(object: Mapping[str, Any]) -> None:
-    purchases.apply_payment_intent(gateway.read_payment_intent(object))
-
-
-def _on_payment_failed(object: Mapping[str, Any]) -> None:
     recharge.apply_payment_intent(gateway.read_payment_intent(object))
 
 
@@ -98,7 +94,7 @@ HANDLERS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "checkout.session.async_payment_failed": _on_session_payment_failed,
     "checkout.session.expired": _on_session,
     "payment_intent.succeeded": _on_payment_intent,
-    "payment_intent.payment_failed": _on_payment_failed,
+    "payment_intent.payment_failed": _on_payment_intent,
     "payment_method.detached": _on_card_detached,
     "payment_method.automatically_updated": _on_card_updated,
     "customer.updated": _on_customer_updated,

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.util import find_spec
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import psycopg
 from django.conf import settings
@@ -31,6 +31,7 @@ from django.db.migrations.recorder import MigrationRecorder
 
 from billing import ledger, verification
 from billing.database import one_snapshot
+from billing.models import RollUp
 
 NAME_PATTERN = "postmate-*.tar"
 MANIFEST, DUMP, MEDIA = "manifest.json", "database.dump", "media"
@@ -84,7 +85,7 @@ def write_backup(folder: Path, *, with_media: bool = True) -> tuple[Path, Manife
         facts = _dump_database(dump)
         media = list(_media_files(folder)) if with_media else []
         with dump.open("rb") as file:
-            dump_sha256 = _sha256(file)
+            dump_sha256 = file_digest(file, "sha256").hexdigest()
         unfinished = work / "backup.tar"
         with unfinished.open("xb") as file:
             unfinished.chmod(0o600)
@@ -126,7 +127,7 @@ def restore(path: Path, *, with_media: bool = True) -> Restored:
     _require_known_migrations(manifest)
     _require_empty_database()
     with tarfile.open(path, "r:") as archive:
-        if _sha256(_member(archive, DUMP)) != manifest.dump_sha256:
+        if file_digest(_member(archive, DUMP), "sha256").hexdigest() != manifest.dump_sha256:
             raise BackupError(f"The database in {path} is not what was written there: the file is damaged.")
         if with_media:
             _extract_media(archive)
@@ -141,9 +142,11 @@ def restore(path: Path, *, with_media: bool = True) -> Restored:
             [LEFT_OUT_IDS],
         )
         cursor.execute("ANALYZE")
-    is_older = bool(_pending_migrations())
+    is_older = bool(pending_migrations())
     if is_older:
         call_command("migrate", interactive=False, verbosity=0)
+    # Transaction ids were those of the other server: a new one is at a low number, and would wait for years.
+    RollUp.objects.update(sealing_until=None, sealing_xid=None)
     # Their operations ended long ago, here or not at all. Law 9; killed in between, beat's task does the rest.
     expired_holds = 0
     while expired := ledger.expire_reservations():
@@ -260,7 +263,7 @@ def _require_known_migrations(manifest: Manifest) -> None:
         raise BackupError(f"The backup is of a newer release ({', '.join(unknown)}). Install that one first.")
 
 
-def _pending_migrations() -> list[str]:
+def pending_migrations() -> list[str]:
     executor = MigrationExecutor(connection)
     plan = executor.migration_plan(executor.loader.graph.leaf_nodes())
     return [f"{migration.app_label}.{migration.name}" for migration, _ in plan]
@@ -299,18 +302,11 @@ def _write_archive(file: IO[bytes], dump: Path, media: list[Path], facts: dict[s
     return manifest
 
 
-def _sha256(file: IO[bytes]) -> str:
-    digest = sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
+def _member(archive: tarfile.TarFile, name: str) -> BufferedReader:
     member = archive.extractfile(name)
     if member is None:
         raise KeyError(name)
-    return member
+    return cast(BufferedReader, member)  # typeshed promises less
 
 
 def _extract_media(archive: tarfile.TarFile) -> None:

@@ -19,6 +19,8 @@ from django.contrib.staticfiles.storage import ManifestFilesMixin, staticfiles_s
 from django.core import checks
 from django.http.request import validate_host
 
+from billing import gateway
+
 # The most that docker-compose.yml gives one process: the requests that `web` answers at once, the worker's tasks.
 THREADS = 8
 
@@ -111,7 +113,7 @@ def _weakness(secret: str, *, min_length: int) -> str:
 
 @checks.register(checks.Tags.security)
 def rehearsal_takes_no_money(**options: Any) -> Iterator[checks.CheckMessage]:
-    if settings.REHEARSAL and _is_live_key(settings.STRIPE_SECRET_KEY):
+    if settings.REHEARSAL and gateway.is_live_mode():
         yield checks.Error(
             "REHEARSAL is on and STRIPE_SECRET_KEY is a live one. Every page says that no real money moves, and cards "
             "would be charged.",
@@ -123,7 +125,7 @@ def rehearsal_takes_no_money(**options: Any) -> Iterator[checks.CheckMessage]:
 @checks.register(checks.Tags.security, deploy=True)
 def stripe_keys_belong_together(**options: Any) -> Iterator[checks.CheckMessage]:
     key = settings.STRIPE_SECRET_KEY
-    if _is_live_key(key):
+    if gateway.is_live_mode():
         if settings.STRIPE_API_BASE:
             yield checks.Error(
                 "STRIPE_SECRET_KEY is a live one and STRIPE_API_BASE sends it somewhere else than to Stripe.",
@@ -179,10 +181,6 @@ def stand_ins_are_for_rehearsals(**options: Any) -> Iterator[checks.CheckMessage
                 hint="Put in the real one, or set REHEARSAL=true where no real money moves.",
                 id="postmate.E016",
             )
-
-
-def _is_live_key(key: str) -> bool:
-    return key.startswith(("sk_live_", "rk_live_"))
 
 
 def _is_of_stand_in(value: str) -> bool:
@@ -300,7 +298,7 @@ def every_thread_has_a_connection(**options: Any) -> Iterator[checks.CheckMessag
 
 @checks.register(checks.Tags.security, deploy=True)
 def files_can_be_kept_and_served(**options: Any) -> Iterator[checks.CheckMessage]:
-    if not _is_writable(Path(settings.MEDIA_ROOT)):
+    if not is_writable(Path(settings.MEDIA_ROOT)):
         yield checks.Error(
             "MEDIA_ROOT cannot be written to. Images are made and paid for at the provider, and cannot be kept.",
             hint="Give the user that runs the product a directory of its own there.",
@@ -314,7 +312,7 @@ def files_can_be_kept_and_served(**options: Any) -> Iterator[checks.CheckMessage
         )
 
 
-def _is_writable(directory: Path) -> bool:
+def is_writable(directory: Path) -> bool:
     existing = next(path for path in _upwards(directory.absolute()) if path.exists())
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 

@@ -6,7 +6,6 @@ over the network; whatever needs something that does not answer is not looked at
 
 import asyncio
 import ipaddress
-import os
 import re
 import shutil
 import sys
@@ -30,17 +29,15 @@ from django.conf import settings
 from django.core import checks
 from django.core.mail import EmailMessage, get_connection
 from django.db import connection
-from django.db.migrations.executor import MigrationExecutor
+from django.db.migrations.loader import MigrationLoader
 from django.db.models import Min
 from django.urls import reverse
 from django.utils import timezone
 from packaging.requirements import Requirement
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from accounts.models import User
 from ai_ops import providers
-from billing import finance, gateway, webhooks
+from billing import finance, gateway, redis_client, webhooks
 from billing.models import (
     Drift,
     ModelPrice,
@@ -56,6 +53,7 @@ from billing.models import (
 from billing.models.fields import Provider
 from billing.verification import verify
 from postmate import backup, metrics
+from postmate.checks import is_writable
 
 TIMEOUT_SECONDS = 5.0  # of a question over the network, where nothing else says so
 OLDEST_POSTGRESQL = 15
@@ -221,8 +219,7 @@ def disks() -> Outcomes:
 
 def images_can_be_written() -> Outcomes:
     folder = Path(settings.MEDIA_ROOT)
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if os.access(there, os.W_OK | os.X_OK):
+    if is_writable(folder):
         yield ok(f"{folder} can be written.")
     else:
         yield problem(f"{folder} cannot be written by this user.", "Give it to the user that the servers run as.")
@@ -271,22 +268,19 @@ def database_answers() -> Outcomes:
 
 
 def migrations_are_applied() -> Outcomes:
-    executor = MigrationExecutor(connection)
-    pending = [
-        f"{migration.app_label}.{migration.name}"
-        for migration, _ in executor.migration_plan(executor.loader.graph.leaf_nodes())
-    ]
+    pending = backup.pending_migrations()
     if pending:
         yield problem(
             f"{_count(len(pending), 'migration')} not applied, the first is {pending[0]}.",
             "Run `manage.py migrate`, then restart the servers.",
         )
         return
+    loader = MigrationLoader(connection)
     unknown = sorted(
         f"{app}.{name}"
-        for app, name in executor.loader.applied_migrations
-        if app in executor.loader.migrated_apps and (app, name) not in executor.loader.disk_migrations
-        if not any((app, name) in migration.replaces for migration in executor.loader.disk_migrations.values())
+        for app, name in loader.applied_migrations
+        if app in loader.migrated_apps and (app, name) not in loader.disk_migrations
+        if not any((app, name) in migration.replaces for migration in loader.disk_migrations.values())
     )
     if unknown:
         yield warning(
@@ -531,8 +525,7 @@ def books() -> Outcomes:
 
 def redis_answers() -> Outcomes:
     try:
-        with _redis() as client:
-            facts: dict[str, Any] = client.info()
+        facts: dict[str, Any] = redis_client.client().info()
     except redis.RedisError as error:
         yield problem(
             f"Redis does not answer: {_short(error)}",
@@ -558,8 +551,8 @@ def redis_answers() -> Outcomes:
 
 
 def queue() -> Outcomes:
-    with _redis() as client:
-        number = sum(int(client.llen(name)) for name in current_app.amqp.queues)
+    client = redis_client.client()
+    number = sum(int(client.llen(name)) for name in current_app.amqp.queues)
     text = f"{_count(number, 'task')} waiting."
     if number > LONG_QUEUE:
         yield warning(text, "Start more workers, or find out in their log what keeps them.")
@@ -587,8 +580,7 @@ def worker_lives() -> Outcomes:
 
 
 def beat_lives() -> Outcomes:
-    with _redis() as client:
-        stamp = client.get(metrics.BEAT_KEY)
+    stamp = redis_client.client().get(metrics.BEAT_KEY)
     seconds = time() - float(stamp) if stamp else None
     if seconds is not None and seconds < BEAT_SILENT_SECONDS:
         yield ok(f"Beat handed a task over {max(seconds, 0):.0f} s ago.")
@@ -825,12 +817,6 @@ CHECKS = (
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------------
-
-
-def _redis() -> redis.Redis:
-    return redis.Redis.from_url(
-        settings.REDIS_URL, decode_responses=True, retry=Retry(NoBackoff(), 0), **settings.REDIS_OPTIONS
-    )
 
 
 def _client() -> httpx2.Client:

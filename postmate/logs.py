@@ -114,8 +114,9 @@ class LibraryFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.startswith("django.request"):
-            # Each request has a line of ours. Only the exception behind a 500 is told by no other.
-            if not record.exc_info:
+            # Each request has a line of ours. Only the exception behind a 500 is told by no other; that behind a 403
+            # says no more than the line.
+            if not record.exc_info or record.levelno < logging.ERROR:
                 return False
             record.msg, record.args = "A request failed", ()
         elif record.name == "django.security.csrf" and isinstance(record.args, tuple) and record.args:
@@ -152,12 +153,14 @@ def request_middleware(get_response: Callable[["HttpRequest"], Any]) -> Callable
 
 
 def _begin(request: "HttpRequest") -> float:
+    from accounts.addresses import address_of  # settings read this file before there are apps
+
     named = request.headers.get(REQUEST_ID_HEADER, "")
     request_id = named if WELL_FORMED_ID.fullmatch(named) else uuid4().hex
     request.request_id = request_id  # type: ignore[attr-defined]
     # A thread serves one request after another.
     structlog.contextvars.clear_contextvars()
-    structlog.contextvars.bind_contextvars(request_id=request_id, ip=_ip_address_of(request))
+    structlog.contextvars.bind_contextvars(request_id=request_id, ip=address_of(request))
     _request.set(request)
     return time.perf_counter()
 
@@ -188,16 +191,6 @@ def _end(request: "HttpRequest", response: "HttpResponse", began: float) -> "Htt
         structlog.contextvars.clear_contextvars()
         _request.set(None)
     return response
-
-
-def _ip_address_of(request: "HttpRequest") -> str | None:
-    from allauth.account.adapter import get_adapter
-    from django.core.exceptions import PermissionDenied
-
-    try:
-        return str(get_adapter().get_client_ip(request))  # knows how many proxies to trust
-    except PermissionDenied:  # it cannot be told
-        return None
 
 
 def add_user(_: Any, __: str, event: EventDict) -> EventDict:

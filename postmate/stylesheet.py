@@ -1,6 +1,6 @@
 """`make css`: Tabler's style sheet without the rules that no page of ours can use.
 
-The whole one, static/vendor/tabler-…/tabler.min.css, has 635 kB and would hold up the first paint of every page. A rule
+The whole one, vendor/tabler-…/tabler.min.css, has 635 kB and would hold up the first paint of every page. A rule
 stays when each class of one of its selectors is a word somewhere in our templates, scripts or Python files; words, not
 class attributes, so that a class which is put together from whole names in a condition or a script is found, too. One
 that is glued together from parts (`btn-{{ size }}`) is not: write it out.
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
-WHOLE = PROJECT / "static" / "vendor" / "tabler-1.6.1" / "tabler.min.css"
+WHOLE = PROJECT / "vendor" / "tabler-1.6.1" / "tabler.min.css"
 USED = PROJECT / "static" / "css" / "tabler.css"
 OWN = PROJECT / "static" / "css" / "postmate.css"
 PAGES = ["templates/**/*.html", "templates/**/*.svg", "static/js/*.js", "accounts/*.py", "ai_ops/*.py"]
@@ -34,7 +34,7 @@ def build() -> str:
     words = _words()
     rules = list(_used_rules(_parse(COMMENT.sub("", whole)), words))
     rules = _without_unused_names(rules, words, OWN.read_text())
-    head = "/* Made by `make css` from static/vendor/tabler-1.6.1/tabler.min.css: the rules that our pages use. */\n"
+    head = "/* Made by `make css` from vendor/tabler-1.6.1/tabler.min.css: the rules that our pages use. */\n"
     return head + licence + "\n" + "\n".join(map(_text, rules)) + "\n"
 
 

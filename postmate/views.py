@@ -15,10 +15,8 @@ from django.shortcuts import redirect, render
 from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET, require_safe
 from psycopg_pool import PoolTimeout
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
-from billing import packages, system_settings
+from billing import packages, redis_client, system_settings
 from postmate import metrics, serving
 
 
@@ -88,8 +86,7 @@ def _database_answers() -> bool:
 
 def _redis_answers() -> bool:
     try:
-        with redis.Redis.from_url(settings.REDIS_URL, retry=Retry(NoBackoff(), 0), **settings.REDIS_OPTIONS) as client:
-            return bool(client.ping())
+        return bool(redis_client.client().ping())
     except redis.RedisError:
         return False
 

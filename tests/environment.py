@@ -15,13 +15,21 @@ from urllib.parse import urlsplit
 
 from postmate import embedded
 
+# The number of this process in a parallel run.
+worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+given_ports: set[int] = set()
+
 
 def free_port() -> int:
-    """Below those that the system gives to outgoing connections: none of them takes it before its server does."""
+    """Below those that the system gives to outgoing connections: none of them takes it before its server does. Nor
+    does another process of the run, for each has a range of its own; and none is given twice."""
     while True:
-        port = 12_000 + secrets.randbelow(20_000)
+        port = 12_000 + worker % 3 * 6_600 + secrets.randbelow(6_600)
+        if port in given_ports:
+            continue
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
+            given_ports.add(port)
             return port
 
 
@@ -33,7 +41,6 @@ def redis_database(url: str, number: int) -> str:
 embedded.configure_environment()
 
 # Each process of a parallel run has a Redis database of its own, and none the one of a `make run` beside them.
-worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 os.environ["REDIS_URL"] = redis_database(os.environ["REDIS_URL"], 1 + worker)
 
 STRIPE_PORT, AI_PORT, WEB_PORT = free_port(), free_port(), free_port()

@@ -13,7 +13,7 @@ from billing.models import StripeEvent
 from tests.conftest import PASSWORD
 from tests.payments import sign
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("fresh_limits")]
 
 ELSEWHERE = (
     "https://evil.example/",
@@ -22,11 +22,6 @@ ELSEWHERE = (
     "https:evil.example",
     "javascript:alert(1)",
 )
-
-
-@pytest.fixture(autouse=True)
-def _fresh_limits() -> None:
-    cache.clear()
 
 
 def event(number: int) -> bytes:
@@ -42,6 +37,7 @@ def deliver(client: Client, payload: bytes, signature: str) -> int:
     ).status_code
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_a_flood_locks_no_webhook_out(client: Client, settings: Settings) -> None:
     """Row 69: Stripe's events come from one address, and so may a flood of forged ones and of wrong calls."""
     settings.API_ANONYMOUS_CALLS_PER_MINUTE = 5
@@ -93,6 +89,7 @@ def test_another_host_is_no_host_of_ours(client: Client, alice: User, host: str)
         assert response.status_code == 400
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_a_flood_of_sign_ins_is_slowed(alice: User) -> None:
     """Row 69: from one address, whoever they pretend to be."""
     codes = [

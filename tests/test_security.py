@@ -11,13 +11,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
-import time_machine
 from allauth.account.models import EmailAddress
 from allauth.mfa.models import Authenticator
 from allauth.mfa.totp.internal.auth import (
@@ -31,7 +29,6 @@ from allauth.usersessions.models import UserSession
 from django.contrib import admin
 from django.contrib.sessions.models import Session
 from django.core import mail
-from django.core.cache import cache
 from django.core.exceptions import ImproperlyConfigured
 from django.test import Client
 from django.urls import reverse
@@ -47,12 +44,7 @@ from tests.payments import checkout_form, sign
 from tests.servers import PROJECT, Server, running_web
 from tests.test_permissions import make_things, path_of, routes
 
-pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture(autouse=True)
-def _fresh_limits() -> None:
-    cache.clear()
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("fresh_limits")]
 
 
 def sign_in(client: Client, user: User, password: str = PASSWORD) -> Any:
@@ -85,7 +77,7 @@ def test_every_secret_may_come_from_a_file(tmp_path: Path) -> None:
     environment = dict(os.environ)
     for name, (_, value) in FROM_FILES.items():
         file = tmp_path / name
-        file.write_text((", ".join(value) if isinstance(value, list) else str(value)) + "\n")
+        file.write_text((", ".join([*value, " "]) if isinstance(value, list) else str(value)) + "\n")
         environment |= {name: "", f"{name}_FILE": str(file)}  # empty, as an unused line of .env leaves it
     wanted = dict(FROM_FILES.values())
     program = (
@@ -192,7 +184,7 @@ def running_production(directory: Path, secrets: dict[str, str]) -> Iterator[tup
             DJANGO_SETTINGS_MODULE="served_settings",
             DEBUG="false",
             SITE_URL="https://tokens.postmate.test",
-            EMAIL_URL=f"filemail://{directory}/mails",
+            EMAIL_URL=f"filemail:///{directory}/mails",
             **files,
         ) as server,
     ):
@@ -329,7 +321,7 @@ def test_errors_show_no_secret(production: Server, production_log: Path, alice: 
         production.get("/api/v1/nothing", headers=HTTPS),
     ]
     assert [answer.status_code for answer in answers] == [500, 404, 400, 403, 404]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while "RuntimeError" not in production_log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -350,14 +342,14 @@ def test_an_open_balance_stream_ends_with_its_session(production: Server, alice:
     headers = {**HTTPS, "Cookie": f"sessionid={client.session.session_key}"}
     deadline = time.monotonic() + 30
     for _ in range(2):
-        with httpx2.stream("GET", f"{production.url}/live/balance/", headers=headers) as stream:
+        with httpx2.stream("GET", f"{production.url}/live/balance/", headers=headers, timeout=30) as stream:
             pieces = []
             for piece in stream.iter_text():
                 assert time.monotonic() < deadline
                 pieces.append(piece)
         assert "event: balance" in "".join(pieces)
     User.objects.filter(pk=alice.pk).update(is_active=False)
-    assert production.get("/live/balance/", headers=headers).status_code == 204
+    assert "event: signed-out" in production.get("/live/balance/", headers=headers).text
 
 
 # --- Headers --------------------------------------------------------------------------------------------------------
@@ -378,17 +370,17 @@ def missing_headers(response: Any) -> list[str]:
     return missing if is_strict else [*missing, f"Content-Security-Policy: {policy}"]
 
 
-def test_every_answer_has_the_headers(make_user: Any, alice: User, susan: User, adam: User) -> None:
+def test_every_answer_has_the_headers(alice: User, susan: User) -> None:
     """Pages, files, refusals and redirects, Django admin and allauth's pages with them."""
     own = make_things(alice, "Hello")
     kinds: dict[int, int] = {}
-    for person in (None, alice, adam, susan):
+    for person in (None, alice, susan):
         client = Client()
         if person:
             client.force_login(person)
         for address, _ in routes():
-            if address.startswith("live/"):
-                continue
+            if address.startswith("live/") or (person == susan and not address.startswith("admin/")):
+                continue  # all but the admin side is the same for her as for Alice
             for method in ("GET", "POST") if person in (None, alice) else ("GET",):
                 if address == "accounts/logout/" and method == "POST":
                     continue
@@ -396,11 +388,11 @@ def test_every_answer_has_the_headers(make_user: Any, alice: User, susan: User, 
                 assert not missing_headers(response), (person, method, address, response.status_code)
                 kinds[response.status_code] = kinds.get(response.status_code, 0) + 1
     assert {200, 302, 400, 403, 404, 405} <= set(kinds)
-    assert kinds[200] > 150
+    assert kinds[200] > 120
 
 
 def test_streams_and_faults_have_the_headers(production: Server) -> None:
-    paths = {"/live/balance/": 204, "/boom/": 500, "/nothing/": 404, "/healthz": 200, "/live/draft/": 405}
+    paths = {"/live/balance/": 200, "/boom/": 500, "/nothing/": 404, "/healthz": 200, "/live/draft/": 302}
     for path, status in paths.items():
         answer = production.get(path, headers=HTTPS)
         assert answer.status_code == status
@@ -457,6 +449,7 @@ def totp_secret(alice: User) -> str:
     return secret
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_a_password_alone_is_half_of_two_factors(client: Client, alice: User, totp_secret: str) -> None:
     answer = sign_in(client, alice)
     assert answer["Location"] == reverse("mfa_authenticate")
@@ -473,6 +466,7 @@ def test_a_password_alone_is_half_of_two_factors(client: Client, alice: User, to
     assert not is_signed_in(second)
 
 
+@pytest.mark.usefixtures("stopped_clock")
 def test_guessing_codes_is_limited(client: Client, alice: User, totp_secret: str) -> None:
     page = sign_in(client, alice)["Location"]
     for _ in range(12):
@@ -552,14 +546,7 @@ def test_a_lost_second_factor_is_removed_and_that_is_kept(alice: User, susan: Us
 # --- Limits ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def _stopped_clock() -> Iterator[None]:
-    """Limits are by the minute, and a busy machine may take one for a test."""
-    with time_machine.travel(datetime(2026, 11, 21, 12, tzinfo=UTC), tick=False):
-        yield
-
-
-@pytest.mark.usefixtures("_stopped_clock")
+@pytest.mark.usefixtures("stopped_clock")
 def test_sign_ups_from_one_address_are_limited(seeded: None) -> None:
     """Whoever collects welcome bonuses needs an address for each few."""
     fields = {"email": "nora@example.com", "password1": "short"}
@@ -569,7 +556,7 @@ def test_sign_ups_from_one_address_are_limited(seeded: None) -> None:
     assert not User.objects.exists()
 
 
-@pytest.mark.usefixtures("_stopped_clock")
+@pytest.mark.usefixtures("stopped_clock")
 def test_reset_mails_to_one_person_are_limited(alice: User) -> None:
     codes = [Client().post(reverse("account_reset_password"), {"email": alice.email}).status_code for _ in range(8)]
     assert codes == [302] * 5 + [429] * 3

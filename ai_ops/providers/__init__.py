@@ -1,8 +1,8 @@
 """The one way this project asks an AI model for text or images, whoever runs the model.
 
-Each provider has a file of its own here, the only importer of its SDK, with a `stream_text` and, where it has
-image models, a `generate_images` that speak the types below. Nothing in this package knows about balances, and
-nothing in it opens a database transaction.
+Each provider has a file of its own here, the only importer of its SDK, with a `stream_text`, a `list_models` and a
+`generate_images` that speak the types below; the last one refuses where the provider makes no images. Nothing in this
+package knows about balances, and nothing in it opens a database transaction.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import httpx2
 from django.conf import settings
@@ -146,6 +146,12 @@ def load_configured() -> None:
             importlib.import_module(module)
 
 
+def _module(provider: str) -> Any:
+    if provider not in _MODULES:
+        raise ProviderMisconfigured(provider)
+    return importlib.import_module(_MODULES[provider])
+
+
 def stream_text(
     *, provider: str, model: str, system: str, messages: Sequence[Message], max_output_tokens: int
 ) -> TextStream:
@@ -157,10 +163,7 @@ def stream_text(
     Closing the generator closes the connection, which stops the provider. Leaving a loop does not close a
     generator, so read it as `async with contextlib.aclosing(stream_text(…)) as stream`.
     """
-    if provider not in _MODULES:
-        raise ProviderMisconfigured(provider)
-    module = importlib.import_module(_MODULES[provider])
-    stream: TextStream = module.stream_text(
+    stream: TextStream = _module(provider).stream_text(
         model=model, system=system, messages=messages, max_output_tokens=max_output_tokens
     )
     return stream
@@ -174,10 +177,9 @@ async def generate_images(*, provider: str, model: str, prompt: str, size: str, 
 
     Cancelling closes the connection, which stops the provider.
     """
-    if provider not in _MODULES:
-        raise ProviderMisconfigured(provider)
-    module = importlib.import_module(_MODULES[provider])
-    images: Images = await module.generate_images(model=model, prompt=prompt, size=size, quality=quality, count=count)
+    images: Images = await _module(provider).generate_images(
+        model=model, prompt=prompt, size=size, quality=quality, count=count
+    )
     return images
 
 
@@ -186,9 +188,7 @@ async def list_models(provider: str) -> dict[str, date | None]:
 
     Raises ProviderError.
     """
-    if provider not in _MODULES:
-        raise ProviderMisconfigured(provider)
-    models: dict[str, date | None] = await importlib.import_module(_MODULES[provider]).list_models()
+    models: dict[str, date | None] = await _module(provider).list_models()
     return models
 
 

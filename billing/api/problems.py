@@ -85,13 +85,13 @@ def _document(code: str, detail: str) -> dict[str, Any]:
     return {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": code}
 
 
-def _problem(code: str, detail: str, **extra: Any) -> HttpResponse:
-    document = _document(code, detail) | extra
+def _problem(code: str, detail: str = "", **extra: Any) -> HttpResponse:
+    document = _document(code, detail or CODES[code][1]) | extra
     return HttpResponse(json.dumps(document), status=document["status"], content_type=CONTENT_TYPE)
 
 
 def not_found_problem() -> HttpResponse:
-    return _problem("not_found", "There is no such address. The API is described at /api/docs.")
+    return _problem("not_found")
 
 
 def method_problem(allowed: str) -> HttpResponse:
@@ -101,11 +101,11 @@ def method_problem(allowed: str) -> HttpResponse:
 
 
 def too_many_problem() -> HttpResponse:
-    return _problem("too_many_requests", "Too many calls in this minute. Try again when it is over.")
+    return _problem("too_many_requests")
 
 
 def unavailable_problem() -> HttpResponse:
-    response = _problem("unavailable", "Try again in a moment, with the same Idempotency-Key.")
+    response = _problem("unavailable")
     response["Retry-After"] = "1"
     return response
 
@@ -159,11 +159,11 @@ def _http_problem(request: HttpRequest, error: HttpError) -> HttpResponse:
         if request.path.startswith(PEOPLE_PATH):
             detail = "Send an API key that is neither revoked nor expired: Authorization: Bearer <key>."
         else:
-            detail = CODES["unauthorized"][1]
+            detail = ""
         response = _problem("unauthorized", detail)
         response["WWW-Authenticate"] = 'Bearer realm="billing"'
         return response
-    return _problem("invalid_json", "The body must be a JSON object in UTF-8.")  # ninja raises no other
+    return _problem("invalid_json")  # ninja raises no other
 
 
 def _too_big_problem(request: HttpRequest, error: RequestDataTooBig) -> HttpResponse:

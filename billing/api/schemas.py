@@ -194,6 +194,7 @@ class ReservationRequest(QuoteRequest, _Links):
 class SettleRequest(_Pools):
     model_config = _example(input_tokens=400, output_tokens=250, duration_ms=1800)
 
+    image_count: Annotated[int, Field(ge=1, le=usage.MAX_IMAGES, description="How many came, if fewer.")] | None = None
     is_estimated: StrictBool = False
     duration_ms: _DurationMs | None = None
 

@@ -4,7 +4,7 @@ from django.conf import settings
 from django.http import HttpRequest
 from ninja import Router, Status
 
-from billing import catalogue, ledger, tasks, usage
+from billing import after_debit, catalogue, ledger, usage
 from billing.api.access import BillingSecret
 from billing.api.problems import EVERY_BODY, refusals
 from billing.api.schemas import (
@@ -97,15 +97,15 @@ def reserve(request: HttpRequest, body: ReservationRequest, idempotency_key: Ide
 @router.post(
     "/reservations/{usage_id}/settle",
     response=Outcome,
-    openapi_extra=refusals(*EVERY_BODY, "usage_not_found", "usage_already_closed"),
+    openapi_extra=refusals(*EVERY_BODY, "invalid_usage", "usage_not_found", "usage_already_closed"),
 )
 def settle(request: HttpRequest, usage_id: AddressId, body: SettleRequest) -> Outcome:
     """Charge what the operation used, at most its hold, and give back the rest. Twice changes nothing."""
     pools = TokenPools(**body.model_dump(include=POOL_FIELDS))
     posting = usage.settle_reservation(
-        usage_id=usage_id, pools=pools, is_estimated=body.is_estimated, duration_ms=body.duration_ms
+        usage_id=usage_id, pools=pools, **body.model_dump(include={"image_count", "is_estimated", "duration_ms"})
     )
-    tasks.follow_debit(posting)
+    after_debit.follow_debit(posting)
     return Outcome.of(posting)
 
 
@@ -132,7 +132,7 @@ def record_usage(request: HttpRequest, body: UsageRequest, idempotency_key: Idem
     May leave a debt, which suspends the account. Answers 201, and 200 when this key did it before.
     """
     posting = usage.record_usage(**body.model_dump(), idempotency_key=idempotency_key)
-    tasks.follow_debit(posting)
+    after_debit.follow_debit(posting)
     return Status(200 if posting.is_replay else 201, Outcome.of(posting))
 
 

@@ -2,6 +2,8 @@ from django.conf import settings
 from django.db import models
 from django.db.models import F, Q
 
+from billing.pricing import display_price
+
 from .fields import Currency, choices_constraint, created_at_field
 
 
@@ -21,6 +23,9 @@ class TokenAccount(models.Model):
     DEBT = "debt"
     # The `status_reason` of an account that is blocked for ever, since nobody knows any more whose it was.
     ANONYMISED = "anonymised"
+
+    # Who may buy, themselves or by auto-recharge: a person's block or suspension ends it, a debt is paid by it.
+    MAY_BUY = Q(status=AccountStatus.ACTIVE) | Q(status=AccountStatus.SUSPENDED, status_reason=DEBT)
 
     user = models.OneToOneField(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="token_account")
     workspace = models.ForeignKey("accounts.Workspace", on_delete=models.PROTECT, related_name="token_accounts")
@@ -49,6 +54,9 @@ class TokenAccount(models.Model):
     auto_recharge_package = models.ForeignKey(
         "billing.TokenPricing", on_delete=models.PROTECT, null=True, blank=True, related_name="+"
     )
+    # What the owner agreed to when they saved the settings: it is never bought for more, nor with fewer tokens.
+    auto_recharge_price_cents = models.BigIntegerField(null=True, blank=True)
+    auto_recharge_package_tokens = models.BigIntegerField(null=True, blank=True)
     auto_recharge_monthly_cap_cents = models.BigIntegerField(null=True, blank=True)
     # Declines in a row, and when the next attempt may be made after one.
     auto_recharge_failures = models.SmallIntegerField(db_default=0)
@@ -88,13 +96,25 @@ class TokenAccount(models.Model):
 
     def may_operate(self, *, is_free: bool = False) -> bool:
         """Whether a new operation may start. A debt holds up only what costs something."""
-        has_debt_alone = self.status == self.Status.SUSPENDED and self.status_reason == self.DEBT
-        return self.status == self.Status.ACTIVE or (is_free and has_debt_alone)
+        return self.status == self.Status.ACTIVE or (is_free and self.has_debt)
+
+    @property
+    def may_buy(self) -> bool:
+        """The same as `MAY_BUY`, of this row."""
+        return self.status == self.Status.ACTIVE or self.has_debt
 
     @property
     def available(self) -> int:
         """Tokens that a new operation may reserve; negative while there is a debt."""
         return self.balance - self.reserved
+
+    @property
+    def auto_recharge_terms(self) -> str:
+        """What auto-recharge may buy for how much, for people; empty when nothing was agreed."""
+        if self.auto_recharge_price_cents is None or self.auto_recharge_package_tokens is None:
+            return ""
+        price = display_price(self.auto_recharge_price_cents, self.currency)
+        return f"{self.auto_recharge_package_tokens:,} tokens for {price}"
 
     def switch_auto_recharge_off(self, reason: str) -> bool:
         """Write at once that it is off and why; returns whether it was on. A charge under way comes to its end."""

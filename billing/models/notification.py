@@ -9,6 +9,7 @@ class NotificationKind(models.TextChoices):
     PURCHASE_CONFIRMED = "purchase_confirmed", "A purchase was paid"
     REFUND_APPLIED = "refund_applied", "A payment was refunded"
     REFUND_FAILED = "refund_failed", "A refund did not go through"
+    REFUND_REFUSED = "refund_refused", "A refund that you asked for was refused"
     DISPUTE_OPENED = "dispute_opened", "A payment was disputed"
     DISPUTE_CLOSED = "dispute_closed", "A dispute was decided"
     AUTO_RECHARGE_SUCCEEDED = "auto_recharge_succeeded", "Auto-recharge bought tokens"
@@ -31,6 +32,7 @@ WARNINGS = (
     Kind.AUTO_RECHARGE_SWITCHED_OFF,
     Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
     Kind.LOW_BALANCE,
+    Kind.REFUND_REFUSED,
     Kind.DISPUTE_OPENED,
     Kind.TOKENS_DEDUCTED,
     Kind.ACCOUNT_STATUS_CHANGED,

@@ -3,6 +3,7 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models
 from django.db.models import F, Q, Value
 
+from billing import database
 from billing.pricing import display_price
 
 from .fields import Currency, choices_constraint, created_at_field
@@ -119,6 +120,18 @@ class Purchase(models.Model):
     def paid_total_cents(self) -> int:
         """What the buyer paid in the end: refunds and disputes are parts of it."""
         return self.amount_cents if self.charged_cents is None else self.charged_cents
+
+    @property
+    def paid_display(self) -> str:
+        """What the buyer paid in the end, for people; zero where a promotion code took it all."""
+        return self.money(self.revenue_cents if self.charged_cents is None else self.charged_cents)
+
+    @property
+    def may_be_paid(self) -> bool:
+        """Whether Stripe may still take money for it: giving it up here does not close its page there."""
+        return self.is_pending or (
+            self.state == self.State.EXPIRED and self.expires_at is not None and self.expires_at > database.now()
+        )
 
     def money(self, cents: int) -> str:
         """An amount in the purchase's currency, for people."""

@@ -23,7 +23,7 @@ class SystemSettings(models.Model):
     tokens_per_usd = models.DecimalField(max_digits=14, decimal_places=4, default=Decimal(10_000))
     minimum_purchase_cents = models.BigIntegerField("minimum purchase (cents)", default=500)
     welcome_bonus_tokens = models.BigIntegerField(default=10_000)
-    low_balance_tokens = models.BigIntegerField("low balance below (tokens)", default=1_000)
+    low_balance_tokens = models.BigIntegerField("low balance up to (tokens)", default=1_000)
     critical_balance_tokens = models.BigIntegerField("critical balance below (tokens)", default=100)
     admin_grant_limit_tokens = models.BigIntegerField(
         "grants of an admin without approval (tokens)",

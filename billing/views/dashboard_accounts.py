@@ -17,6 +17,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from accounts import audit
 from accounts.models import AuditEntry
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
+from accounts.text import read_id
 from billing import accounts, grants, history, periods, settings_preview, system_settings
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
 from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
@@ -24,7 +25,7 @@ from billing.models.account import AccountStatus
 from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
 from billing.tables import AccountLedgerTable
-from billing.views.dashboard_lists import newest_first, number
+from billing.views.dashboard_lists import newest_first
 
 ROWS_PER_PAGE = 25
 ENTRIES_PER_PAGE = 15
@@ -181,7 +182,7 @@ def new_grant(request: SignedInRequest) -> HttpResponse:
     """Give or take tokens: find the person, say how many and why, see the new balance, confirm."""
     if request.method == "POST":
         return _grant(request)
-    user_id = number(request.GET.get("user", ""))
+    user_id = read_id(request.GET.get("user", ""))
     if user_id is not None:
         return _render_grant(request, _new_grant_form(user_id), account=_get_account(user_id))
     search = request.GET.get("search", "")
@@ -192,7 +193,7 @@ def new_grant(request: SignedInRequest) -> HttpResponse:
 
 
 def _grant(request: SignedInRequest) -> HttpResponse:
-    account = _get_account(number(request.POST.get("user_id", "")) or 0)
+    account = _get_account(read_id(request.POST.get("user_id", "")) or 0)
     form = GrantForm(request.POST)
     if not form.is_valid() or "change" in request.POST:
         return _render_grant(request, form, account=account, status=400 if form.errors else 200)
@@ -292,7 +293,7 @@ def decide_request(request: SignedInRequest, pk: int) -> HttpResponse:
 def _render_requests(
     request: SignedInRequest, *, refused: dict[str, Any] | None = None, status: int = 200
 ) -> HttpResponse:
-    before_id, only_id = number(request.GET.get("before", "")), number(request.GET.get("request", ""))
+    before_id, only_id = read_id(request.GET.get("before", "")), read_id(request.GET.get("request", ""))
     closed = GrantRequest.objects.exclude(state__in=GrantRequest.OPEN_STATES)
     waiting_requests = grants.list_open_requests()
     if only_id is not None:
@@ -345,7 +346,7 @@ def audit_log(request: SignedInRequest) -> HttpResponse:
         period = periods.read_period(request.GET, default="all")
     except periods.InvalidPeriod as error:
         return render(request, "dashboard/audit.html", context | {"period_error": error.message}, status=422)
-    before_id = number(request.GET.get("before", ""))
+    before_id = read_id(request.GET.get("before", ""))
     found = audit.find_entries(
         actor=asked["actor"],
         subject=asked["subject"],

@@ -39,7 +39,7 @@ def new_job(request: SignedInRequest) -> HttpResponse:
     found = AccountFilter(**{name: asked.get(name, "") for name in ("search", "status", "band")})
     context: dict[str, Any] = {"found": found}
     try:
-        context["count"] = bulk.count_rows(found)
+        context["count"] = accounts.filter_accounts(found).count()
     except accounts.InvalidSearch as error:
         messages.error(request, error.message)
         return redirect("dashboard:accounts")
@@ -50,17 +50,29 @@ def new_job(request: SignedInRequest) -> HttpResponse:
     context["form"] = form
     if not form.is_valid() or "change" in request.POST:
         return render(request, "dashboard/bulk_new.html", context, status=400 if form.errors else 200)
-    may_start = request.user.is_superadmin or form.cleaned_data["kind"] == BulkJob.Kind.EXPORT
-    if "confirmed" not in request.POST and may_start:
-        total_tokens = (form.cleaned_data.get("tokens") or 0) * context["count"]
-        confirmation = {"is_confirmation": True, "total_tokens": total_tokens}
-        return render(request, "dashboard/bulk_new.html", context | confirmation)
+    kind, expected_rows = form.cleaned_data["kind"], form.cleaned_data["expected_rows"]
+    is_confirmed = "confirmed" in request.POST and (kind == BulkJob.Kind.EXPORT or expected_rows is not None)
+    if not is_confirmed and bulk.may_start(request.user, kind):
+        return _confirmation(request, context)
     try:
         job = bulk.start_bulk_job(admin=request.user, filter=found, **form.cleaned_data)
+    except bulk.BulkCountChanged as error:
+        messages.error(request, error.message)
+        context["count"] = accounts.filter_accounts(found).count()
+        return _confirmation(request, context, status=error.http_status)
     except bulk.BulkError as error:
         form.add_error(None, error.message)
         return render(request, "dashboard/bulk_new.html", context, status=error.http_status)
     return redirect("dashboard:bulk-job", job.pk)
+
+
+def _confirmation(request: SignedInRequest, context: dict[str, Any], *, status: int = 200) -> HttpResponse:
+    """The question, with the number of accounts that goes back with the answer."""
+    cleaned = context["form"].cleaned_data
+    cleaned["expected_rows"] = context["count"]
+    total_tokens = (cleaned.get("tokens") or 0) * context["count"]
+    confirmation = {"is_confirmation": True, "total_tokens": total_tokens}
+    return render(request, "dashboard/bulk_new.html", context | confirmation, status=status)
 
 
 @require_http_methods(["GET", "HEAD", "POST"])

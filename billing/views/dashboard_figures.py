@@ -1,11 +1,9 @@
 """/admin/tokens/: the figures of the whole business, for admins. Each section is asked for by itself, or as a file."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
-from html import unescape
+from operator import itemgetter
 from typing import Any
 from urllib.parse import urlencode
 
@@ -13,7 +11,6 @@ from django.db.models import Min
 from django.http import Http404, HttpResponse
 from django.shortcuts import redirect, render
 from django.template.defaultfilters import date as date_text
-from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils import timezone
 from django.utils.text import capfirst
@@ -21,191 +18,37 @@ from django.views.decorators.http import require_GET
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import charts, dashboard_stats, periods, pricing, stats
-from billing.charts import BUCKET_LABELS, Chart, Table, percent
+from billing import charts, dashboard_stats, periods, stats
+from billing.charts import BUCKET_LABELS, Chart, Table
 from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
 from billing.exports import Cell, csv_lines
 from billing.models import ModelPrice, TokenAccount, TokenUsage
-from billing.pdf import GREY, Document
 from billing.periods import InvalidPeriod, Period
 from billing.stats import BucketName
+from billing.views.dashboard_content import (
+    COUNT,
+    DAYS,
+    MILLISECONDS,
+    PERCENT,
+    TOKENS,
+    USD_MICROS,
+    Amount,
+    Content,
+    DataTable,
+    Drawing,
+    Figure,
+    Unit,
+    cents_of,
+    change_text,
+    micros_of,
+)
+from billing.views.dashboard_report import render_report
 
 DEFAULT_PERIOD = "30d"
 LIVE_EVERY_SECONDS = 30
 MAX_BARS = 10
 COHORT_MONTHS = 12
-MAX_CHANGE_PERMILLE = 10_000  # beyond that a per cent tells nobody anything
 MAX_COHORT_MONTHS = 36  # beyond that the table is wider than anybody reads
-MAX_PRINTED_COLUMNS = 10  # of numbers side by side on paper; the others follow below
-
-
-# --- Figures and how they are written ---------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """How figures of a kind are written: as text for people, and as a number in a file."""
-
-    name: str  # "" where the label says it
-    text: Callable[[int], str]
-    number: Callable[[int], Cell] = int
-
-
-def _signed(value: int, text: Callable[[int], str]) -> str:
-    return f"−{text(-value)}" if value < 0 else text(value)
-
-
-def _micros_text(micros: int, currency: str) -> str:
-    """To the cent, towards zero; less than one whole to four digits, so that small costs do not look like none."""
-    symbol = pricing.display_price(0, currency).removesuffix("0.00")
-    if 0 < micros < 1_000_000:
-        return f"{symbol}0.{micros // 100:04d}" if micros >= 100 else f"< {symbol}0.0001"
-    return pricing.display_price(micros // 10_000, currency)
-
-
-def _duration_text(milliseconds: int) -> str:
-    tenths = -(-milliseconds // 100)
-    return f"{milliseconds} ms" if milliseconds < 1_000 else f"{tenths // 10:,}.{tenths % 10} s"
-
-
-def cents_of(currency: str) -> Unit:
-    return Unit(
-        currency.upper(),
-        lambda value: _signed(value, lambda cents: pricing.display_price(cents, currency)),
-        lambda value: Decimal(value) / 100,
-    )
-
-
-def micros_of(currency: str) -> Unit:
-    return Unit(
-        currency.upper(),
-        lambda value: _signed(value, lambda micros: _micros_text(micros, currency)),
-        lambda value: Decimal(value) / 1_000_000,
-    )
-
-
-COUNT = Unit("", lambda value: _signed(value, "{:,}".format))
-TOKENS = Unit("tokens", COUNT.text)
-PERCENT = Unit("%", lambda value: _signed(value, percent), lambda permille: Decimal(permille) / 10)
-MILLISECONDS = Unit("ms", _duration_text)
-DAYS = Unit("days", COUNT.text)
-USD_MICROS = micros_of("usd")
-
-
-@dataclass(frozen=True, slots=True)
-class Amount:
-    """A number of a unit; None is one that there is not."""
-
-    value: int | None
-    unit: Unit
-
-    @property
-    def text(self) -> str:
-        return "–" if self.value is None else self.unit.text(self.value)
-
-    @property
-    def number(self) -> Cell:
-        return None if self.value is None else self.unit.number(self.value)
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """A number with its name, and what it was before."""
-
-    label: str
-    now: Amount
-    before: Amount | None = None
-    tone: str = ""  # bad or warn, where somebody has to look
-    url: str = ""  # where what it counts is listed
-
-    @property
-    def change(self) -> str:
-        if self.before is None or self.before.value is None or self.now.value is None:
-            return ""
-        return change_text(self.now.value, self.before.value, self.now.unit)
-
-
-def change_text(now: int, before: int, unit: Unit) -> str:
-    """In words: by how much a figure rose or fell. A rate, what changed its sign, and what is many times what it was,
-    are named as they were."""
-    if now == before:
-        return "as before"
-    if unit is PERCENT or before <= 0 or now < 0:
-        return f"{unit.text(before)} before"
-    permille = abs(dashboard_stats.change_permille(now, before) or 0)
-    if permille >= MAX_CHANGE_PERMILLE:
-        return f"{unit.text(before)} before"
-    if not permille:
-        return "about as before"
-    # Whole per cents are enough, except for small changes.
-    amount = f"{permille // 10:,} %" if permille >= 100 else percent(permille)
-    return f"{amount} {'more' if now > before else 'less'}"
-
-
-@dataclass(frozen=True, slots=True)
-class DataTable:
-    """Numbers in rows; the first cell of each is its head. The page and the file are written from the same cells."""
-
-    title: str
-    headers: Sequence[str]
-    rows: Sequence[Sequence[str | Amount]]
-    note: str = ""
-    is_wide: bool = False  # scrolls on phones instead of standing in cards
-
-    @property
-    def table(self) -> Table:
-        return Table(self.headers, [[_text(cell) for cell in row] for row in self.rows])
-
-
-def _text(cell: str | Amount) -> str:
-    return cell if isinstance(cell, str) else cell.text
-
-
-@dataclass(frozen=True, slots=True)
-class Drawing:
-    """A chart, and the cells of its table where no other table of the section has them."""
-
-    chart: Chart
-    data: DataTable | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    """What a section shows."""
-
-    figures: Sequence[Figure] = ()
-    drawings: Sequence[Drawing] = ()
-    tables: Sequence[DataTable] = ()
-    newest_event_at: datetime | None = None  # of Stripe's
-    problem: str = ""
-    empty: str = ""  # says so where there is nothing to show
-    buckets: Sequence[tuple[BucketName, str]] = field(default=())  # that can be chosen
-    bucket: BucketName | None = None
-
-    @property
-    def data_tables(self) -> list[DataTable]:
-        return [*self.tables, *(drawing.data for drawing in self.drawings if drawing.data)]
-
-    def lines(self) -> Iterator[list[Cell]]:
-        """All its numbers, table after table, with a blank line between two of them."""
-        if self.problem:
-            yield [self.problem]
-        if self.figures:
-            yield ["Figure", "Value", "Unit", "Before"]
-            for figure in self.figures:
-                before = figure.before.number if figure.before else None
-                yield [figure.label, figure.now.number, figure.now.unit.name, before]
-        for data in self.data_tables:
-            columns = zip(*data.rows, strict=True) if data.rows else ((),) * len(data.headers)
-            units = [{cell.unit.name for cell in column if isinstance(cell, Amount)} for column in columns]
-            yield []
-            yield [data.title]
-            yield [
-                f"{header} ({min(names)})" if len(names) == 1 and min(names) not in ("", header) else header
-                for header, names in zip(data.headers, units, strict=True)
-            ]
-            for row in data.rows:
-                yield [cell if isinstance(cell, str) else cell.number for cell in row]
 
 
 # --- Spans ------------------------------------------------------------------------------------------------------------
@@ -362,24 +205,19 @@ def system(span: Span, request: SignedInRequest) -> Content:
 
 
 def models(span: Span, request: SignedInRequest) -> Content:
-    found = dashboard_stats.get_model_usage_stats(since=span.since, until=span.until)
-    earlier: dict[tuple[str, ...], UsageSums] = {}
-    if span.before:
-        sums = dashboard_stats.sum_usage(edges=list(span.before), by="model")
-        earlier = {key: each for (_, key), each in sums.items()}
+    found = dashboard_stats.get_model_usage_stats(since=span.since, until=span.until, before=span.before)
     names = {(price.provider, price.model): price.display_name for price in ModelPrice.objects.all()}
-    found = [each for each in found if each.now.operations or (each.provider, each.model) in earlier]
     if not found:
         return Content(empty="No operation ended in this period.")
     rows: list[list[str | Amount]] = []
     for each in found:
-        now, before = each.now, earlier.get((each.provider, each.model), UsageSums())
+        now = each.now
         rows.append(
             [
                 names.get((each.provider, each.model), each.model),
                 Amount(now.operations, COUNT),
                 Amount(now.billable_tokens, TOKENS),
-                _trend(now.billable_tokens, before.billable_tokens) if span.before else "–",
+                _trend(now.billable_tokens, each.before.billable_tokens) if span.before else "–",
                 Amount(now.actual_tokens, TOKENS),
                 Amount(now.multiplier_margin_permille, PERCENT),
                 Amount(now.provider_cost_microusd, USD_MICROS),
@@ -416,19 +254,37 @@ def _trend(now: int, before: int) -> str:
     return "new" if now and not before else capfirst(change_text(now, before, TOKENS))
 
 
+TYPES = dict(TokenUsage.OperationType.choices)
+
+
 def operations(span: Span, request: SignedInRequest) -> Content:
     buckets, bucket = _buckets(span, request.GET.get("by", ""))
     found = dashboard_stats.get_operation_stats(since=span.since, until=span.until, bucket=bucket)
     if not found.totals:
         return Content(empty="No operation ended in this period.", buckets=buckets, bucket=bucket)
-    types = dict(TokenUsage.OperationType.choices)
+    labels = charts.bucket_labels(found.edges, bucket)
+    trend = [
+        {type: found.trend.get((number, type), UsageSums()) for type in found.totals} for number in range(len(labels))
+    ]
     total = sum(found.totals.values(), UsageSums())
+    return Content(
+        tables=[_by_type(found, total)],
+        drawings=[
+            _operations_over_time(charts.bucket_head(bucket), labels, trend, total),
+            _time_taken(charts.bucket_head(bucket), labels, trend, total),
+        ],
+        buckets=buckets,
+        bucket=bucket,
+    )
+
+
+def _by_type(found: dashboard_stats.OperationStats, total: UsageSums) -> DataTable:
     rows: list[list[str | Amount]] = []
     for type, each in [*found.totals.items(), ("", total)]:
         latency = found.latency.get(type)
         rows.append(
             [
-                str(types.get(type, type or "All")),
+                str(TYPES.get(type, type or "All")),
                 Amount(each.operations, COUNT),
                 Amount(each.operations * 1_000 // total.operations, PERCENT),
                 Amount(each.tokens_per_operation, TOKENS),
@@ -441,35 +297,57 @@ def operations(span: Span, request: SignedInRequest) -> Content:
                 Amount(latency.p95_ms if latency else None, MILLISECONDS),
             ]
         )
-    by_type = DataTable(
+    return DataTable(
         "By operation",
         ["Operation", "Ended", "Share", "Tokens each", "Success rate", "Failure rate", "Failed", "Expired",
          "Mean time", "Median time", "95 % within"],
         rows,
         is_wide=True,
     )  # fmt: skip
-    labels = charts.bucket_labels(found.edges, bucket)
-    head = charts.bucket_head(bucket)
-    shown = list(found.totals)
-    trend = [[found.trend.get((number, type), UsageSums()) for type in shown] for number in range(len(labels))]
-    sums = [sum(row, UsageSums()) for row in trend]
+
+
+def _operations_over_time(
+    head: str, labels: Sequence[str], trend: Sequence[Mapping[str, UsageSums]], total: UsageSums
+) -> Drawing:
+    """Bars of each bucket's operations, one colour for each type."""
+    types = list(trend[0])
+    names = [str(TYPES.get(type, type)) for type in types]
+    sums = [sum(row.values(), UsageSums()) for row in trend]
     data = DataTable(
         "Operations over time",
-        [head, *(str(types.get(type, type)) for type in shown), "All", "Succeeded", "Failed", "Success rate"],
+        [head, *names, "All", "Succeeded", "Failed", "Success rate"],
         [
             [
                 label,
-                *(Amount(each.operations, COUNT) for each in row),
-                Amount(each_sum.operations, COUNT),
-                Amount(each_sum.succeeded, COUNT),
-                Amount(each_sum.failed, COUNT),
-                Amount(each_sum.success_permille, PERCENT),
+                *(Amount(row[type].operations, COUNT) for type in types),
+                Amount(each.operations, COUNT),
+                Amount(each.succeeded, COUNT),
+                Amount(each.failed, COUNT),
+                Amount(each.success_permille, PERCENT),
             ]
-            for label, row, each_sum in zip(labels, trend, sums, strict=True)
+            for label, row, each in zip(labels, trend, sums, strict=True)
         ],
         is_wide=True,
     )
-    times = DataTable(
+    most, label = max(((each.operations, label) for each, label in zip(sums, labels, strict=True)), key=itemgetter(0))
+    chart = Chart(
+        id="operations",
+        title=data.title,
+        summary=f"Bars of the operations that ended: {total.operations:,} in all, the most in {label}: {most:,}.",
+        kind="stacked",
+        labels=labels,
+        series=[(name, [row[type].operations for row in trend]) for name, type in zip(names, types, strict=True)],
+        table=data.table,
+    )
+    return Drawing(chart, data)
+
+
+def _time_taken(
+    head: str, labels: Sequence[str], trend: Sequence[Mapping[str, UsageSums]], total: UsageSums
+) -> Drawing:
+    """A line of how long each bucket's operations took."""
+    sums = [sum(row.values(), UsageSums()) for row in trend]
+    data = DataTable(
         "Time taken",
         [head, "Mean time", "Tokens each"],
         [
@@ -477,45 +355,17 @@ def operations(span: Span, request: SignedInRequest) -> Content:
             for label, each in zip(labels, sums, strict=True)
         ],
     )
-    highest = max(range(len(labels)), key=lambda number: sums[number].operations)
-    return Content(
-        tables=[by_type],
-        drawings=[
-            Drawing(
-                Chart(
-                    id="operations",
-                    title=data.title,
-                    summary=(
-                        f"Bars of the operations that ended: {total.operations:,} in all, "
-                        f"the most in {labels[highest]}: {sums[highest].operations:,}."
-                    ),
-                    kind="stacked",
-                    labels=labels,
-                    series=[
-                        (str(types.get(type, type)), [row[column].operations for row in trend])
-                        for column, type in enumerate(shown)
-                    ],
-                    table=data.table,
-                ),
-                data,
-            ),
-            Drawing(
-                Chart(
-                    id="latency",
-                    title=times.title,
-                    summary=f"A line of the mean time: {Amount(total.mean_duration_ms, MILLISECONDS).text} in all.",
-                    kind="line",
-                    labels=labels,
-                    series=[("Milliseconds", [each.mean_duration_ms for each in sums])],
-                    note="The mean of the operations that succeeded, in milliseconds.",
-                    table=times.table,
-                ),
-                times,
-            ),
-        ],
-        buckets=buckets,
-        bucket=bucket,
+    chart = Chart(
+        id="latency",
+        title=data.title,
+        summary=f"A line of the mean time: {Amount(total.mean_duration_ms, MILLISECONDS).text} in all.",
+        kind="line",
+        labels=labels,
+        series=[("Milliseconds", [each.mean_duration_ms for each in sums])],
+        note="The mean of the operations that succeeded, in milliseconds.",
+        table=data.table,
     )
+    return Drawing(chart, data)
 
 
 def customers(span: Span, request: SignedInRequest) -> Content:
@@ -524,7 +374,7 @@ def customers(span: Span, request: SignedInRequest) -> Content:
     first_month = min(span.since.date().replace(day=1), periods.add_months(last_month, 1 - COHORT_MONTHS))
     first_month = max(first_month, periods.add_months(last_month, 1 - MAX_COHORT_MONTHS))
     cohorts = dashboard_stats.get_cohorts(
-        since=periods.midnight(first_month), until=periods.midnight(periods.add_months(last_month, 1)), bucket="month"
+        since=periods.midnight(first_month), until=periods.midnight(periods.add_months(last_month, 1))
     )
     sales = dashboard_stats.get_package_sales(since=span.since, until=span.until)
     now = dashboard_stats.get_live_stats()
@@ -753,7 +603,7 @@ def export_pdf(request: SignedInRequest, name: str) -> HttpResponse:
     wanted, content, about = _exported(request, name, "PDF")
     filename = f"postmate-{name}-{timezone.localdate().isoformat()}.pdf"
     return HttpResponse(
-        _render_report(wanted, content, about),
+        render_report(name=name, title=wanted.title, about=about, content=content),
         content_type="application/pdf",
         headers={"Content-Disposition": f'attachment; filename="{filename}"'},
     )
@@ -771,59 +621,6 @@ def _exported(request: SignedInRequest, name: str, form: str) -> tuple[Section, 
         actor=request.user,
     )
     return wanted, content, about
-
-
-def _render_report(section: Section, content: Content, about: str) -> bytes:
-    written_at = timezone.localtime()
-    title = f"Dashboard: {section.title}"
-    pdf = Document(title=title, subtitle=title, written_at=written_at, orientation="landscape")
-    pdf.fact("Period", "how things stand now" if section.polls else about)
-    pdf.fact("Time zone", timezone.get_current_timezone_name())
-    pdf.fact("Written on", f"{written_at:%Y-%m-%d %H:%M}")
-    pdf.rule()
-    for words in (content.problem, content.empty):
-        if words:
-            pdf.text_line(words, size=10, height=6)
-    if content.figures:
-        befores = [figure.before.text if figure.before else "" for figure in content.figures]
-        rows = [
-            [figure.label, figure.now.text, before] for figure, before in zip(content.figures, befores, strict=True)
-        ]
-        # Only where something is compared there is a column for it.
-        columns = 3 if any(befores) else 2
-        pdf.table_of(["Figure", "Value", "Before"][:columns], [row[:columns] for row in rows])
-    for data in content.data_tables:
-        pdf.ln(6)
-        pdf.text_line(data.title, size=11, height=8, style="B")
-        if data.note:
-            pdf.text_line(data.note, size=9, height=6, colour=GREY)
-        if data.rows:
-            _print_table(pdf, data.table)
-    pdf.ln(8)
-    pdf.text_line("How this is reckoned", size=11, height=8, style="B")
-    for term, words in _definitions(section):
-        pdf.text_line(f"{term}: {words}", size=8, height=5, colour=GREY)
-    return bytes(pdf.output())
-
-
-def _print_table(pdf: Document, table: Table) -> None:
-    """Below each other what is too wide for the paper, each part with the names of the rows."""
-    for first in range(1, max(len(table.headers), 2), MAX_PRINTED_COLUMNS):
-        part = slice(first, first + MAX_PRINTED_COLUMNS)
-        if first > 1:
-            pdf.ln(3)
-        pdf.table_of(
-            [table.headers[0], *table.headers[part]], [[str(row[0]), *map(str, row[part])] for row in table.rows]
-        )
-
-
-def _definitions(section: Section) -> list[tuple[str, str]]:
-    """Each term and its meaning, as the page has them."""
-    context = {"section": section, "timed_operations": dashboard_stats.MAX_TIMED_OPERATIONS}
-    found = re.findall(
-        r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", render_to_string("dashboard/_definitions.html", context), re.DOTALL
-    )
-    return [(unescape(term), " ".join(unescape(words).split())) for term, words in found]
 
 
 def _section_or_404(name: str) -> Section:

@@ -7,6 +7,8 @@ from typing import Any
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest
 
+from accounts.text import read_id
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -48,7 +50,7 @@ def newest_first(
     chosen = request.GET.get(show, "")
     chosen = chosen if chosen in filters else ""
     rows = rows.filter(filters[chosen][1])
-    last_id = number(request.GET.get(before, ""))
+    last_id = read_id(request.GET.get(before, ""))
     last_at = None
     if last_id is not None:
         last_at = rows.filter(pk=last_id).values_list("created_at", flat=True).first()
@@ -64,11 +66,6 @@ def newest_first(
         first_url=_url(request, {before: ""}),
         next_url=_url(request, {before: str(found[limit - 1].pk)}) if len(found) > limit else "",
     )
-
-
-def number(text: str) -> int | None:
-    """An id in an address or a hidden field; anything else is none."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _url(request: HttpRequest, changes: Mapping[str, str]) -> str:

@@ -21,8 +21,8 @@ STREAM_SECONDS = 600  # then the browser asks anew, and whoever was signed out m
 async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
     user_id = await in_thread(lambda: request.user.pk)()
     if user_id is None:
-        # "No content" tells a browser to stop asking; at the sign-in page's HTML it would try again for ever.
-        return HttpResponse(status=204)
+        # At this event the page closes its stream; after any other answer it would ask again for ever.
+        return HttpResponse("event: signed-out\ndata: -\n\n", content_type="text/event-stream")
     return StreamingHttpResponse(
         _badges(user_id),
         content_type="text/event-stream",

@@ -7,6 +7,7 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
+from accounts.text import read_id
 from billing import notifications
 from billing.models.notification import NotificationKind as Kind
 
@@ -28,7 +29,7 @@ GROUPS = {
     ),
     "Your balance": (Kind.LOW_BALANCE, Kind.CRITICAL_BALANCE, Kind.GRANT_RECEIVED, Kind.TOKENS_DEDUCTED),
     "Your account": (Kind.ACCOUNT_STATUS_CHANGED,),
-    "For admins": (Kind.WEEKLY_SUMMARY,),
+    "For admins": (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED),
 }
 
 
@@ -105,5 +106,4 @@ def settings(request: SignedInRequest) -> HttpResponse:
 
 def _before_id(request: HttpRequest) -> int | None:
     """Where the page begins; anything but a number in the address is the newest page."""
-    text = request.GET.get("before", "")
-    return int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else None
+    return read_id(request.GET.get("before", ""))

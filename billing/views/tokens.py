@@ -170,7 +170,10 @@ def auto_recharge(request: SignedInRequest) -> HttpResponse:
         except ValidationError as error:
             form.add_error(None, error)
         else:
-            messages.success(request, f"Auto-recharge is {'on' if account.auto_recharge_enabled else 'off'}. Saved.")
+            is_on = account.auto_recharge_enabled
+            messages.success(
+                request, f"Saved. Auto-recharge is {f'on: {account.auto_recharge_terms}' if is_on else 'off'}."
+            )
             return _to_recharge_panel()
     return _render_home(request, recharge_form=form, status=400)
 
@@ -209,6 +212,6 @@ def confirm(request: SignedInRequest, pk: int) -> HttpResponse:
         return_url = f"{settings.SITE_URL}{reverse('tokens:confirm', args=[pk])}"
         try:
             bank_url = recharge.start_confirmation(purchase, return_url=return_url, **form.cleaned_data)
-        except gateway.GatewayError as error:
+        except (gateway.GatewayError, purchases.AccountMayNotBuy) as error:
             messages.error(request, error.message)
     return redirect(bank_url or request.path)

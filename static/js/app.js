@@ -68,6 +68,11 @@
     }
   });
 
+  // What the editor keeps of unsaved texts goes with who typed it.
+  document.addEventListener("submit", (event) => {
+    if (event.target.matches('[action="/accounts/logout/"]')) sessionStorage.clear();
+  });
+
   // ---- menus are <details>: close on Escape and on a click elsewhere --------------------------------------------
   document.addEventListener("click", (event) => {
     document.querySelectorAll("details.menu[open]").forEach((menu) => {
@@ -140,6 +145,12 @@
   document.addEventListener("htmx:responseError", (event) => requestFailed(event, wordsFor(event.detail.xhr.status)));
   document.addEventListener("htmx:sendError", (event) => requestFailed(event, OFFLINE));
   document.addEventListener("htmx:timeout", (event) => requestFailed(event, OFFLINE));
+  // Who was signed out is led to the sign-in page, which has no place inside of another.
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    if (!new URL(event.detail.xhr.responseURL, location.href).pathname.startsWith("/accounts/login/")) return;
+    event.detail.shouldSwap = false;
+    requestFailed(event, wordsFor(401));
+  });
   document.addEventListener("htmx:afterSwap", (event) => {
     event.detail.elt.closest?.("[data-quiet]")?.classList.remove("is-stale");
   });
@@ -151,6 +162,35 @@
     const drawer = target.closest("dialog");
     drawer.querySelector("[data-drawer-link]").href = pathInfo.requestPath;
     drawer.showModal();
+  });
+
+  // ---- filters: what was chosen before htmx listened ----------------------------------------------------------------
+  // `autocomplete="off"` keeps the browser from putting in what was chosen before Back, which is not this address's.
+  document.addEventListener("DOMContentLoaded", () => {
+    document.querySelectorAll('form[hx-get][hx-push-url][autocomplete="off"]').forEach((form) => {
+      const untouched = form.cloneNode(true);
+      untouched.reset();
+      const contents = (of) => new URLSearchParams(new FormData(of)).toString();
+      if (contents(form) !== contents(untouched)) form.requestSubmit();
+    });
+  });
+
+  // ---- the live balance ---------------------------------------------------------------------------------------------
+  // Over HTTP/1.1 a browser has six connections to a server, for all its tabs: only the one that is seen keeps a stream.
+  let stream = null;
+  if (window.htmx) {
+    window.htmx.createEventSource = (url) => {
+      stream?.close();
+      stream = new EventSource(url);
+      if (document.hidden) stream.close();
+      return stream;
+    };
+  }
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) stream?.close();
+    else if (stream?.readyState === EventSource.CLOSED) {
+      window.htmx.trigger("#balance", "htmx:afterProcessNode"); // at which the extension opens one
+    }
   });
 
   // The same balance again is no news: do not swap it, so that it neither flickers nor is read out twice.

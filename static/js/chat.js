@@ -51,22 +51,27 @@
       if (!event.target.matches("[data-go-on]")) return;
       event.preventDefault();
       if (isSending) return;
+      const typed = question.value;
       question.value = event.target.elements.question.value;
-      form.requestSubmit();
+      form.requestSubmit(); // reads it at once
+      question.value = typed;
     },
     true,
   );
 
-  form.addEventListener("operation:started", ({ detail }) => {
+  function begin({ detail }) {
+    if (turnUrl || !detail.result_url) return; // shown already, or the chat was deleted
     turnUrl = detail.result_url;
-    question.value = "";
+    if (question.value.trim() === asked.textContent) question.value = "";
     document.getElementById("chat-next").replaceChildren();
     if (!chatId.value) {
       chatId.value = /\/chats\/(\d+)\//.exec(turnUrl)[1];
       document.getElementById("chat-project").hidden = true;
       history.replaceState(history.state, "", turnUrl);
     }
-  });
+  }
+  form.addEventListener("operation:started", begin);
+  form.addEventListener("operation:done", begin); // without :started when it was started before
 
   form.addEventListener("operation:text", () => {
     if (isFollowing) showEnd();

@@ -1,5 +1,5 @@
-// The editor of a piece: says what is unsaved, hands the text and the selection to the operations beside it, and shows
-// their outcome. Without this file the operations work on the saved text, and a passage is pasted.
+// The editor of a piece: says what is unsaved and keeps it, hands the text and the selection to the operations beside
+// it, and shows their outcome. Without this file the operations work on the saved text, and a passage is pasted.
 (function () {
   const RUNNING_POLL_MS = 2000;
   const TYPING_PAUSE_MS = 600;
@@ -22,6 +22,8 @@
     const words = isLocked ? "Being revised. You can type again in a moment." : unsaved ? "Unsaved changes" : "";
     const state = document.getElementById("editor-state");
     if (state.textContent !== words) state.textContent = words;
+    if (!unsaved) putBackNote.hidden = true;
+    if (!isLocked) keepUnsaved(unsaved);
     text.readOnly = isLocked;
     editor.querySelector(".btn-primary").disabled = isLocked; // saving would leave the page, and stop it
     document.querySelectorAll("form[data-needs-saved]").forEach((form) => {
@@ -34,6 +36,40 @@
   function markSaved() {
     text.defaultValue = text.value;
     delete editor.dataset.isUnsaved;
+  }
+
+  // ---- what is unsaved outlives the page: whoever was signed out finds it again ---------------------------------
+  // In this tab alone, until it is saved or somebody signs out (app.js). Nobody but its author opens the piece.
+  const KEPT = `unsaved:${piece.dataset.url}`;
+  const putBackNote = document.getElementById("put-back");
+
+  function keepUnsaved(unsaved) {
+    if (!unsaved) return sessionStorage.removeItem(KEPT);
+    const base = editor.querySelector("input[name=base_number]").value;
+    try {
+      sessionStorage.setItem(KEPT, JSON.stringify({ text: text.value, saved: text.defaultValue, base }));
+    } catch {
+      // no room left: the browser still asks before the page is left
+    }
+  }
+
+  function putBack() {
+    const kept = JSON.parse(sessionStorage.getItem(KEPT));
+    if (!kept || "isUnsaved" in editor.dataset || kept.text === text.value) return;
+    if (kept.saved !== text.defaultValue) {
+      // Changed elsewhere since: saving will say so.
+      editor.dataset.isUnsaved = "";
+      text.defaultValue = kept.text;
+      setBase(kept.base);
+    }
+    text.value = kept.text;
+    putBackNote.hidden = false;
+  }
+
+  function setBase(number) {
+    document.querySelectorAll("input[name=base_number]").forEach((input) => {
+      input.value = number;
+    });
   }
 
   // ---- quotes: for the operation that is open, when the text or the passage changes ----------------------------
@@ -72,7 +108,8 @@
     clearTimeout(pollTimer);
     const turn = ++refreshes;
     const response = await fetch(piece.dataset.url, { credentials: "same-origin" }).catch(() => null);
-    if (!response?.ok || response.redirected) return pollLater(); // it will be seen the next time
+    if (!response || response.status >= 500) return pollLater(); // it will be seen the next time
+    if (!response.ok || response.redirected) return; // deleted, or signed out: what is done next will say so
     const page = new DOMParser().parseFromString(await response.text(), "text/html");
     if (turn !== refreshes) return; // a newer one is under way
     const fresh = page.getElementById("piece");
@@ -101,9 +138,7 @@
       return; // changed elsewhere under what is being typed: saving will say so
     }
     const number = fresh.elements.namedItem("base_number").value;
-    document.querySelectorAll("input[name=base_number]").forEach((input) => {
-      input.value = number;
-    });
+    setBase(number);
     showState();
     askForQuote();
   }
@@ -126,7 +161,10 @@
     isLocked = "revises" in event.target.dataset;
     showState();
   });
-  document.addEventListener("operation:started", refresh);
+  document.addEventListener("operation:started", () => {
+    if (isLocked) sessionStorage.removeItem(KEPT); // it is a version now
+    refresh();
+  });
   document.addEventListener("operation:ended", (event) => {
     // Where it was started, what had been typed was saved as a version before.
     if (isLocked && event.detail.started) markSaved();
@@ -158,6 +196,11 @@
   editor.addEventListener("submit", () => {
     isSent = true;
   });
+  putBackNote.querySelector("button").addEventListener("click", () => {
+    isSent = true;
+    sessionStorage.removeItem(KEPT);
+    window.location.reload();
+  });
   document.addEventListener("keydown", (event) => {
     if (event.key !== "s" || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault();
@@ -170,6 +213,9 @@
     isSent = false;
     showState();
   });
+
+  putBack();
+  showState(); // what was saved is kept no longer, however soon the page is left
 
   function openChoiceOfAddress() {
     const choice = document.querySelector(".choice:target");

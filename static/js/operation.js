@@ -7,7 +7,8 @@
 // A panel: [data-operation-status], [data-operation-text], [data-operation-result], [data-operation-stop], and perhaps
 //          a [data-operation-title], which shows what the form's `title` says. Hidden until something comes.
 // Events:  operation:sent, then :started, :text, :done, :failed with the stream's data, and after everything :ended with
-//          { outcome: "done" | "failed" | "stopped" | "broken" | "refused", started }. They bubble from the form.
+//          { outcome: "done" | "failed" | "stopped" | "broken" | "refused", started }, where `started` says that the
+//          operation began, now or when the form was sent before. They bubble from the form.
 (function () {
   if (!window.ReadableStream) return;
 
@@ -81,12 +82,18 @@
   }
 
   // ---- the key that makes a retry safe --------------------------------------------------------------------------
-  // Kept when the connection broke before an answer came, so that sending again cannot start a second operation.
+  // Kept when the connection broke before an answer came, so that sending again cannot start a second operation: what
+  // comes back then is the outcome of the first, as :text and :done or :failed without :started.
   function renewKey(form) {
     const bytes = crypto.getRandomValues(new Uint8Array(16));
     const key = [...bytes].map((byte) => byte.toString(16).padStart(2, "0")).join("");
     form.elements.namedItem("idempotency_key").value = key;
   }
+
+  // The page that Back brings may have the key that it was sent with before, whose operation is done.
+  window.addEventListener("pageshow", (event) => {
+    if (!event.persisted && !running.size) document.querySelectorAll("form[data-operation]").forEach(renewKey);
+  });
 
   // ---- server-sent events out of a fetch body -------------------------------------------------------------------
   async function* readEvents(body) {
@@ -153,6 +160,16 @@
     document.dispatchEvent(new CustomEvent("htmx:load", { detail: { elt: result } }));
   }
 
+  function brokeOff(form, started) {
+    if (started) {
+      say(form, "The connection ended early.");
+      showAlert(form, "The connection ended early. What was written is kept; you pay at most for that.");
+    } else {
+      say(form, "The connection failed.");
+      showAlert(form, `${window.postmate.OFFLINE} Everything you typed is still here.`);
+    }
+  }
+
   // ---- one operation --------------------------------------------------------------------------------------------
   async function refused(form, response) {
     let answer = {};
@@ -217,10 +234,6 @@
       if (name === "done" || name === "failed") outcome = name;
       resultUrl = data.result_url || resultUrl;
     }
-    if (outcome === "broken") {
-      say(form, "The connection ended early.");
-      showAlert(form, "The connection ended early. What was written is kept; you pay at most for that.");
-    }
     return { outcome, resultUrl };
   }
 
@@ -237,6 +250,7 @@
     let end = { outcome: "broken" };
     const notice = () => (started = true);
     form.addEventListener("operation:started", notice);
+    form.addEventListener("operation:done", notice); // without :started when it was started before
     running.set(place, { form, controller });
     clearErrors(form);
     emptyPanel(form);
@@ -248,13 +262,13 @@
     } catch (error) {
       if (error.name === "AbortError") {
         end = { outcome: "stopped" };
+        renewKey(form); // whoever stops and sends again wants another one
         say(form, "Stopped. You pay only for what was written until then.");
-      } else {
-        say(form, "The connection failed.");
-        showAlert(form, `${window.postmate.OFFLINE} Everything you typed is still here.`);
       }
     } finally {
       form.removeEventListener("operation:started", notice);
+      form.removeEventListener("operation:done", notice);
+      if (end.outcome === "broken") brokeOff(form, started);
       running.delete(place);
       setRunning(form, false);
       const isPanelEmpty = !inPanel(form, "text")?.textContent && !inPanel(form, "result")?.hasChildNodes();

@@ -259,6 +259,8 @@ def test_a_package_in_django_admin(client: Client, seeded: None, susan: User) ->
     assert TokenPricing.objects.get(pk=starter.pk).price_usd_cents == 1_700
     (entry,) = packages.list_changes(starter.pk).entries
     assert (entry.actor, entry.after) == (susan, {"price_usd_cents": 1_700})
+    row = "<td>price_usd_cents</td><td>1500 → 1700</td><td>susan@example.com</td>"
+    assert row in client.get(address).content.decode()
 
 
 def test_what_a_person_does_about_stripe(client: Client, susan: User) -> None:

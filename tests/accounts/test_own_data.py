@@ -14,7 +14,6 @@ from allauth.account.models import EmailAddress
 from allauth.mfa.models import Authenticator
 from allauth.usersessions.models import UserSession
 from django.contrib.admin.models import CHANGE, LogEntry
-from django.core.cache import cache
 from django.core.files.base import ContentFile
 from django.core.management import CommandError, call_command
 from django.db import connection
@@ -36,17 +35,12 @@ from tests.conftest import PASSWORD, MakeUser
 from tests.payments import begin_checkout, deliver, event_of, events_of, verify_books
 from tests.servers import StripeStandIn
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("fresh_limits")]
 
 OPERATION = ledger.Operation(
     "chat", "openai", "gpt-6-luna", multiplier=Decimal(1), metadata={"note": "about my aunt Polly"}
 )
 HER_WORD = "Polly"  # what only Alice's own words hold
-
-
-@pytest.fixture(autouse=True)
-def _fresh_limits() -> None:
-    cache.clear()
 
 
 @pytest.fixture
@@ -137,7 +131,7 @@ def test_csv_holds_no_formulas(alice: User, text: str) -> None:
     """Row 67: a text that a spreadsheet would calculate is made a text; a number stays one."""
     ledger.add_tokens(user_id=alice.pk, tokens=5, type="bonus", description=text, idempotency_key="bonus")
     ledger.deduct_tokens(user_id=alice.pk, tokens=7, operation=OPERATION, pools=TokenPools(input_tokens=7))
-    rows = list(csv.DictReader(StringIO(archive_of(alice).read("ledger.csv").decode(), newline="")))
+    rows = list(csv.DictReader(StringIO(archive_of(alice).read("ledger.csv").decode("utf-8-sig"), newline="")))
     assert [row["description"] for row in rows][1] == f"'{text}"
     assert [row["amount"] for row in rows] == ["10000", "5", "-7"]
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from allauth.mfa.models import Authenticator
 from django.core import mail
-from django.core.cache import cache
 from django.db import IntegrityError, transaction
 from django.test import Client
 from django.urls import reverse
@@ -17,13 +16,7 @@ from billing import ledger
 from billing.models import TokenAccount, TokenTransaction
 from tests.conftest import PASSWORD
 
-pytestmark = pytest.mark.django_db
-
-
-@pytest.fixture(autouse=True)
-def _fresh_limits() -> None:
-    """Sign-ins and sign-ups are limited by address and counted in the cache."""
-    cache.clear()
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("fresh_limits")]
 
 
 @pytest.fixture
@@ -265,8 +258,8 @@ def test_signed_out_header_asks_in_vain(client: Client, path: str) -> None:
 
 
 def test_signed_out_live_channel_is_told_to_stop(client: Client, db: None) -> None:
-    """A browser asks again and again, but not after "no content"."""
-    assert client.get("/live/balance/").status_code == 204
+    """A page asks again and again, but not after this event."""
+    assert client.get("/live/balance/").content.startswith(b"event: signed-out\n")
 
 
 @pytest.mark.parametrize(

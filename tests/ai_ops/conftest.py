@@ -10,7 +10,7 @@ from tests.servers import Server
 
 
 @pytest.fixture
-def books_stay_in_order(web: Server, ai: Server) -> Iterator[None]:
+def books_and_holds_stay_in_order(web: Server, ai: Server) -> Iterator[None]:
     """Whatever a test did, all laws hold after it and nothing is reserved any more."""
     yield
     assert [finding for finding in verify() if finding.violations] == []
@@ -18,5 +18,5 @@ def books_stay_in_order(web: Server, ai: Server) -> Iterator[None]:
 
 
 @pytest.fixture
-def writer(books_stay_in_order: None, alice: User, web: Server) -> Writer:
+def writer(books_and_holds_stay_in_order: None, alice: User, web: Server) -> Writer:
     return Writer(alice, web)

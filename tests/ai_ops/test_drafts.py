@@ -1,21 +1,25 @@
 """A draft over HTTP, from the form to the ledger, with each provider and each way to fail (rows 49–53, 55–60)."""
 
 import asyncio
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import timedelta
 from decimal import Decimal
-from typing import Any
+from http.client import HTTPConnection
+from typing import Any, cast
 
 import httpx2
 import pytest
-from django.db import connection
+from django.db import connection, transaction
+from django.http import StreamingHttpResponse
+from django.test import AsyncClient
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from ai_ops import operations
+from ai_ops import operations, views
 from ai_ops.metering import Finished
 from ai_ops.models import ContentPiece, Project
 from ai_ops.operations import DraftRequest, Started
@@ -29,7 +33,7 @@ from tests.conftest import MakeUser
 from tests.environment import free_port
 from tests.servers import Server
 
-pytestmark = pytest.mark.usefixtures("books_stay_in_order")
+pytestmark = pytest.mark.usefixtures("books_and_holds_stay_in_order")
 
 
 def nothing_was_written(before: tuple[int, ...]) -> bool:
@@ -204,10 +208,10 @@ def test_failed_provider_at_the_plain_form(writer: Writer) -> None:
 
 @pytest.fixture(scope="module")
 def impatient_web(_web_process: Server, django_db_blocker: Any) -> Iterator[Server]:
-    """A process that waits a second for a provider, and two for a whole answer. It has the SDKs imported before."""
+    """A process that waits two seconds for a provider, and three for an answer. It has the SDKs imported before."""
     with (
         django_db_blocker.unblock(),
-        servers.running_live(port=free_port(), AI_TIMEOUT_SECONDS="1", AI_MAX_DURATION_SECONDS="2") as process,
+        servers.running_live(port=free_port(), AI_TIMEOUT_SECONDS="2", AI_MAX_DURATION_SECONDS="3") as process,
     ):
         yield process
 
@@ -263,11 +267,11 @@ def test_open_streams_keep_no_connection(alice: User, web_of_two_connections: Se
 def test_reader_who_leaves_pays_for_what_was_written(writer: Writer, ai: Server, model: str) -> None:
     """Row 51: the provider is stopped, its text is kept and charged by our own count."""
     title = f"Left by its reader {model}"
-    with writer.open_draft(title=title, topic="Tea. [[fault:slow]]", model=model) as response:
+    with writer.open_draft(title=title, topic="Tea. [[fault:stall]]", model=model) as response:
         read = ""
         for event in events_of(response.iter_lines()):
             read += event.data.get("text", "")
-            if len(read) > 100:
+            if len(read) > 50:
                 break
     until(lambda: asked(ai, title)[0]["disconnected"])
     until(lambda: writer.usage.status != TokenUsage.Status.RESERVED)
@@ -298,6 +302,62 @@ def test_reader_who_stalls_pays_for_what_was_written(alice: User, ai: Server, se
     assert 0 < usage.billable_tokens == 10_000 - TokenAccount.objects.get(user=alice).balance
 
 
+def test_reader_who_leaves_while_tokens_are_held_pays_nothing(writer: Writer) -> None:
+    """Row 51: the hold is made in a thread, which goes on; nobody would run the operation that it is for."""
+    request = writer.http.build_request("POST", "/live/draft/", data=writer.form())
+    browser = HTTPConnection(writer.http.base_url.host, writer.http.base_url.port or 0)
+    with transaction.atomic():
+        TokenAccount.objects.select_for_update().get(user=writer.user)
+        browser.request("POST", "/live/draft/", body=request.content, headers=dict(request.headers))
+        until(somebody_waits_for_a_lock)
+        browser.close()
+        assert writer.http.get("/tokens/").status_code == 200  # by now the server has seen that they left
+    until(lambda: TokenUsage.objects.filter(status=TokenUsage.Status.FAILED).exists())
+    assert (writer.account.balance, writer.account.reserved) == (10_000, 0)
+    assert writer.piece.state == ContentPiece.State.FAILED
+
+
+def somebody_waits_for_a_lock() -> bool:
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'",
+        )
+        return cursor.fetchone() is not None
+
+
+def test_reader_hears_that_the_operation_is_still_there(
+    alice: User, ai: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy ends what is silent for a minute. Who leaves in the middle of the silence has stopped the provider."""
+    monkeypatch.setattr(views, "KEEP_ALIVE_SECONDS", 0.1)
+    client = AsyncClient()
+    client.force_login(alice)
+    form = Writer.form(title="Silent", topic="Tea. [[fault:stall]]")
+
+    parts: list[str] = []
+
+    async def read() -> None:
+        response = await client.post("/live/draft/", form, headers={"accept": "text/event-stream"})
+        async for part in cast(StreamingHttpResponse, response):
+            parts.append(part.decode())
+            if "event: text" in "".join(parts) and parts[-1] == ": still here\n\n":
+                is_silent.set()
+
+    async def leave_in_silence() -> None:
+        reader = asyncio.ensure_future(read())
+        await is_silent.wait()
+        reader.cancel()  # as Django does when the connection is closed
+        await asyncio.wait({reader})
+
+    is_silent = asyncio.Event()
+    asyncio.run(leave_in_silence())
+    assert parts[0].startswith("event: started\n")
+    until(lambda: asked(ai, "Silent")[0]["disconnected"])
+    usage = TokenUsage.objects.get()
+    assert (usage.status, usage.is_estimated) == (TokenUsage.Status.SUCCEEDED, True)
+    assert 0 < usage.billable_tokens == 10_000 - TokenAccount.objects.get(user=alice).balance
+
+
 def test_reader_who_leaves_before_the_first_word_pays_nothing(writer: Writer, ai: Server) -> None:
     """Row 51: what was produced is nothing."""
     with writer.open_draft(title="Left at once", topic="Tea. [[fault:timeout]]") as response:
@@ -314,7 +374,7 @@ def test_killed_process_charges_nothing(alice: User, web: Server, ai: Server) ->
     """Row 50: kill -9 in the middle of a stream. The hold expires and the piece is closed."""
     with servers.running_web(port=free_port()) as doomed:
         writer = Writer(alice, doomed)
-        with writer.open_draft(title="Killed", topic="Tea. [[fault:slow]]") as response:
+        with writer.open_draft(title="Killed", topic="Tea. [[fault:stall]]") as response:
             events = events_of(response.iter_lines())
             assert next(events).name == "started"
             assert next(events).name == "text"
@@ -365,7 +425,7 @@ def test_same_key_gives_the_first_result(writer: Writer, ai: Server, fault: str)
 
 def test_same_key_while_it_runs(writer: Writer, ai: Server) -> None:
     """Row 55: the second half of a double click is told that it is being written."""
-    form = writer.form(title="Double click", topic="Tea. [[fault:slow]]")
+    form = writer.form(title="Double click", topic="Tea. [[fault:stall]]")
     with writer.open_draft(**form) as response:
         events = events_of(response.iter_lines())
         assert next(events).name == "started"
@@ -384,7 +444,7 @@ def test_same_key_for_another_draft(writer: Writer, ai: Server) -> None:
     before = rows()
     answer = writer.draft(**form | {"title": "Another body"})
     assert answer.status_code == 409
-    assert "used before with other contents" in answer.refusal["message"]
+    assert "sent before, with other contents" in answer.refusal["message"]
     assert nothing_was_written(before)
     assert asked(ai, "Another body") == []
     page = writer.http.post("/live/draft/", data=form | {"title": "Another body"})
@@ -492,6 +552,36 @@ def test_model_retired_while_the_form_was_open(writer: Writer) -> None:
 # --- What changes while it runs -------------------------------------------------------------------------------------
 
 
+def test_price_that_rose_since_the_quote_is_not_charged_unseen(writer: Writer, susan: User) -> None:
+    """The page sends the price that it showed; who sends none, as without scripts, pays the price of now."""
+
+    def with_price_shown(form: dict[str, Any]) -> dict[str, Any]:
+        shown = re.findall(r'name="(quoted_\w+)"\s+value="([^"]*)"', writer.quote("draft", **form))
+        assert len(shown) == 2
+        return form | dict(shown)
+
+    form = with_price_shown(writer.form(length="short"))
+    system_settings.update_system_settings(changes={"token_multiplier": Decimal(2)}, changed_by_id=susan.pk)
+    before = rows()
+    refused = writer.draft(**form)
+    assert refused.status_code == 409
+    (tokens,) = re.findall(r"this now costs at most ([\d,]+) tokens", refused.refusal["message"])
+    assert f"{tokens} tokens</div>" in writer.quote("draft", **form)
+    assert nothing_was_written(before)
+    # Who has typed on since, or was shown the price of another model, is asked nothing.
+    agreed = with_price_shown(form)
+    assert writer.draft(**agreed | {"topic": "Much more about tea. " * 50}).last.name == "done"
+    assert (
+        writer.draft(**writer.form() | {"quoted_unit": "openai gpt-5-mini", "quoted_price": "0.1"}).last.name == "done"
+    )
+    assert writer.draft(**writer.form()).last.name == "done"
+    # A retry gets its first outcome, whatever the price is by now (law 8).
+    system_settings.update_system_settings(changes={"token_multiplier": Decimal(3)}, changed_by_id=susan.pk)
+    again = writer.draft(**agreed | {"topic": "Much more about tea. " * 50})
+    assert again.last.name == "done"
+    assert TokenUsage.objects.count() == 3
+
+
 def test_multiplier_is_a_snapshot(writer: Writer, susan: User) -> None:
     """Row 59: what applied at the beginning applies at the end."""
     with writer.open_draft(topic="Tea. [[fault:slow]]", length="short") as response:
@@ -546,6 +636,12 @@ def test_form_of_another_site_is_refused(writer: Writer, path: str) -> None:
     assert nothing_was_written(before)
 
 
-@pytest.mark.parametrize("path", ["/live/draft/", "/studio/quote/draft/"])
-def test_draft_is_posted(writer: Writer, path: str) -> None:
-    assert writer.http.get(path).status_code == 405
+def test_who_comes_from_the_sign_in_finds_the_page_of_the_form(writer: Writer) -> None:
+    assert writer.http.get("/studio/quote/draft/").status_code == 405
+    for address, page in {
+        "/live/draft/": "/studio/",
+        "/live/chat/": "/studio/chats/",
+        "/studio/content/5/save/": "/studio/content/5/",
+        "/studio/content/5/versions/2/restore/": "/studio/content/5/versions/2/",
+    }.items():
+        assert writer.http.get(address).headers["Location"] == page

@@ -22,7 +22,7 @@ from tests.ai_ops.studio import OPENAI, Answer, Writer, asked, each_provider, ev
 from tests.conftest import MakeUser
 from tests.servers import Server
 
-pytestmark = pytest.mark.usefixtures("books_stay_in_order")
+pytestmark = pytest.mark.usefixtures("books_and_holds_stay_in_order")
 
 OPENAI_IMAGES, GOOGLE_IMAGES = "openai:gpt-image-2", "google:gemini-3.1-flash-image"
 each_image_maker = pytest.mark.parametrize("model", [OPENAI_IMAGES, GOOGLE_IMAGES])
@@ -190,7 +190,7 @@ def test_failed_operation_costs_nothing_and_changes_no_text(
 
 def test_broken_off_revision_is_kept_aside(writer: Writer, draft: ContentPiece) -> None:
     """Row 51: what was written is kept and charged, but half a text does not replace a whole one."""
-    form = text_form(writer, draft, refinement="improve", wishes="[[fault:slow]]")
+    form = text_form(writer, draft, refinement="improve", wishes="[[fault:stall]]")
     with writer.open("refinement", **form) as response:
         for event in events_of(response.iter_lines()):
             if len(event.data.get("text", "")) > 5:
@@ -206,6 +206,36 @@ def test_broken_off_revision_is_kept_aside(writer: Writer, draft: ContentPiece) 
     assert writer.http.post(f"/studio/content/{draft.pk}/versions/{aside.number}/restore/").status_code == 302
     draft.refresh_from_db()
     assert draft.body == aside.body
+
+
+@each_provider
+def test_revision_that_the_provider_ended_half_way_is_kept_aside(
+    writer: Writer, draft: ContentPiece, model: str
+) -> None:
+    """Row 53: half a sentence would become the text otherwise, and be called done."""
+    form = text_form(writer, draft, refinement="improve", wishes="[[fault:half-refused]]", model=model)
+    answer = writer.run("refinement", **form)
+    assert (answer.last.name, answer.last.data["stopped_by"]) == ("done", "provider")
+    assert "The provider broke off before the text was finished." in answer.last.data["html"]
+    body = draft.body
+    draft.refresh_from_db()
+    assert draft.body == body
+    assert draft.versions.get(is_used=False).body == answer.text
+    assert 0 < writer.usage.billable_tokens == answer.last.data["billable_tokens"]
+
+
+def test_continuation_of_a_text_that_was_changed_meanwhile_is_kept_aside(writer: Writer, draft: ContentPiece) -> None:
+    ContentPiece.objects.update(topic="Tea. [[fault:slow]]")
+    with writer.open("continuation", content_id=draft.pk) as response:
+        events = events_of(response.iter_lines())
+        assert next(events).name == "started"
+        edit = {"body": "Written in another window.", "base_number": 1}
+        assert writer.http.post(f"/studio/content/{draft.pk}/save/", data=edit).status_code == 302
+        answer = "".join(event.data.get("text", "") for event in events)
+    body = draft.body
+    draft.refresh_from_db()
+    assert draft.body == "Written in another window."
+    assert draft.versions.get(is_used=False).body == body + answer
 
 
 def test_text_changed_meanwhile_is_not_overwritten(writer: Writer, draft: ContentPiece) -> None:
@@ -224,6 +254,9 @@ def test_text_changed_meanwhile_is_not_overwritten(writer: Writer, draft: Conten
     stale = writer.run("refinement", **form)
     assert stale.status_code == 409
     assert "changed in another window" in stale.refusal["message"]
+    page = writer.http.post("/live/refinement/", data=form | {"model": OPENAI, "idempotency_key": "without-scripts"})
+    assert page.status_code == 409
+    assert f'value="{form["base_number"]}" id="edit_base_number"' in page.text  # so that Save tells them, too
     page = writer.http.post(f"/studio/content/{draft.pk}/save/", data=edit | {"body": "Mine & yours"})
     assert page.status_code == 409
     assert "Mine &amp; yours" in page.text

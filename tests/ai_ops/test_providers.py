@@ -19,6 +19,7 @@ from ai_ops.providers import Images, Message, TextDelta, TextEnd, TextStream
 from billing.pricing import TokenPools
 from postmate.standins.ai import count_tokens
 from postmate.standins.ai.writing import write_article
+from tests.servers import Server
 from tests.standins.ai_server import AiServer, running_ai_standin
 
 MODELS = {"openai": "gpt-5-mini", "anthropic": "claude-haiku-5", "google": "gemini-3-flash"}
@@ -52,10 +53,14 @@ def server() -> Iterator[AiServer]:
 @pytest.fixture(autouse=True)
 def standin_settings(settings: Settings, server: AiServer) -> None:
     settings.OPENAI_API_KEY = settings.ANTHROPIC_API_KEY = settings.GOOGLE_API_KEY = "any"
-    settings.OPENAI_BASE_URL = f"{server.address}/openai/v1"
-    settings.ANTHROPIC_BASE_URL = f"{server.address}/anthropic"
-    settings.GOOGLE_GEMINI_BASE_URL = f"{server.address}/google"
+    send_to(server.address, settings)
     settings.AI_TIMEOUT_SECONDS = settings.AI_IMAGE_TIMEOUT_SECONDS = 10.0
+
+
+def send_to(address: str, settings: Settings) -> None:
+    settings.OPENAI_BASE_URL = f"{address}/openai/v1"
+    settings.ANTHROPIC_BASE_URL = f"{address}/anthropic"
+    settings.GOOGLE_GEMINI_BASE_URL = f"{address}/google"
 
 
 @dataclass(slots=True)
@@ -228,7 +233,7 @@ def test_silence_times_out_and_stops_the_provider(
     server: AiServer, settings: Settings, provider: str, fault: str, has_deltas: bool
 ) -> None:
     """Row 53."""
-    settings.AI_TIMEOUT_SECONDS = 0.5
+    settings.AI_TIMEOUT_SECONDS = 2
     prompt = f"[[fault:{fault}]] {provider} keeps silent"
     outcome = run(provider, prompt)
 
@@ -239,9 +244,10 @@ def test_silence_times_out_and_stops_the_provider(
 
 
 @each_provider
-def test_slow_answers_do_not_time_out(settings: Settings, provider: str) -> None:
-    """The time-out is the wait for the next piece, not for the whole answer."""
-    settings.AI_TIMEOUT_SECONDS = 0.15
+def test_slow_answers_do_not_time_out(settings: Settings, ai: Server, provider: str) -> None:
+    """The time-out is the wait for the next piece, not for the whole answer, which takes three seconds here."""
+    send_to(ai.url, settings)
+    settings.AI_TIMEOUT_SECONDS = 2
     outcome = run(provider, "[[fault:slow]] about tea")
 
     assert outcome.end is not None
@@ -286,11 +292,11 @@ def test_cancelling_stops_the_provider(server: AiServer, provider: str, fault: s
 
 @each_provider
 def test_nobody_listening_is_unavailable(settings: Settings, provider: str) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    settings.OPENAI_BASE_URL = settings.ANTHROPIC_BASE_URL = settings.GOOGLE_GEMINI_BASE_URL = address
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        send_to(f"http://127.0.0.1:{deaf.getsockname()[1]}", settings)
 
-    assert type(run(provider, "about tea").error) is providers.ProviderUnavailable
+        assert type(run(provider, "about tea").error) is providers.ProviderUnavailable
 
 
 @each_provider

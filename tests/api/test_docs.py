@@ -42,7 +42,7 @@ def shape(value: Any) -> Any:
 
 
 def run_quietly(script: str, environment: dict[str, str]) -> str:
-    script = script.replace("curl ", "curl --silent --show-error --max-time 20 ", 1)
+    script = script.replace("curl ", "curl --silent --show-error --max-time 60 ", 1)
     command = [str(shutil.which("bash")), "-euo", "pipefail", "-c", script]
     return subprocess.run(command, env=environment, capture_output=True, check=True, text=True).stdout
 

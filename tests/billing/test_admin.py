@@ -1,6 +1,9 @@
 """Django admin: for superadmins alone, and what moved tokens or money cannot be changed there."""
 
+import json
+from datetime import date
 from decimal import Decimal
+from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -182,12 +185,35 @@ def test_nobody_else_gets_in(
             assert response["Location"].startswith(reverse("admin:login"))
 
 
+class HiddenInitials(HTMLParser):
+    """What the page carries along of the values that its form was opened with."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.values: dict[str, str] = {}
+        self.feed(answer.content.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        fields = dict(attrs)
+        name = fields.get("name") or ""
+        if tag == "input" and name.startswith("initial-"):
+            self.values[name] = fields.get("value") or ""
+
+
+def filled_in(superadmin: Client, row: models.Model) -> dict[str, Any]:
+    """The form of a row as it was opened just now."""
+    answer = superadmin.get(page(type(row), "change", row.pk))
+    form = answer.context["adminform"].form
+    return {name: form[name].value() for name in form.fields} | HiddenInitials(answer).values
+
+
+def send(superadmin: Client, row: models.Model, fields: dict[str, Any]) -> Any:
+    data = {name: value for name, value in fields.items() if value is not None and value is not False}
+    return superadmin.post(page(type(row), "change", row.pk), data)
+
+
 def edit(superadmin: Client, row: models.Model, **changes: Any) -> Any:
-    address = page(type(row), "change", row.pk)
-    form = superadmin.get(address).context["adminform"].form
-    fields = {name: form[name].value() for name in form.fields}
-    data = {name: value for name, value in (fields | changes).items() if value is not None and value is not False}
-    return superadmin.post(address, data)
+    return send(superadmin, row, filled_in(superadmin, row) | changes)
 
 
 def test_setting_change_is_kept(superadmin: Client, susan: User) -> None:
@@ -219,6 +245,7 @@ def test_setting_change_is_kept(superadmin: Client, susan: User) -> None:
         ("welcome_bonus_tokens", str(2**63)),
         ("welcome_bonus_tokens", "1\x002"),
         ("minimum_purchase_cents", "0"),
+        ("dalle3_cost_tokens", "0"),
         ("low_balance_tokens", "1"),  # below the critical one
     ],
 )
@@ -243,6 +270,47 @@ def test_package_and_price_are_edited(superadmin: Client) -> None:
     assert edit(superadmin, price, image_cost_tokens='{"1024x1024/hd": 9000}').status_code == 302
     price.refresh_from_db()
     assert price.image_cost_tokens == {"1024x1024/hd": 9_000}
+
+
+@pytest.mark.parametrize(
+    ("model", "theirs", "mine"),
+    [
+        (
+            SystemSettings,
+            {"token_multiplier": Decimal("2.5000"), "billing_enabled": False},
+            {"low_balance_tokens": 2_000},
+        ),
+        (TokenPricing, {"price_usd_cents": 1_600, "is_active": False, "features": ["New"]}, {"name": "Beginner"}),
+        (
+            ModelPrice,
+            {"input_usd_per_million": Decimal("9.500000"), "retired_on": date(2027, 1, 1), "replacement": "gpt-7"},
+            {"display_name": "Renamed"},
+        ),
+    ],
+)
+def test_form_that_was_opened_before_another_save(
+    superadmin: Client, model: type[models.Model], theirs: dict[str, Any], mine: dict[str, Any]
+) -> None:
+    """It writes what was changed in it, and takes nothing back that was changed meanwhile."""
+    system_settings.get_system_settings()
+    row = model._default_manager.all()[0]
+    fields = filled_in(superadmin, row)
+    typed = {name: json.dumps(value) if isinstance(value, list) else value for name, value in theirs.items()}
+    assert edit(superadmin, row, **typed).status_code == 302
+    assert send(superadmin, row, fields | mine).status_code == 302
+    assert model._default_manager.filter(pk=row.pk).values(*theirs, *mine).get() == theirs | mine
+
+
+def test_price_that_stripe_does_not_know(superadmin: Client) -> None:
+    """A new amount beside the id of Stripe's old price would charge the old one."""
+    package = TokenPricing.objects.get(name="Starter")
+    assert edit(superadmin, package, stripe_price_id_usd="price_old").status_code == 302
+    answer = edit(superadmin, package, price_usd_cents="1600")
+    assert "This Stripe price has the old amount" in answer.content.decode()
+    for price_id in ("price_new", ""):
+        assert edit(superadmin, package, price_usd_cents="1600", stripe_price_id_usd=price_id).status_code == 302
+    package.refresh_from_db()
+    assert (package.price_usd_cents, package.stripe_price_id_usd) == (1_600, "")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,18 @@ def test_a_form_sent_twice_is_one_job(susan: User, team: list[User]) -> None:
     assert BulkJob.objects.count() == 1
 
 
+def test_no_more_accounts_than_were_confirmed(susan: User, team: list[User], make_user: MakeUser) -> None:
+    """Somebody signs up between the question and the answer; a form sent twice asks for nothing anew."""
+    job = start(susan, expected_rows=7)
+    make_user("team-7")
+    assert start(susan, expected_rows=7) == job
+    for kind in ("grant", "suspend"):
+        with pytest.raises(bulk.BulkCountChanged, match="confirmed 7 accounts, and by now 8 match"):
+            start(susan, kind, expected_rows=7, request_key=f"form-{kind}")
+    assert BulkJob.objects.count() == 1
+    assert bulk.progress(start(susan, "export", expected_rows=7, request_key="form-2")).total == 8
+
+
 def test_rows_that_a_dead_worker_left_are_done_once(
     susan: User, team: list[User], monkeypatch: pytest.MonkeyPatch
 ) -> None:

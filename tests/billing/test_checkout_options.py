@@ -1,6 +1,7 @@
 """Custom amounts, currencies, the options of the payment page, and receipts."""
 
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from django.test import Client
@@ -8,8 +9,8 @@ from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, packages, system_settings, tasks
-from billing.models import Purchase, TokenAccount, TokenPricing
+from billing import ledger, packages, purchases, system_settings, tasks
+from billing.models import Notification, Purchase, TokenAccount, TokenPricing
 from tests.payments import begin_checkout, checkout_form, deliver, verify_books
 from tests.servers import StripeStandIn
 
@@ -106,6 +107,25 @@ def test_the_first_payment_fixes_the_currency(buyer: Client, stripe: StripeStand
     assert Purchase.objects.count() == 1
 
 
+def test_two_tabs_in_two_currencies(
+    buyer: Client, stripe: StripeStandIn, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other tab buys after this one's currency was accepted and before its purchase is there: one is opened."""
+    packages.update_package(TokenPricing.objects.get(name="Starter").pk, price_eur_cents=1_400)
+    other_tab, open_purchase = Client(), purchases._open_purchase
+    other_tab.force_login(alice)
+
+    def open_after_the_other_tab(*arguments: Any) -> Any:
+        monkeypatch.setattr(purchases, "_open_purchase", open_purchase)
+        begin_checkout(other_tab, checkout_form("Pro", currency="usd"))
+        return open_purchase(*arguments)
+
+    monkeypatch.setattr(purchases, "_open_purchase", open_after_the_other_tab)
+    answer = buyer.post(reverse("tokens:checkout"), checkout_form(currency="eur"), follow=True)
+    assert "Your currency was changed in another window." in answer.content.decode()
+    assert Purchase.objects.get().currency == TokenAccount.objects.get().currency == "usd"
+
+
 def test_changed_price_closes_the_page_that_was_open(buyer: Client, stripe: StripeStandIn) -> None:
     """The old page cannot be paid by mistake beside the new one."""
     starter = TokenPricing.objects.order_by("sort_order")[0]
@@ -119,9 +139,26 @@ def test_changed_price_closes_the_page_that_was_open(buyer: Client, stripe: Stri
     assert new.state == "paid"
 
 
-@pytest.mark.parametrize(("code", "spent_cents"), [("SAVE20", 1_200), ("FREE100", 0)])
+def test_closed_pages_fix_no_currency(buyer: Client, stripe: StripeStandIn, alice: User) -> None:
+    """Closed before their time, for a newer one or by hand, they are over for us, too."""
+    old = begin_checkout(buyer)
+    packages.update_package(old.package_id or 0, price_usd_cents=1_600)
+    purchases.close_checkout(begin_checkout(buyer))
+    assert list(Purchase.objects.values_list("state", flat=True)) == ["expired"] * 2
+    assert purchases.why_currency_is_fixed(ledger.get_account(user_id=alice.pk)) == ""
+
+
+@pytest.mark.parametrize(("code", "spent_cents", "paid"), [("SAVE20", 1_200, "$12.00"), ("FREE100", 0, "$0.00")])
 def test_promotion_code_is_our_discount(
-    buyer: Client, stripe: StripeStandIn, settings: Settings, alice: User, code: str, spent_cents: int
+    buyer: Client,
+    stripe: StripeStandIn,
+    settings: Settings,
+    alice: User,
+    adam: User,
+    client: Client,
+    code: str,
+    spent_cents: int,
+    paid: str,
 ) -> None:
     """7: less is paid, or nothing, and the tokens of the package come all the same, once."""
     settings.STRIPE_PROMOTION_CODES = True
@@ -138,6 +175,14 @@ def test_promotion_code_is_our_discount(
     account = ledger.get_account(user_id=alice.pk)
     assert (account.balance, account.lifetime_spent_cents) == (160_000, spent_cents)
     verify_books()
+    # Wherever it says what was paid.
+    assert f"You paid {paid}." in buyer.get(reverse("tokens:success", args=[purchase.pk])).content.decode()
+    notice = Notification.objects.get(kind="purchase_confirmed")
+    assert f"You paid {paid} for" in notice.body
+    assert ["Paid", paid] in notice.context["facts"]
+    client.force_login(adam)
+    page = client.get(reverse("dashboard:purchase", args=[purchase.pk])).content.decode()
+    assert f"<dd>{paid}</dd>" in page
 
 
 def test_tax_and_invoices_are_asked_for(buyer: Client, stripe: StripeStandIn, settings: Settings) -> None:

@@ -358,7 +358,7 @@ def test_what_was_not_previewed_is_not_saved(as_person: AsPerson, susan: User) -
 @pytest.mark.parametrize(
     ("changed", "field"),
     [({"token_multiplier": value}, "token_multiplier") for value in ("0", "-1", "NaN", "1e400", "１", "x", "")]
-    + [({"dalle3_cost_tokens": value}, "dalle3_cost_tokens") for value in ("-1", "1.5", str(2**63), "")]
+    + [({"dalle3_cost_tokens": value}, "dalle3_cost_tokens") for value in ("-1", "0", "1.5", str(2**63), "")]
     + [({"minimum_purchase_cents": value}, "minimum_purchase_cents") for value in ("0", "-1", "1.005", "")]
     + [({"critical_balance_tokens": "1001"}, "critical_balance_tokens")],
 )
@@ -396,9 +396,14 @@ def test_a_bulk_grant_is_confirmed_started_once_and_told_of(
     page = client.post(path, form)
     assert page.context["count"] == TokenAccount.objects.count() == 3
     assert "150 tokens" in page.content.decode()
+    for unconfirmed in ({}, {"expected_rows": "2"}):  # without a number, and with that of before bob signed up
+        page = client.post(path, form | {"confirmed": "yes"} | unconfirmed)
+        assert '<input type="hidden" name="expected_rows" value="3">' in page.content.decode()
+    assert page.status_code == 409
+    assert "you confirmed 2 accounts, and by now 3 match" in page.content.decode()
     assert not BulkJob.objects.exists()
     for _ in range(2):
-        response = client.post(path, form | {"confirmed": "yes"})
+        response = client.post(path, form | {"confirmed": "yes", "expected_rows": "3"})
     job = BulkJob.objects.get()
     assert response["Location"] == reverse("dashboard:bulk-job", args=[job.pk])
     bulk.run_bulk_job(job_id=job.pk)
@@ -433,7 +438,8 @@ def test_an_admin_exports_many_accounts_and_nothing_else(as_person: AsPerson, ad
 def test_a_bulk_job_is_cancelled(as_person: AsPerson, susan: User, alice: User) -> None:
     client = as_person(susan)
     client.post(
-        reverse("dashboard:new-bulk-job"), bulk_form(kind="suspend", reason="A test", search="alice", confirmed="yes")
+        reverse("dashboard:new-bulk-job"),
+        bulk_form(kind="suspend", reason="A test", search="alice", confirmed="yes", expected_rows="1"),
     )
     job = BulkJob.objects.get()
     client.post(reverse("dashboard:bulk-job", args=[job.pk]))

@@ -17,17 +17,17 @@ from django.utils import timezone
 from accounts.models import AuditEntry, User
 from billing import dashboard_stats, periods
 from billing.models import LedgerHour, TokenAccount
-from billing.views.dashboard_figures import (
+from billing.views.dashboard_content import (
     COUNT,
     MILLISECONDS,
     PERCENT,
-    SECTIONS,
     USD_MICROS,
     Amount,
     Figure,
     cents_of,
     change_text,
 )
+from billing.views.dashboard_figures import SECTIONS
 from tests.billing.test_rollups import invent_history, roll_up_until
 
 pytestmark = pytest.mark.django_db

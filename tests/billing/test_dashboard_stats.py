@@ -150,7 +150,6 @@ def test_system_figures(history: datetime) -> None:
         assert each.sales_cents == sum(sale.paid_cents for sale in sales)
         assert each.discount_cents == sum(sale.discount_cents for sale in sales)
         assert each.refunded_cents == -entries.get(("refund", each.currency), LedgerSums()).paid_cents
-        assert each.average_sale_cents == each.sales_cents // each.sales
     granted = [sums.tokens for (type, _), sums in entries.items() if type in ("bonus", "admin_grant")]
     assert found.granted_tokens == sum(granted)
     span = {"created_at__gte": since, "created_at__lt": until}
@@ -164,7 +163,6 @@ def test_system_figures(history: datetime) -> None:
     cost = -(-found.usage.provider_cost_microusd * sum(sums.tokens for sums in usd) // sold)
     assert found.recognised_micros["usd"] == recognised
     assert found.real_margin_microusd == recognised - cost
-    assert 0 < found.rate.usd_share_permille < 1_000
     charged = plain_usage(since, until)
     margin = (charged.billable_tokens - charged.charged_actual_tokens) * 1_000 // charged.billable_tokens
     assert found.usage.multiplier_margin_permille == margin
@@ -176,7 +174,7 @@ def test_models_now_and_before(history: datetime) -> None:
     until = midnight(timezone.now().astimezone(zone).date() + timedelta(days=1), zone)
     since = midnight(until.date() - timedelta(days=20), zone)
     before = midnight(until.date() - timedelta(days=40), zone)
-    found = dashboard_stats.get_model_usage_stats(since=since, until=until)
+    found = dashboard_stats.get_model_usage_stats(since=since, until=until, before=(before, since))
     assert len(found) > 3
     for each in found:
         assert each.now == plain_usage(since, until, provider=each.provider, model=each.model)
@@ -315,32 +313,13 @@ def test_an_empty_database_has_figures_too() -> None:
     found = dashboard_stats.get_token_stats(**span)
     assert (found.usage, found.revenue, found.real_margin_microusd) == (UsageSums(), [], 0)
     assert found.usage.success_permille is None
-    assert dashboard_stats.get_model_usage_stats(**span) == []
+    assert dashboard_stats.get_model_usage_stats(since=span["since"], until=span["until"]) == []
     assert dashboard_stats.get_operation_stats(since=span["since"], until=span["until"]).totals == {}
     assert dashboard_stats.get_cohorts(since=span["since"], until=span["until"]) == []
     assert dashboard_stats.get_package_sales(**span) == []
     assert dashboard_stats.get_live_stats().average_balance_tokens is None
     [row] = dashboard_stats.liability_roll_forward(edges=list(span.values()))
     assert row.closing_tokens == 0
-
-
-def test_the_span_before_has_as_many_days() -> None:
-    """Also across the change of the clock, when one of its days has 23 hours."""
-    zone = ZoneInfo("Europe/Berlin")
-    since, until = datetime(2026, 4, 1, tzinfo=zone), datetime(2026, 5, 1, tzinfo=zone)
-    before = dashboard_stats.span_before(since=since, until=until)
-    assert before == (datetime(2026, 3, 2, tzinfo=zone), since)
-    seconds = dashboard_stats.span_before(since=since + timedelta(hours=5), until=since + timedelta(hours=9))
-    assert seconds == (since + timedelta(hours=1), since + timedelta(hours=5))
-
-
-def test_compare_asks_for_both_spans() -> None:
-    zone = ZoneInfo("UTC")
-    since, until = datetime(2026, 4, 8, tzinfo=zone), datetime(2026, 4, 15, tzinfo=zone)
-    found = dashboard_stats.compare(lambda since, until, days: (since, until + days), since=since, until=until,
-                                    days=timedelta(days=1))  # fmt: skip
-    assert found.now == (since, until + timedelta(days=1))
-    assert found.before == (since - timedelta(days=7), since + timedelta(days=1))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +330,7 @@ def test_change_in_thousandths(now: int, before: int, change: int | None) -> Non
 
 
 def test_refunds_and_disputes_of_a_span(history: datetime) -> None:
-    """Those whose money is, or may be, gone."""
+    """Those whose money is, or may be, gone; not those of another product on the same Stripe account (row 18)."""
     purchase = Purchase.objects.filter(state="paid").first()
     assert purchase is not None
     intent = purchase.stripe_payment_intent_id
@@ -363,6 +342,11 @@ def test_refunds_and_disputes_of_a_span(history: datetime) -> None:
         PaymentReversal.objects.create(
             kind=kind, status=status, stripe_id=f"x{number}", stripe_payment_intent_id=intent, purchase=purchase,
             amount_cents=1, currency=purchase.currency,
+        )  # fmt: skip
+    for kind, status in (("refund", "succeeded"), ("dispute", "lost")):
+        PaymentReversal.objects.create(
+            kind=kind, status=status, stripe_id=f"other-{kind}", stripe_payment_intent_id="pi_other", amount_cents=1,
+            currency="usd",
         )  # fmt: skip
     after = dashboard_stats.get_token_stats(since=timezone.now() - HOUR, until=timezone.now() + HOUR)
     assert (after.refunds - before.refunds, after.disputes - before.disputes) == (1, 1)

@@ -27,7 +27,7 @@ from pytest_django.fixtures import Settings
 from accounts.models import AuditEntry, User
 from billing import dashboard_stats, finance, tasks
 from billing.dashboard_stats import LiabilityDoesNotBalance
-from billing.models import LedgerHour, PaymentReversal, TokenAccount, TokenTransaction, TokenUsage
+from billing.models import LedgerHour, PaymentReversal, Purchase, TokenAccount, TokenTransaction, TokenUsage
 from billing.periods import midnight
 from tests.billing.test_initialize_accounts import DEADLINE_SECONDS, database_url, is_somebody_waiting_for_a_lock
 from tests.billing.test_rollups import invent_history, roll_up_until
@@ -226,12 +226,18 @@ def test_killed_half_way_leaves_no_half_file(media: Path, yesterday: date) -> No
 @pytest.mark.django_db
 @pytest.mark.parametrize("sign", ["=", "+", "-", "@", "\t", "\r"])
 def test_no_cell_is_a_formula(alice: User, yesterday: date, sign: str) -> None:
-    """Row 67."""
+    """Row 67. A refund of another product on the same Stripe account is not listed (row 18)."""
     at = timezone.now() - DAY
-    PaymentReversal.objects.create(
-        kind="refund", stripe_id="re_1", stripe_payment_intent_id="pi_1", amount_cents=5, currency="usd",
-        status="succeeded", reason=f"{sign}1+1", created_at=at,
+    account = TokenAccount.objects.get(user=alice)
+    purchase = Purchase.objects.create(
+        account=account, user=alice, workspace=account.workspace, kind="checkout", package_name="Starter", tokens=1,
+        amount_cents=5, currency="usd",
     )  # fmt: skip
+    for number, of in enumerate((purchase, None), start=1):
+        PaymentReversal.objects.create(
+            kind="refund", stripe_id=f"re_{number}", stripe_payment_intent_id=f"pi_{number}", amount_cents=5,
+            currency="usd", status="succeeded", reason=f"{sign}1+1", created_at=at, purchase=of,
+        )  # fmt: skip
     with ZipFile(finance.export_day(yesterday)) as archive:
         text = archive.read("reversals.csv").decode("utf-8-sig")
     rows = list(csv.DictReader(StringIO(text, newline="")))

@@ -79,6 +79,7 @@ def tell_everything(user: User) -> None:
     purchase = make_purchase(user, package_name=NASTY)
     recharge = make_purchase(user, kind="auto_recharge", package_name=NASTY, message=f"Declined by {NASTY}")
     refund, dispute = make_reversal(purchase), make_reversal(purchase, kind="dispute", stripe_id="dp_1")
+    refused = make_reversal(purchase, status="refused", requested_by=user)
     notifications.purchase_confirmed(purchase)
     notifications.auto_recharge_succeeded(recharge)
     notifications.auto_recharge_failed(recharge, retry_at=NOW)
@@ -91,6 +92,7 @@ def tell_everything(user: User) -> None:
     notifications.account_status_changed(account, reason=NASTY, key="1")
     notifications.refund_applied(refund, tokens=150_000)
     notifications.refund_failed(refund, tokens=150_000)
+    notifications.refund_refused(refused, reason=NASTY)
     notifications.dispute_opened(dispute, tokens=150_000)
     notifications.dispute_closed(dispute, tokens=0)
     notifications.weekly_summary(now=NOW)
@@ -186,6 +188,13 @@ def test_key_is_each_users_own(alice: User, bob: User) -> None:
             ),
             "Auto-recharge was switched off",
             ["The card was removed.", "You have 10,000 tokens left."],
+        ),
+        (
+            lambda user: notifications.auto_recharge_switched_off(
+                TokenAccount(user=user, balance=-145_000, reserved=0), reason="A payment was refunded", key="1"
+            ),
+            "Auto-recharge was switched off",
+            ["Your balance is 145,000 tokens below zero."],
         ),
         (
             lambda user: notifications.refund_applied(make_reversal(make_purchase(user)), tokens=150_000),
@@ -301,6 +310,7 @@ def test_weekly_summary(make_user: MakeUser, alice: User, bob: User, adam: User,
     purchase = make_purchase(alice)
     make_reversal(purchase, kind="dispute", stripe_id="dp_1")
     make_reversal(purchase, kind="dispute", stripe_id="dp_2", status="lost")
+    make_reversal(None, kind="dispute", stripe_id="dp_3")  # of another product
     debtor = make_user("dora", tokens=0)
     ledger.deduct_tokens(
         user_id=debtor.pk,
@@ -632,14 +642,14 @@ def test_claim_does_not_wait_for_a_locked_row(alice: User) -> None:
             with transaction.atomic():
                 Notification.objects.select_for_update().get(key="low_balance:1")
                 locked.set()
-                done.wait(10)
+                done.wait(60)
         finally:
             connection.close()
 
     holder = Thread(target=hold)
     holder.start()
     try:
-        assert locked.wait(10)
+        assert locked.wait(60)
         assert notifications.send_pending_emails() == 1
     finally:
         done.set()
@@ -769,7 +779,7 @@ def checked(html: str) -> set[str]:
 
 
 def test_choosing_the_emails(signed_in: Client, alice: User) -> None:
-    everything = set(Kind.values) - {"weekly_summary"}
+    everything = set(Kind.values) - {"weekly_summary", "refund_refused"}
     assert checked(page(signed_in, "tokens:notification_settings")) == everything
     answer = signed_in.post(
         reverse("tokens:notification_settings"),

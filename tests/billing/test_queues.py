@@ -10,8 +10,8 @@ from tests.ai_ops.studio import until
 
 
 def test_every_route_leads_from_a_task_to_a_queue_that_workers_take_from() -> None:
-    app.loader.import_default_modules()
     routes = app.conf.task_routes
+    app.loader.import_default_modules()
     assert set(routes) <= set(app.tasks)
     assert {route["queue"] for route in routes.values()} | {app.conf.task_default_queue} == set(app.amqp.queues)
 
@@ -28,7 +28,7 @@ def test_queues_share_nothing() -> None:
 def test_one_worker_takes_from_all_queues() -> None:
     tasks = ("expire_reservations", "sweep_purchases", "send_notifications", "sweep_bulk_jobs")
     with redis.Redis.from_url(settings.REDIS_URL) as client, servers.running_worker():
-        client.delete(*app.amqp.queues)
+        client.delete(*app.amqp.queues, "unacked", "unacked_index")
         for task in tasks:
             app.send_task(f"billing.tasks.{task}")
         assert sum(client.llen(queue) for queue in app.amqp.queues) + client.hlen("unacked") > 0

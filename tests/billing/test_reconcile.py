@@ -12,7 +12,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import gateway, reconcile, tasks
+from billing import gateway, own_data, reconcile, tasks
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
 from tests.payments import (
     BONUS_TOKENS,
@@ -151,26 +151,57 @@ def test_amount_that_differs(stripe: StripeStandIn, bought: Purchase) -> None:
 
 
 def test_purchase_under_review(stripe: StripeStandIn, paid: Purchase, alice: User) -> None:
-    """21: paid something else than agreed: for a person; all of it sent back, it is over."""
+    """21: paid something else than agreed: for a person; all of it sent back, it is over, for as long as it is back."""
     event = event_of(stripe, COMPLETED)
     deliver(changed(event, {"amount_subtotal": 1_400}))
     assert purchase_state(paid) == "review"
     Purchase.objects.update(amount_cents=1_400)
     assert differences() == ["amount_differs"]
     assert credits_of(alice) == []
-    stripe.control(f"payments/{event['data']['object']['payment_intent']}/refund")
+    made = stripe.control(f"payments/{event['data']['object']['payment_intent']}/refund")
     assert "mended" in run()
+    for _ in range(2):
+        purchase = Purchase.objects.get()
+        assert (purchase.state, purchase.message) == ("failed", reconcile.RETURNED)
+        assert "agree" in run()
+    stripe.control(f"refunds/{made['id']}/fail")
+    assert differences() == ["amount_differs"]
+    assert purchase_state(paid) == "review"
     assert credits_of(alice) == []
 
 
+def test_purchase_under_review_that_a_person_settled(
+    stripe: StripeStandIn, paid: Purchase, buyer: Client, alice: User, susan: User
+) -> None:
+    """21: credited by a grant and resolved, it leaves the review; a late event brings it back until the next walk."""
+    event = event_of(stripe, COMPLETED)
+    deliver(changed(event, {"amount_subtotal": 1_400}))
+    Purchase.objects.update(amount_cents=1_400)
+    assert differences() == ["amount_differs"]
+    assert reconcile.resolve_drift(Drift.objects.get(), resolution="Granted 150,000 tokens", by=susan)
+    assert purchase_state(paid) == "failed"
+    assert "agree" in run()
+    assert purchase_state(paid) == "failed"
+    page = buyer.get(reverse("tokens:success", args=[paid.pk])).content.decode()
+    assert reconcile.SETTLED in page
+    assert "is not charged" not in page
+    deliver(changed(event_of(stripe, "payment_intent.succeeded")))
+    assert purchase_state(paid) == "review"
+    assert "agree" in run()
+    assert (purchase_state(paid), credits_of(alice)) == ("failed", [])
+    own_data.anonymize_account(TokenAccount.objects.get(user=alice))
+
+
 def test_unknown_payment_of_our_customer(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
-    """20: a drift, no credit; mended by a refund."""
+    """20: a drift, no credit; mended by a refund, and open again when that fails."""
     customer_id = TokenAccount.objects.get(user=alice).stripe_customer_id
     payment_id = charge(customer_id)
     assert differences() == ["unknown_payment"]
     assert credits_of(alice) == ONE_STARTER
-    stripe.control(f"payments/{payment_id}/refund")
+    made = stripe.control(f"payments/{payment_id}/refund")
     assert "mended: unknown_payment" in run()
+    stripe.control(f"refunds/{made['id']}/fail")
+    assert differences() == ["unknown_payment"]
     assert PaymentReversal.objects.count() == 0
 
 

@@ -623,7 +623,7 @@ def test_stripe_refunds_and_does_not_answer(
     stripe: StripeStandIn, bought: Purchase, superadmin: Client, impatient: None, count: int
 ) -> None:
     """30, for refunds: one refund, one debit, whether the SDK's own retries or the sweep get the answer."""
-    stripe.control("faults", kind="timeout_after", path_prefix="/v1/refunds", count=count, seconds=1)
+    stripe.control("faults", kind="timeout_after", path_prefix="/v1/refunds", count=count, seconds=5)
     superadmin.post(page_of(bought), confirmed(500))
     PaymentReversal.objects.update(created_at=F("created_at") - refunds.RESUME_AFTER)
     tasks.resume_refunds()
@@ -668,11 +668,27 @@ def test_request_too_old_for_its_key(stripe: StripeStandIn, bought: Purchase, su
     assert PaymentReversal.objects.get().status == "refused"
 
 
+def test_stripe_refuses_what_the_sweep_asks_again(
+    stripe: StripeStandIn, bought: Purchase, superadmin: Client, susan: User
+) -> None:
+    """27, 46: the superadmin, who was told to wait, is told how it ended; once."""
+    stripe.control("faults", kind="429", path_prefix="/v1/refunds", method="POST", count=1)
+    answer = superadmin.post(page_of(bought), confirmed(500), follow=True)
+    assert b"this page shows how it ended" in answer.content
+    dispute(stripe, amount=100)
+    PaymentReversal.objects.update(created_at=F("created_at") - refunds.RESUME_AFTER)
+    assert [tasks.resume_refunds(), tasks.resume_refunds()] == [1, 0]
+    message = Notification.objects.get(user=susan)
+    assert (message.kind, message.link) == ("refund_refused", page_of(bought))
+    assert "Stripe refused the refund" in message.body
+    assert b"Refused" in superadmin.get(message.link).content
+
+
 def test_the_event_is_quicker_than_the_answer(
     stripe: StripeStandIn, bought: Purchase, susan: User, superadmin: Client, impatient: None
 ) -> None:
     """45: the event finds the request that it answers; one row, one debit."""
-    stripe.control("faults", kind="timeout_after", path_prefix="/v1/refunds", count=3, seconds=1)
+    stripe.control("faults", kind="timeout_after", path_prefix="/v1/refunds", count=3, seconds=5)
     superadmin.post(page_of(bought), confirmed(500))
     deliver_all(reversal_events(stripe))
     reversal = PaymentReversal.objects.get()

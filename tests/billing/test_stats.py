@@ -9,6 +9,8 @@ from typing import Any, cast, get_args
 from zoneinfo import ZoneInfo
 
 import pytest
+from django.test import Client
+from django.urls import reverse
 from django.utils import timezone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -251,6 +253,16 @@ def test_average_is_ones_own_then_everyones_then_a_default(alice: User, bob: Use
         "default",
     )
     assert set(averages) == set(TokenUsage.OperationType.values)
+
+
+def test_average_of_all_operations_is_of_those_that_were_charged(alice: User, client: Client) -> None:
+    now, account = timezone.now(), TokenAccount.objects.get(user=alice)
+    add_usage(alice, now, billable_tokens=0, is_free=True)
+    client.force_login(alice)
+    assert stats.average_tokens_per_operation(account) is None
+    assert "Nothing charged yet" in client.get(reverse("tokens:home")).content.decode()
+    add_usage(alice, now, billable_tokens=300)
+    assert stats.average_tokens_per_operation(account) == 300
 
 
 def test_average_is_of_the_newest_operations(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def test_control_double_click_without_constraints(
 
 def test_double_click_while_stripe_is_slow(stripe: StripeStandIn, clickers: list[Client], alice: User) -> None:
     """28: Stripe refuses the second call while the first with its key runs. That must not spoil the first."""
-    stripe.control("faults", kind="slow", path_prefix="/v1/checkout/sessions", count=1, seconds=3)
+    stripe.control("faults", kind="slow", path_prefix="/v1/checkout/sessions", count=1, seconds=6)
     form = checkout_form()
     answers = click(clickers[:2], lambda: form)
     purchase = Purchase.objects.get()

@@ -161,7 +161,7 @@ def test_calls(web: Server, stripe: StripeStandIn, alice: User) -> None:
     calls = {command.script for command in of_program("curl")}
     failed = []
     for script in calls:
-        script = ADDRESSES.sub(web.url, script).replace("curl ", "curl --silent --show-error --max-time 20 --fail ", 1)
+        script = ADDRESSES.sub(web.url, script).replace("curl ", "curl --silent --show-error --max-time 60 --fail ", 1)
         result = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
         if result.returncode:
             failed.append((script, result.stderr))
@@ -236,6 +236,7 @@ def _celery(words: list[str]) -> None:
     """Workers are started by other tests; the options are those that the program knows, and so are the tasks."""
     action = next(word for word in words[1:] if word in {"worker", "beat", "inspect", "call"})
     if action == "call":
+        app.loader.import_default_modules()
         assert words[-1] in app.tasks
         return
     told = subprocess.run(

@@ -21,6 +21,8 @@ from billing.pricing import TokenPools
 from tests.environment import BILLING_SECRET
 from tests.payments import (
     ONE_STARTER,
+    STARTER_CENTS,
+    STARTER_TOKENS,
     buy,
     checkout_form,
     credits_of,
@@ -113,6 +115,8 @@ def test_wait_after_a_declined_recharge(alice: User, stripe: StripeStandIn, skew
         auto_recharge_enabled=True,
         auto_recharge_threshold_tokens=50_000,
         auto_recharge_package=TokenPricing.objects.get(name="Starter"),
+        auto_recharge_price_cents=STARTER_CENTS,
+        auto_recharge_package_tokens=STARTER_TOKENS,
         stripe_customer_id="cus_test",
         stripe_payment_method_id="pm_test",
     )

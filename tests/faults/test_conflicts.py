@@ -75,7 +75,7 @@ def _waits(pid: int) -> bool:
 
 
 # It looks for a deadlock once, that long after it began to wait; by then there must be one.
-PATIENT = "deadlock_timeout = '2s'"
+PATIENT = "deadlock_timeout = '4s'"
 
 
 def reserve(user: User, tokens: int = 1_000) -> Posting:

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -48,8 +49,9 @@ class Load:
         return answer.status_code
 
     def until_done(self, who: str, ask: Callable[[], httpx2.Response]) -> httpx2.Response:
-        """Repeat, as every client is told to, with the same key."""
-        while self.note(who, answer := ask()) == 503:
+        """Repeat, as every client is told to, with the same key; but not for ever, should it never be back."""
+        deadline = time.monotonic() + 90
+        while self.note(who, answer := ask()) == 503 and time.monotonic() < deadline:
             self.over.wait(0.05)
         return answer
 

@@ -1,6 +1,5 @@
 """Making an API key, using it, revoking it."""
 
-import httpx2
 import pytest
 from playwright.sync_api import expect
 
@@ -29,9 +28,9 @@ def test_key_from_making_to_revoking(alice: User, web: Server, open_context: Ope
         shoot(page, "api-keys-made")
 
     headers = {"Authorization": f"Bearer {token}"}
-    answer = httpx2.get(f"{web.url}/api/v1/me/balance", headers=headers)
+    answer = web.get("/api/v1/me/balance", headers=headers)
     assert (answer.status_code, answer.json()["available_tokens"]) == (200, 10_000)
-    assert httpx2.get(f"{web.url}/api/v1/me/packages", headers=headers).status_code == 403
+    assert web.get("/api/v1/me/packages", headers=headers).status_code == 403
 
     page.goto("/accounts/api-keys/")
     key = page.get_by_role("list", name="Keys in use").get_by_role("listitem")
@@ -45,7 +44,7 @@ def test_key_from_making_to_revoking(alice: User, web: Server, open_context: Ope
     key.get_by_role("button", name="Revoke My notebook").click()
     expect(page.get_by_role("region", name="Messages")).to_contain_text("My notebook is revoked")
     expect(page.get_by_role("list", name="Keys of the past")).to_contain_text("Revoked")
-    assert httpx2.get(f"{web.url}/api/v1/me/balance", headers=headers).status_code == 401
+    assert web.get("/api/v1/me/balance", headers=headers).status_code == 401
 
 
 def test_page_that_describes_the_api(alice: User, open_context: OpenContext) -> None:

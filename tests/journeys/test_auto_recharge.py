@@ -56,7 +56,7 @@ def test_switched_on_and_recharged(alice: User, open_context: OpenContext, scrip
     page.get_by_label("When fewer tokens than this are available").fill("2000")
     page.get_by_label("Most to spend in a month").fill("40")
     page.get_by_role("button", name="Save", exact=True).click()
-    expect(page.get_by_text("Auto-recharge is on. Saved.")).to_be_visible()
+    expect(page.get_by_text("Saved. Auto-recharge is on: 150,000 tokens for $15.00.")).to_be_visible()
     shoot(page, f"recharge-on-{scripts}")
     spend_all(alice)
     tasks.auto_recharge(alice.pk)

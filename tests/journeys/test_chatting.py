@@ -12,6 +12,7 @@ from billing import ledger
 from billing.models import TokenTransaction, TokenUsage
 from tests.conftest import MakeUser
 from tests.journeys.conftest import OpenContext, shoot, sign_in
+from tests.journeys.test_drafting import after_the_first_words
 
 FIRST = "How do I brew green tea for twelve guests?"
 SECOND = "And which cups would suit the occasion?"
@@ -77,6 +78,7 @@ def test_two_turns_and_what_they_cost(alice: User, open_context: OpenContext, sc
 
 def test_question_stands_at_once_and_the_answer_streams(alice: User, page: Page) -> None:
     open_chat(page)
+    after_the_first_words(page, "await gate")
     message = page.get_by_label("Your message")
     message.press_sequentially("Tea [[fault:slow]]")
     message.press("Shift+Enter")
@@ -90,9 +92,9 @@ def test_question_stands_at_once_and_the_answer_streams(alice: User, page: Page)
     expect(text).to_have_text(re.compile(r"\w{3}"))
     expect(panel.locator("[role=status]")).to_have_text(re.compile(r"^Writing\. [\d,]+ tokens are reserved"))
     expect(message).to_have_value("")
-    seen = len(text.inner_text())
-    expect(text).to_have_text(re.compile(rf"^[\s\S]{{{seen + 60},}}$"))
-    expect(answered(page)).to_have_count(1, timeout=30_000)
+    expect(panel).to_be_visible()
+    page.evaluate("openGate()")
+    expect(answered(page)).to_have_count(1)
     expect(panel).to_be_hidden()
     expect(page.locator("#chat-said")).to_have_text(re.compile(r"^Done\. It cost [\d,]+ tokens\.$"))
     expect(message).to_be_focused()
@@ -104,16 +106,14 @@ def test_question_stands_at_once_and_the_answer_streams(alice: User, page: Page)
 def test_stop_charges_what_was_written(alice: User, page: Page) -> None:
     """Row 51: the provider's call is stopped and what was produced is charged; the chat goes on from there."""
     open_chat(page)
-    ask(page, "What should I know about green tea and its cups? [[fault:slow]]")
-    text = page.locator("#chat-panel [data-operation-text]")
-    expect(text).to_have_text(re.compile(r"^[\s\S]{80,}$"))
+    ask(page, "What should I know about green tea and its cups? [[fault:stall]]")
+    expect(page.locator("#chat-panel [data-operation-text]")).not_to_be_empty()
     page.get_by_role("button", name="Stop").click()
     turn = answered(page)
     expect(turn).to_contain_text("Cut short")
-    shown = turn.locator(".turn-answer .turn-text").inner_text()
     usage, row = TokenUsage.objects.get(user=alice), ChatTurn.objects.get()
     assert (usage.status, usage.is_estimated, row.state) == ("succeeded", True, "cut_short")
-    assert row.answer.strip() == shown.strip()
+    expect(turn.locator(".turn-answer .turn-text")).to_have_text(row.answer)
     assert usage.reserved_tokens is not None
     assert 0 < usage.billable_tokens < usage.reserved_tokens
     expect(turn.locator("summary")).to_contain_text(f"{usage.billable_tokens:,} tokens")
@@ -121,9 +121,11 @@ def test_stop_charges_what_was_written(alice: User, page: Page) -> None:
     expect(page.locator("#chat-total")).to_contain_text(f"{usage.billable_tokens:,} tokens paid")
     shoot(page, "chat-stopped", whole=False)
 
+    page.get_by_label("Your message").fill("What I was about to ask")
     page.get_by_role("button", name="Go on").click()
     expect(answered(page)).to_have_count(2)
     expect(answered(page).last).to_contain_text("Go on where you stopped.")
+    expect(page.get_by_label("Your message")).to_have_value("What I was about to ask")
     assert Chat.objects.count() == 1
 
 
@@ -168,6 +170,20 @@ def test_broken_answer_is_kept_and_costs_nothing(alice: User, page: Page) -> Non
     expect(answered(page)).to_contain_text("It cost nothing.")
     expect(answered(page).locator(".turn-answer .turn-text")).to_have_text(ChatTurn.objects.get().answer)
     expect(page.locator("#balance .balance-number")).to_have_text("10,000")
+
+
+def test_answer_that_is_lost_is_not_paid_for_twice(alice: User, page: Page) -> None:
+    """The connection breaks before a byte of the answer comes, and who asks again is shown it."""
+    open_chat(page)
+    page.route("**/live/chat/", lambda route: (route.fetch(), route.fulfill(content_type="text/event-stream")), times=1)
+    ask(page, FIRST)
+    expect(page.get_by_role("alert")).to_contain_text("Everything you typed is still here.")
+    page.get_by_role("button", name="Send").click()
+    expect(answered(page)).to_contain_text("tokens")
+    expect(page.get_by_label("Your message")).to_have_value("")
+    ask(page, SECOND)
+    expect(answered(page).last).to_contain_text(EARLIER)
+    assert TokenUsage.objects.filter(chat_id=Chat.objects.get().pk).count() == 2
 
 
 def test_small_balance(make_user: MakeUser, page: Page) -> None:

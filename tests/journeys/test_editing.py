@@ -12,7 +12,7 @@ from ai_ops import operations
 from ai_ops.models import Chat, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
 from billing import ledger, system_settings
 from billing.models import TokenTransaction, TokenUsage
-from tests.conftest import MakeUser
+from tests.conftest import PASSWORD, MakeUser
 from tests.journeys.conftest import OpenContext, shoot, sign_in
 
 BODY = "# Green tea\n\nA good cup begins with fresh water. 🍵 Many people let it boil.\n\nIt is easy to show."
@@ -190,9 +190,9 @@ def test_stopped_revision_is_kept_aside_and_can_be_restored(alice: User, page: P
     piece = make_piece(alice, body=body)
     open_piece(page, piece)
     refine = choose(page, "Refine the whole text")
-    refine.get_by_label("Anything else").fill("Slowly. [[fault:slow]]")
+    refine.get_by_label("Anything else").fill("Slowly. [[fault:stall]]")
     refine.get_by_role("button", name="Refine the text").click()
-    expect(page.locator("#panel [data-operation-text]")).to_have_text(re.compile(r"^[\s\S]{100,}$"))
+    expect(page.locator("#panel [data-operation-text]")).not_to_be_empty()
     expect(page.locator("#editor-state")).to_contain_text("Being revised.")
     expect(editor(page)).to_have_attribute("readonly", "")
     # One at a time: the panel is taken.
@@ -222,7 +222,7 @@ def test_stopped_revision_is_kept_aside_and_can_be_restored(alice: User, page: P
 
 
 def test_revision_of_a_text_that_changes_meanwhile_is_kept_aside(alice: User, page: Page) -> None:
-    piece = make_piece(alice, body="\n\n".join(f"The cup number {number} is good." for number in range(20)))
+    piece = make_piece(alice, body="\n\n".join(f"The cup number {number} is good." for number in range(80)))
     open_piece(page, piece)
     refine = choose(page, "Refine the whole text")
     refine.get_by_label("Anything else").fill("Slowly. [[fault:slow]]")
@@ -296,12 +296,68 @@ def test_two_windows_lose_nothing(alice: User, open_context: OpenContext) -> Non
     assert not TokenUsage.objects.exists()
 
 
+def test_text_typed_before_a_sign_in_is_put_back(alice: User, page: Page) -> None:
+    piece = make_piece(alice)
+    open_piece(page, piece)
+    page.on("dialog", lambda dialog: dialog.accept())  # leaves the page, unsaved
+    put_back = page.get_by_text("It is back in the editor, still unsaved.")
+    editor(page).fill("Typed for an hour.")
+    page.context.clear_cookies(name="sessionid")
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_label("Email").fill("alice@example.com")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Sign in", exact=True).click()
+    expect(put_back).to_be_visible()
+    expect(editor(page)).to_have_value("Typed for an hour.")
+    shoot(page, "piece-put-back")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_text("Your changes are saved.")).to_be_visible()
+    expect(put_back).to_be_hidden()
+    assert body_of(piece) == "Typed for an hour."
+
+    # What another window saved meanwhile is not overwritten unseen.
+    editor(page).fill("Typed on.")
+    operations.save_edit(user_id=alice.pk, content_id=piece.pk, base_number=2, body="From another window.")
+    page.reload()
+    expect(editor(page)).to_have_value("Typed on.")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_role("alert").first).to_contain_text("changed in another window")
+    page.goto(piece.get_absolute_url())
+    expect(editor(page)).to_have_value("Typed on.")
+    page.get_by_role("button", name="Use the saved text instead").click()
+    expect(editor(page)).to_have_value("From another window.")
+    expect(put_back).to_be_hidden()
+
+    editor(page).fill("Nobody else's.")
+    page.locator("details.menu summary").click()
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("link", name="Sign in")).to_be_visible()
+    assert page.evaluate("sessionStorage.length") == 0
+
+
+def test_page_of_a_piece_that_is_gone_asks_no_more(alice: User, page: Page) -> None:
+    piece = make_piece(alice, body="")
+    ContentPiece.objects.update(state="writing")
+    page.clock.install()
+    open_piece(page, piece)
+    ContentPiece.objects.all().delete()
+    with page.expect_response(lambda response: response.status == 404):
+        page.clock.run_for(2_000)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.evaluate("fetch('/healthz')")
+    page.clock.run_for(10_000)
+    page.evaluate("fetch('/healthz')")
+    assert not [url for url in asked if url.endswith(piece.get_absolute_url())]
+
+
 def test_editor_without_scripts(alice: User, open_context: OpenContext) -> None:
     piece = make_piece(alice)
     page = open_piece(open_context(java_script_enabled=False).new_page(), piece)
     shoot(page, "piece-nojs")
     editor(page).fill(f"{BODY}\n\nSaved by hand.")
     page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_text("Your changes are saved.")).to_be_visible()
     assert body_of(piece) == f"{BODY}\n\nSaved by hand."
 
     choose(page, "Refine the whole text").get_by_role("button", name="Refine the text").click()

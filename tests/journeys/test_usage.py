@@ -143,6 +143,8 @@ def test_charts_follow_period_bucket_split_and_theme(vera: User, page: Page) -> 
     page.emulate_media(color_scheme="dark")
     expect_painted(page, "dark")
     shoot(page, "usage-hours")
+    page.emulate_media(color_scheme="light")
+    expect_painted(page, "light")
 
     page.go_back()
     expect(page.locator("#split-operation")).to_have_attribute("aria-current", "true")
@@ -203,9 +205,13 @@ def test_log_pages_and_filters(vera: User, page: Page) -> None:
     expect(page.get_by_role("heading", name="No operations match")).to_be_visible()
     page.get_by_role("link", name="Remove the filters").click()
     expect(rows).to_have_count(25)
-    page.wait_for_load_state()  # a choice made before the scripts are there would be lost
-    page.get_by_label("Status").select_option("failed")
+
+    # A choice that is made before the scripts are there is not lost.
+    page.route("**/htmx-2*", lambda route: (page.get_by_label("Status").select_option("failed"), route.continue_()))
+    page.goto("/tokens/usage/log/?period=all")
+    page.wait_for_url("**status=failed")
     expect(rows).to_have_count(4)
+    page.unroute_all()
     rows.first.get_by_role("link").click()
     expect(page.locator(".entry-grid")).to_contain_text("OpenAI did not answer.")
     shoot(page, "usage-entry-failed")

@@ -17,7 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from tests.environment import free_port
+from tests.environment import free_port, given_ports
 from tests.servers import PROJECT
 
 START_SECONDS = 180
@@ -90,7 +90,9 @@ def row_of_free_ports(length: int) -> int:
     """The first of so many free ports in a row."""
     for _ in range(50):
         first = free_port()
-        if all(_is_free(port) for port in range(first, first + length)):
+        row = range(first, first + length)
+        if all(_is_free(port) for port in row):
+            given_ports.update(row)
             return first
     raise RuntimeError("No row of free ports was found.")
 

@@ -52,7 +52,7 @@ def test_visitors_get_https_and_are_told_that_it_is_a_rehearsal(production: Prod
         assert (file.status_code, file.headers["content-encoding"]) == (200, "gzip")
         assert "immutable" in file.headers["cache-control"]
         assert http.get("/dev/mails/").status_code == 404
-    plain = httpx2.get(f"http://localhost:{production.port + 1}/tokens/", follow_redirects=False)
+    plain = httpx2.get(f"http://localhost:{production.port + 1}/tokens/", follow_redirects=False, timeout=30)
     assert plain.status_code in (301, 308)
     assert urlsplit(plain.headers["location"]).scheme == "https"
 

@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 
 PROJECT = Path(__file__).parents[2]
-DEADLINE_SECONDS = 10.0
+DEADLINE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class AiServer:
 
     def requests(self, prompt: str) -> list[dict[str, Any]]:
         """The log entries of the requests whose last user message begins with `prompt`, oldest first."""
-        response = httpx2.get(f"{self.address}/control/requests")
+        response = httpx2.get(f"{self.address}/control/requests", timeout=30)
         return [entry for entry in response.json()["requests"] if entry["prompt"].startswith(prompt)]
 
     def wait_for(self, prompt: str, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def test_google_answers_whole_and_counts(server: AiServer, version: str) -> None
 def test_missing_key_is_an_error_in_the_providers_shape(
     server: AiServer, path: str, expected: dict[str, object]
 ) -> None:
-    response = httpx2.post(f"{server.address}{path}", json={})
+    response = httpx2.post(f"{server.address}{path}", json={}, timeout=30)
 
     assert response.status_code == 401
     error = response.json()["error"]
@@ -240,7 +240,10 @@ def test_limits_that_are_no_positive_integer_are_refused(server: AiServer, limit
         "max_completion_tokens": limit,
     }
     response = httpx2.post(
-        f"{server.address}/openai/v1/chat/completions", json=body, headers={"authorization": "Bearer any"}
+        f"{server.address}/openai/v1/chat/completions",
+        json=body,
+        headers={"authorization": "Bearer any"},
+        timeout=30,
     )
 
     assert response.status_code == 400
@@ -250,7 +253,10 @@ def test_limits_that_are_no_positive_integer_are_refused(server: AiServer, limit
 @pytest.mark.parametrize("body", ["", "[]", "null", "{", json.dumps({"model": "gpt-5", "messages": "tea"})])
 def test_nonsense_is_refused(server: AiServer, body: str) -> None:
     response = httpx2.post(
-        f"{server.address}/openai/v1/chat/completions", content=body, headers={"authorization": "Bearer any"}
+        f"{server.address}/openai/v1/chat/completions",
+        content=body,
+        headers={"authorization": "Bearer any"},
+        timeout=30,
     )
 
     assert response.status_code == 400
@@ -299,7 +305,9 @@ def test_a_busy_provider_says_when_to_come_back(server: AiServer) -> None:
         ("chat/completions", {"model": "gpt-5", "messages": [{"role": "user", "content": "[[fault:429]]"}]}),
         ("images/generations", {"model": "gpt-image-2", "prompt": "[[fault:429]]"}),
     ):
-        response = httpx2.post(f"{server.address}/openai/v1/{path}", json=body, headers={"authorization": "Bearer any"})
+        response = httpx2.post(
+            f"{server.address}/openai/v1/{path}", json=body, headers={"authorization": "Bearer any"}, timeout=30
+        )
 
         assert response.status_code == 429
         assert int(response.headers["retry-after"]) > 0

@@ -19,7 +19,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from billing import ledger, purchases, recharge, refunds, tasks
+from billing import after_debit, ledger, purchases, recharge, refunds
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.pricing import TokenPools
 from tests.storms.programs import STRIPE_URL, WEB_URL
@@ -243,7 +243,7 @@ class Buyers:
             pools=TokenPools(input_tokens=tokens),
             idempotency_key=_key(random),
         )
-        tasks.follow_debit(posting)
+        after_debit.follow_debit(posting)
         self.accepted["debits"] += 1
 
     def confirm(self, person: Person, random: Random) -> None:

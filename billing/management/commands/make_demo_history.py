@@ -63,7 +63,8 @@ COLUMNS = {
     "accounts_user": "id, password, email, name, role, is_active, time_zone, date_joined",
     "accounts_workspace": "id, owner_id, name, created_at",
     "billing_tokenaccount": "id, user_id, workspace_id, currency, stripe_customer_id, auto_recharge_enabled, "
-    "auto_recharge_threshold_tokens, auto_recharge_package_id, card_brand, card_last4, created_at",
+    "auto_recharge_threshold_tokens, auto_recharge_package_id, auto_recharge_price_cents, "
+    "auto_recharge_package_tokens, card_brand, card_last4, created_at",
     "billing_purchase": "id, account_id, user_id, workspace_id, kind, state, package_id, package_name, tokens, "
     "amount_cents, currency, discount_cents, charged_cents, stripe_session_id, stripe_payment_intent_id, failure_code, "
     "message, created_at, expires_at, paid_at, stripe_price_id, checkout_url, receipt_url",
@@ -253,7 +254,11 @@ class History:
             workspace_id = self.tables.add("accounts_workspace", f"{user_id}\t{first}'s workspace\t{joined_at}")
             account_id = self.tables.next_id("billing_tokenaccount")
             card = f"visa\t{self.random.randrange(10_000):04}" if pays else "\t"
-            package = person.package.pk if person.auto_recharges else NULL
+            package = (
+                f"{person.package.pk}\t{self._price_cents(person)}\t{person.package.tokens}"
+                if person.auto_recharges
+                else f"{NULL}\t{NULL}\t{NULL}"
+            )
             customer = f"cus_demo{account_id}" if pays else NULL
             self.tables.add(
                 "billing_tokenaccount",

@@ -36,6 +36,7 @@ FAULTS = {
     "garbage": "status 200 and a body that cannot be parsed",
     "no-usage": "a complete answer without token counts",
     "refused": "the model stops with a refusal",
+    "half-refused": "half the answer, then the model stops with a refusal",
     "pools": "counts that use every pool: cache reads and writes, reasoning; Gemini shows a sketch, too",
     "overrun": "counts more output than was allowed, as hidden reasoning",
     "fewer": "the first image of this prompt never comes",
@@ -142,6 +143,8 @@ def compose(call: Call, number: int = 0) -> Answer:
         return Answer(digest, [], "refused" if refused else "stop", usage, images)
     tokens = [] if refused else split_tokens(write(call.system, call.turns))
     finish_reason: FinishReason = "refused" if refused else "stop"
+    if call.fault == "half-refused":
+        tokens, finish_reason = tokens[: len(tokens) // 2], "refused"
     if call.max_tokens is not None and call.max_tokens < len(tokens):
         tokens, finish_reason = tokens[: call.max_tokens], "length"
     return Answer(digest, tokens, finish_reason, _usage(call, len(tokens)))

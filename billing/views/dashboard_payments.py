@@ -1,4 +1,4 @@
-"""/admin/tokens/: what admins see of everybody's tokens and money. Superadmins may act on it."""
+"""/admin/tokens/: what admins see of purchases, of differences with Stripe and of its events. Superadmins act on it."""
 
 from typing import Any
 from uuid import uuid4
@@ -82,7 +82,6 @@ def _render_purchase(
         "account": TokenAccount.objects.get(pk=purchase.account_id),
         "entries": TokenTransaction.objects.filter(purchase=purchase).order_by("sequence"),
         "reversals": PaymentReversal.objects.filter(purchase=purchase).select_related("requested_by").order_by("pk"),
-        "paid_total": purchase.money(purchase.paid_total_cents),
         "refundable": purchase.money(refundable_cents),
         "refundable_cents": refundable_cents,
         "taken_tokens": refunds.taken_tokens(purchase),

@@ -1,0 +1,13 @@
+"""Where a request comes from."""
+
+from allauth.account.adapter import get_adapter
+from django.core.exceptions import PermissionDenied
+from django.http import HttpRequest
+
+
+def address_of(request: HttpRequest) -> str | None:
+    """The client's IP address; None when it cannot be told."""
+    try:
+        return str(get_adapter().get_client_ip(request))  # knows how many proxies to trust
+    except PermissionDenied:
+        return None
