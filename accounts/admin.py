@@ -163,6 +163,3 @@ class UserSessionAdmin(ReadOnlyAdmin):
     search_fields = ("user__email", "ip")
     fields = list_display
     readonly_fields = fields
-
-    def has_delete_permission(self, request: HttpRequest, obj: UserSession | None = None) -> bool:
-        return False
