@@ -7,7 +7,7 @@ from accounts.models import User
 from accounts.profile import ProfileForm
 from billing import accounts, grants, packages, purchases, refunds
 from billing.ledger import MAX_TOKENS
-from billing.models import Purchase, SystemSettings, TokenAccount
+from billing.models import Purchase, SystemSettings, TokenAccount, TokenPricing
 from billing.models.bulk_job import BulkKind
 from billing.models.fields import Currency
 from billing.models.grant_request import GrantKind
@@ -85,7 +85,12 @@ class AutoRechargeForm(forms.Form):
     threshold_tokens = WholeNumberField(
         label="When fewer tokens than this are available", min_value=1, max_value=MAX_TOKENS
     )
-    package_id = forms.TypedChoiceField(label="Buy this package", coerce=int)
+    # Each choice carries what it is shown to be, so that nobody agrees to a price that they have not seen.
+    package_id = forms.TypedChoiceField(
+        label="Buy this package",
+        coerce=lambda choice: int(choice.partition(":")[0]),
+        error_messages={"invalid_choice": "Packages and prices have changed. Choose the package that you want."},
+    )
     monthly_cap_cents = MoneyField(
         required=False,
         label="Most to spend in a month",
@@ -93,30 +98,48 @@ class AutoRechargeForm(forms.Form):
     )
 
     def __init__(self, *args: Any, account: TokenAccount, **options: Any) -> None:
-        cap_cents = account.auto_recharge_monthly_cap_cents
+        cap_cents, chosen = account.auto_recharge_monthly_cap_cents, account.auto_recharge_package
+        self.chosen_id = account.auto_recharge_package_id
         options.setdefault("auto_id", "id_recharge_%s")
         options["initial"] = {
             "enabled": account.auto_recharge_enabled,
             "threshold_tokens": account.auto_recharge_threshold_tokens,
-            "package_id": account.auto_recharge_package_id,
+            "package_id": package_choice(chosen, account.currency) if chosen else None,
             "monthly_cap_cents": None if cap_cents is None else f"{cap_cents // 100}.{cap_cents % 100:02}",
         }
         super().__init__(*args, **options)
         package_field = self.fields["package_id"]
         assert isinstance(package_field, forms.ChoiceField)  # noqa: S101 – for the type checker
         package_field.choices = _package_choices(account)
+        if self.is_bound and self.data.get("package_id") not in dict(package_field.choices):
+            package_field.choices.insert(0, ("", "Choose a package"))  # else the browser would take the first one
         self.fields["monthly_cap_cents"].label = f"Most to spend in a month ({account.currency.upper()})"
 
+    def clean(self) -> dict[str, Any]:
+        cleaned = super().clean() or {}
+        if not cleaned.get("enabled") and "package_id" in self.errors:
+            # Switching it off must always work, whatever has become of the package.
+            del self.errors["package_id"]
+            cleaned["package_id"] = self.chosen_id
+        return cleaned
 
-def _package_choices(account: TokenAccount) -> list[tuple[int, str]]:
+
+def package_choice(package: TokenPricing, currency: str) -> str:
+    """The value of a package in the form: which, and what is bought for how much."""
+    return f"{package.pk}:{package.tokens}:{package.price_cents(currency)}:{currency}"
+
+
+def _package_choices(account: TokenAccount) -> list[tuple[str, str]]:
     choices = [
-        (offer.package.pk, f"{offer.package.name}: {offer.package.tokens:,} tokens, {offer.price_display}")
+        (
+            package_choice(offer.package, account.currency),
+            f"{offer.package.name}: {offer.package.tokens:,} tokens, {offer.price_display}",
+        )
         for offer in packages.list_offers(account.currency)
     ]
-    # One that is off sale cannot be bought, but its owner must be able to switch auto-recharge off.
     chosen = account.auto_recharge_package
-    if chosen is not None and chosen.pk not in dict(choices):
-        choices.append((chosen.pk, f"{chosen.name} (not on sale any more)"))
+    if chosen is not None and package_choice(chosen, account.currency) not in dict(choices):
+        choices.append((package_choice(chosen, account.currency), f"{chosen.name} (not on sale any more)"))
     return choices
 
 

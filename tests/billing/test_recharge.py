@@ -25,6 +25,7 @@ from django.utils import timezone
 
 from accounts.models import User
 from billing import database, gateway, ledger, own_data, packages, recharge, reconcile, tasks
+from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
@@ -911,14 +912,15 @@ def test_low_and_critical_balance_are_told_once_per_crossing(make_user: MakeUser
 
 
 def save(client: Client, **changes: Any) -> Any:
-    form = {"enabled": "on", "threshold_tokens": "1000", "package_id": starter().pk, "monthly_cap_cents": ""}
+    package = package_choice(starter(), "usd")
+    form = {"enabled": "on", "threshold_tokens": "1000", "package_id": package, "monthly_cap_cents": ""}
     return client.post(reverse("tokens:auto-recharge"), form | changes)
 
 
 def test_settings_are_saved(prepare: Prepare, client: Client) -> None:
     alice = prepare(spend=False)
     pro = TokenPricing.objects.get(name="Pro")
-    answer = save(client, threshold_tokens="2500", package_id=pro.pk, monthly_cap_cents="130.00")
+    answer = save(client, threshold_tokens="2500", package_id=package_choice(pro, "usd"), monthly_cap_cents="130.00")
     assert answer["Location"] == "/tokens/#auto-recharge"
     account = account_of(alice)
     assert (account.auto_recharge_threshold_tokens, account.auto_recharge_package) == (2_500, pro)
@@ -938,8 +940,8 @@ def test_settings_are_saved(prepare: Prepare, client: Client) -> None:
         ({"threshold_tokens": "1.5"}, "Enter a whole number"),
         ({"threshold_tokens": "150001"}, "the threshold cannot be above that"),
         ({"threshold_tokens": "9" * 30}, "less than or equal to"),
-        ({"package_id": "999999"}, "Select a valid choice"),
-        ({"package_id": "\0"}, "Select a valid choice"),
+        ({"package_id": "999999"}, "Packages and prices have changed"),
+        ({"package_id": "\0"}, "Packages and prices have changed"),
         ({"monthly_cap_cents": "14.99"}, "The package costs $15.00"),
         ({"monthly_cap_cents": "0"}, "above zero"),
         ({"monthly_cap_cents": "1e400"}, "digits"),
@@ -954,6 +956,19 @@ def test_wrong_settings(prepare: Prepare, client: Client, changes: dict[str, str
     assert answer.status_code == 400
     assert message in answer.content.decode()
     assert TokenAccount.objects.filter(user=alice).values().get() == before
+
+
+def test_nobody_agrees_to_a_price_that_they_have_not_seen(prepare: Prepare, client: Client) -> None:
+    """The package was edited while the settings were open."""
+    alice = prepare(spend=False)
+    shown = package_choice(starter(), "usd")
+    packages.update_package(starter().pk, price_usd_cents=9_900)
+    assert save(client, package_id=shown).status_code == 400
+    assert account_of(alice).auto_recharge_price_cents == 1_500
+    assert save(client, package_id=shown, enabled="").status_code == 302
+    assert not account_of(alice).auto_recharge_enabled
+    assert save(client).status_code == 302  # having seen it
+    assert account_of(alice).auto_recharge_price_cents == 9_900
 
 
 def test_a_card_is_needed(client: Client, alice: User) -> None:
