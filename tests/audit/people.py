@@ -145,7 +145,9 @@ def samples() -> dict[str, list[dict[str, Any]]]:
     return {
         "studio:project": [{"pk": revised.project_id}],
         "studio:content": [{"pk": piece.pk} for piece in pieces],
+        "studio:save-content": [{"pk": revised.pk}],
         "studio:version": [{"pk": revised.pk, "number": 1}],
+        "studio:restore": [{"pk": revised.pk, "number": 1}],
         "studio:chat": [{"pk": chat.pk} for chat in Chat.objects.filter(author=writer)],
         "studio:image-batch": [{"pk": batch.pk} for batch in batches],
         "studio:image-file": [{"pk": batches[0].images.all()[0].pk}],
