@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
 
-# On a shared CI machine what was kept waiting too long gets a second chance. The closing line counts them.
-RERUN := --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded' \
+# On a shared CI machine what was kept waiting too long gets a second chance. The summary names them.
+RERUN := -rR --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded' \
 	--only-rerun 'It did not happen in time' --only-rerun 'ReadTimeout'
 
 .PHONY: help run run-production restart-production manage-production test screenshots audit audit-dependencies css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean

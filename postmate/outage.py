@@ -10,9 +10,20 @@ from django.dispatch import receiver
 from django.http import HttpRequest, HttpResponse
 from django.template.loader import render_to_string
 from django.utils.decorators import sync_and_async_middleware
+from django.utils.safestring import SafeString
+from django.views.debug import ExceptionReporter
 
 from billing.api.problems import unavailable_problem
 from billing.database import DATABASE_AWAY
+
+
+class _NoReport(ExceptionReporter):
+    """With DEBUG, Django's page about an exception asks for the user again and again, and waits each time."""
+
+    def get_traceback_html(self) -> SafeString:
+        return SafeString()
+
+    get_traceback_text = get_traceback_html
 
 
 @receiver(got_request_exception)
@@ -20,6 +31,7 @@ def _note_outage(request: HttpRequest | None = None, **kwargs: Any) -> None:
     # Django turns an exception into a 500 after each middleware, so none of them ever sees one of another.
     if request is not None and isinstance(sys.exc_info()[1], DATABASE_AWAY):
         request.met_outage = True  # type: ignore[attr-defined]
+        request.exception_reporter_class = _NoReport
 
 
 @sync_and_async_middleware

@@ -167,7 +167,7 @@ def running(directory: Path) -> Iterator[Pair]:
             "DATABASE_URL": postgres.url,
             "REDIS_URL": memory.url,
             "DATABASE_POOL_SIZE": "20",
-            "DATABASE_TIMEOUT_SECONDS": "5",
+            "DATABASE_TIMEOUT_SECONDS": "3",
             "LOG_FORMAT": "json",
         }
         pair.manage("shell", "-c", PREPARE)
