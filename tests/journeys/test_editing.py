@@ -301,7 +301,9 @@ def test_text_typed_before_a_sign_in_is_put_back(alice: User, page: Page) -> Non
     open_piece(page, piece)
     page.on("dialog", lambda dialog: dialog.accept())  # leaves the page, unsaved
     put_back = page.get_by_text("It is back in the editor, still unsaved.")
+    unsaved = page.get_by_text("Unsaved changes", exact=True)  # the page's scripts have seen it
     editor(page).fill("Typed for an hour.")
+    expect(unsaved).to_be_visible()
     page.context.clear_cookies(name="sessionid")
     page.get_by_role("button", name="Save", exact=True).click()
     page.get_by_label("Email").fill("alice@example.com")
@@ -317,6 +319,7 @@ def test_text_typed_before_a_sign_in_is_put_back(alice: User, page: Page) -> Non
 
     # What another window saved meanwhile is not overwritten unseen.
     editor(page).fill("Typed on.")
+    expect(unsaved).to_be_visible()
     operations.save_edit(user_id=alice.pk, content_id=piece.pk, base_number=2, body="From another window.")
     page.reload()
     expect(editor(page)).to_have_value("Typed on.")
@@ -329,6 +332,7 @@ def test_text_typed_before_a_sign_in_is_put_back(alice: User, page: Page) -> Non
     expect(put_back).to_be_hidden()
 
     editor(page).fill("Nobody else's.")
+    expect(unsaved).to_be_visible()
     page.locator("details.menu summary").click()
     page.get_by_role("button", name="Sign out").click()
     expect(page.get_by_role("link", name="Sign in")).to_be_visible()
