@@ -90,7 +90,7 @@ storm: .venv/stamp-dev ## Let 200 people pay while everything fails, and restart
 lock: .venv/stamp-dev ## Resolve the dependencies of pyproject.toml anew
 	@for set in production: "local:--group local" "dev:--group local --group dev"; do \
 	  $(BIN)/uv pip compile --quiet pyproject.toml $${set#*:} --universal --python-version 3.11 --upgrade \
-	    --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock" \
+	    --generate-hashes --no-emit-index-url --no-annotate --no-strip-extras --custom-compile-command "make lock" \
 	    -o requirements/$${set%%:*}.txt || exit 1; done
 
 clean: ## Remove what the commands above made, the local data included
