@@ -310,6 +310,8 @@ def provider_cost_microusd(
     }
     if price.reasoning_usd_per_million is not None:
         usd_per_million["reasoning"] = price.reasoning_usd_per_million
+        if price.kind == ModelPrice.Kind.IMAGE:  # what it writes costs what it thinks: both are words, no picture
+            usd_per_million["text_output"] = price.reasoning_usd_per_million
     return pricing.provider_cost_microusd(pools, usd_per_million=usd_per_million)
 
 

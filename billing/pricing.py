@@ -24,18 +24,30 @@ DEFAULT_IMAGE_COST_TOKENS = 6_000
 CURRENCY_SYMBOLS = MappingProxyType({"usd": "$", "eur": "€", "gbp": "£"})
 
 
+# Above what any one operation uses, and small enough that no product of it leaves a bigint.
+MAX_POOL_TOKENS = 10**9
+
+
 @dataclass(frozen=True, slots=True)
 class TokenPools:
     """What a provider counted, in pools that exclude one another, so that each can carry its own price.
 
-    `reasoning_tokens` is a part of `output_tokens`, never added to it.
+    The fields under "parts" name tokens that are counted in a pool already, because a provider may charge another
+    price for them. They are never added to it. Only `reasoning_tokens` is kept on the usage row; the others are for
+    the cost alone.
     """
 
     input_tokens: int = 0
     cached_input_tokens: int = 0
     cache_write_tokens: int = 0
     output_tokens: int = 0
-    reasoning_tokens: int = 0
+    # Parts.
+    reasoning_tokens: int = 0  # of the output: thought and not shown
+    text_output_tokens: int = 0  # of the output: words, where an image model says which they are
+    audio_output_tokens: int = 0  # of the output
+    image_input_tokens: int = 0  # of the input
+    audio_input_tokens: int = 0  # of the input
+    cache_write_1h_tokens: int = 0  # of the cache writes: kept for an hour
 
     @property
     def actual_tokens(self) -> int:
@@ -43,13 +55,20 @@ class TokenPools:
 
     def __add__(self, other: "TokenPools") -> "TokenPools":
         """The pools of two calls that one operation made."""
-        return TokenPools(
-            input_tokens=self.input_tokens + other.input_tokens,
-            cached_input_tokens=self.cached_input_tokens + other.cached_input_tokens,
-            cache_write_tokens=self.cache_write_tokens + other.cache_write_tokens,
-            output_tokens=self.output_tokens + other.output_tokens,
-            reasoning_tokens=self.reasoning_tokens + other.reasoning_tokens,
-        )
+        return TokenPools(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})
+
+
+# Which pool each part is counted in.
+POOL_OF_PART: Mapping[str, str] = MappingProxyType(
+    {
+        "reasoning": "output",
+        "text_output": "output",
+        "audio_output": "output",
+        "image_input": "input",
+        "audio_input": "input",
+        "cache_write_1h": "cache_write",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +131,16 @@ def affordable_output_tokens(*, available_tokens: int, input_tokens: int, multip
 def provider_cost_microusd(pools: TokenPools, *, usd_per_million: Mapping[str, Decimal]) -> int:
     """What the provider charges us for `pools`, in micro-dollars (1 USD = 1,000,000), rounded up.
 
-    `usd_per_million` gives the price of each pool in USD per million tokens, which is micro-dollars per token.
-    Reasoning costs what output does, unless it has a price of its own.
+    `usd_per_million` gives the price of each pool, and of each part that has a price of its own, in USD per million
+    tokens, which is micro-dollars per token. A part without one costs what its pool does.
     """
-    output_usd = usd_per_million.get("output", Decimal(0))
-    total = (
-        pools.input_tokens * usd_per_million.get("input", Decimal(0))
-        + pools.cached_input_tokens * usd_per_million.get("cached_input", Decimal(0))
-        + pools.cache_write_tokens * usd_per_million.get("cache_write", Decimal(0))
-        + (pools.output_tokens - pools.reasoning_tokens) * output_usd
-        + pools.reasoning_tokens * usd_per_million.get("reasoning", output_usd)
-    )
-    return int(Decimal(total).to_integral_value(rounding=ROUND_CEILING))
+    total = Decimal(0)
+    for name in ("input", "cached_input", "cache_write", "output"):
+        total += getattr(pools, f"{name}_tokens") * usd_per_million.get(name, Decimal(0))
+    for part, pool in POOL_OF_PART.items():
+        pool_usd = usd_per_million.get(pool, Decimal(0))
+        total += getattr(pools, f"{part}_tokens") * (usd_per_million.get(part, pool_usd) - pool_usd)
+    return int(total.to_integral_value(rounding=ROUND_CEILING))
 
 
 def price_per_1k_cents(*, tokens: int, price_cents: int) -> Decimal:

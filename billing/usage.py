@@ -12,11 +12,9 @@ from django.db.models import Q
 from billing import catalogue, ledger, system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from billing.models.fields import ClockTimestamp
-from billing.pricing import TokenPools
+from billing.pricing import MAX_POOL_TOKENS, TokenPools
 
-# Bounds of one operation. Far above any model's, and small enough that no product of them leaves a bigint.
-MAX_POOL_TOKENS = 10**9
-MAX_IMAGES = 1_000
+MAX_IMAGES = 1_000  # of one operation, far above any model's
 
 MAX_PAGE = 100
 

@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from billing import ledger, usage
+from billing import ledger, pricing, usage
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import AccountStatus
 from billing.models.fields import Currency, Provider
@@ -94,7 +94,7 @@ def _storable(value: str) -> str:
 
 _Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": r"^[^\x00]*$"})]
 _Id = Annotated[int, Field(ge=1, le=MAX_BIGINT)]
-_Tokens = Annotated[int, Field(ge=0, le=usage.MAX_POOL_TOKENS)]
+_Tokens = Annotated[int, Field(ge=0, le=pricing.MAX_POOL_TOKENS)]
 Moment = Annotated[AwareDatetime, BeforeValidator(_moment), AfterValidator(_in_utc)]
 AddressId = Annotated[int, Field(strict=True, ge=1, le=MAX_BIGINT), BeforeValidator(_digits)]
 PageSize = Annotated[int, Field(strict=True, ge=1, le=usage.MAX_PAGE), BeforeValidator(_digits)]

@@ -133,6 +133,18 @@ def test_an_image_models_thoughts_are_text_and_cost_what_text_costs() -> None:
     assert cost == 100 // 2 + 1_120 * 60 + 300 * 3
 
 
+def test_words_of_an_image_model_cost_what_words_cost() -> None:
+    """Pictures, words and thoughts: each modality its price, where the model has one for it."""
+    counted = TokenPools(
+        input_tokens=326, output_tokens=2_340 + 337, reasoning_tokens=337, text_output_tokens=2_340 - 2_000
+    )
+    assert catalogue.provider_cost_microusd(model("gemini-3-pro-image"), counted, image_count=1) == 248_776
+    words = TokenPools(input_tokens=10, output_tokens=1_120 + 346, text_output_tokens=346)
+    assert catalogue.provider_cost_microusd(model("gemini-3.1-flash-image"), words, image_count=1) == 5 + 67_200 + 1_038
+    # OpenAI's list has one price for all output of its image models.
+    assert catalogue.provider_cost_microusd(model("gpt-image-2"), words, image_count=1) == 50 + 1_466 * 30
+
+
 def test_a_text_models_reasoning_costs_what_output_costs() -> None:
     pools = TokenPools(output_tokens=1_000, reasoning_tokens=900)
     assert catalogue.provider_cost_microusd(model("gpt-6.1-sol"), pools) == 10_000

@@ -138,6 +138,25 @@ def test_the_providers_cost_prices_each_pool_and_counts_reasoning_once() -> None
     assert pricing.provider_cost_microusd(TokenPools(input_tokens=1), usd_per_million={"input": Decimal("0.05")}) == 1
 
 
+def test_a_part_with_a_price_of_its_own_is_taken_out_of_its_pool() -> None:
+    pools = TokenPools(
+        input_tokens=1_000,
+        image_input_tokens=200,
+        audio_input_tokens=300,
+        cache_write_tokens=100,
+        cache_write_1h_tokens=40,
+        output_tokens=2_677,
+        reasoning_tokens=337,
+        text_output_tokens=340,
+        audio_output_tokens=100,
+    )
+    usd = {"input": 2, "cache_write": 2, "output": 120, "reasoning": 12, "text_output": 12, "audio_output": 60}
+    usd |= {"image_input": 8, "audio_input": 4, "cache_write_1h": 4}
+    cost = pricing.provider_cost_microusd(pools, usd_per_million={name: Decimal(price) for name, price in usd.items()})
+    words, pictures = 337 + 340, 2_677 - 337 - 340 - 100
+    assert cost == 500 * 2 + 200 * 8 + 300 * 4 + 60 * 2 + 40 * 4 + pictures * 120 + words * 12 + 100 * 60
+
+
 @given(
     tokens=st.tuples(counts, counts, counts, counts),
     reasoning_share=st.fractions(0, 1),
