@@ -30,6 +30,7 @@ from ai_ops.providers import (
     TextEnd,
 )
 from billing import after_debit, catalogue, ledger, pricing, usage
+from billing.catalogue import CatalogueError
 from billing.database import DATABASE_AWAY, in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
 from billing.models import ModelPrice, TokenAccount
@@ -68,7 +69,8 @@ class Ask:
     provider: str
     model: str
     prompt: Prompt
-    wanted_output_tokens: int = 0  # text
+    wanted_output_tokens: int = 0  # text, without what the model thinks
+    least_output_tokens: int = 0  # text: less of it is of no use, as of a revision that is cut short
     image_count: int = 0  # images
     image_size: str = ""
     image_quality: str = ""
@@ -93,7 +95,8 @@ class Quote:
     fixed_cost_tokens: int | None  # images, for each; None for text
     is_free: bool  # billing is switched off
     input_tokens: int
-    wanted_output_tokens: int
+    thinking_tokens: int  # room for it, on top of the text
+    wanted_output_tokens: int  # the text and the room for thinking
     output_limit_tokens: int  # what is affordable of it now
     max_billable_tokens: int
     held_tokens: int
@@ -113,6 +116,11 @@ class Quote:
         """In tokens."""
         return Decimal(0) if self.is_free else self.multiplier or Decimal(self.fixed_cost_tokens or 0)
 
+    @property
+    def text_tokens(self) -> int:
+        """The most that is written, thinking apart."""
+        return self.wanted_output_tokens - self.thinking_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class Finished:
@@ -120,6 +128,26 @@ class Finished:
 
     usage_id: int
     stopped_by: StoppedBy = ""
+
+
+class TooLongForModel(CatalogueError):
+    """The model could not do it, whatever is paid: it reads or writes less at once than this takes."""
+
+
+class OnlyThought(ProviderError):
+    """The model used up all that it may write by thinking, before the first word."""
+
+    template = "{name} thought until nothing was left to write with. Please try again, or choose another model."
+
+
+class BalanceTooSmallToThink(OnlyThought):
+    """The same, where the balance had set the limit."""
+
+    http_status = 402
+    template = (
+        "Your balance is too small for this model: it thought until nothing was left to write with. "
+        "Buy tokens, or choose another model."
+    )
 
 
 KeepText = Callable[[str, bool], None]
@@ -140,14 +168,16 @@ def count_tokens(text: str) -> int:
 def quote_text(*, user_id: int, ask: Ask) -> Quote:
     """What the text costs at most, and how much of it the user can afford now.
 
-    Reserves nothing. Raises CatalogueError for a model that cannot be used, AccountNotActive, and InsufficientTokens
-    when not even MIN_OUTPUT_TOKENS of text are affordable.
+    Reserves nothing. Raises CatalogueError for a model that cannot be used, or not for so long a text
+    (TooLongForModel), AccountNotActive, and InsufficientTokens when not even the least that is of use is affordable.
     """
     priced, account = _price(user_id, ask)
     price, operation = priced.price, priced.operation
+    _require_fit(price, ask)
     multiplier = operation.multiplier or Decimal(1)
     input_tokens = _quoted_input_tokens(ask.prompt)
-    wanted_tokens = min(ask.wanted_output_tokens, price.max_output_tokens)
+    text_tokens = min(ask.wanted_output_tokens, price.max_output_tokens)
+    wanted_tokens = min(text_tokens + price.thinking_tokens, price.max_output_tokens)
     most = pricing.calculate_llm_billable_tokens(input_tokens, wanted_tokens, multiplier)
     output_limit_tokens, held_tokens = wanted_tokens, most.billable_tokens
     if operation.is_free:
@@ -156,7 +186,7 @@ def quote_text(*, user_id: int, ask: Ask) -> Quote:
         output_limit_tokens = pricing.affordable_output_tokens(
             available_tokens=account.available, input_tokens=input_tokens, multiplier=multiplier
         )
-        least_tokens = min(MIN_OUTPUT_TOKENS, wanted_tokens)
+        least_tokens = min(_least_output_tokens(price, ask), wanted_tokens)
         if output_limit_tokens < least_tokens:
             least = pricing.calculate_llm_billable_tokens(input_tokens, least_tokens, multiplier)
             raise InsufficientTokens(needed_tokens=least.billable_tokens, available_tokens=account.available)
@@ -171,6 +201,7 @@ def quote_text(*, user_id: int, ask: Ask) -> Quote:
         fixed_cost_tokens=None,
         is_free=operation.is_free,
         input_tokens=input_tokens,
+        thinking_tokens=wanted_tokens - text_tokens,
         wanted_output_tokens=wanted_tokens,
         output_limit_tokens=output_limit_tokens,
         max_billable_tokens=0 if operation.is_free else most.billable_tokens,
@@ -195,6 +226,7 @@ def quote_images(*, user_id: int, ask: Ask) -> Quote:
         fixed_cost_tokens=operation.fixed_cost_tokens,
         is_free=operation.is_free,
         input_tokens=0,
+        thinking_tokens=0,
         wanted_output_tokens=0,
         output_limit_tokens=0,
         max_billable_tokens=tokens,
@@ -216,6 +248,27 @@ def _price(user_id: int, ask: Ask) -> tuple[usage.PricedOperation, TokenAccount]
     if not account.may_operate(is_free=priced.operation.is_free):
         raise AccountNotActive(status=account.status, reason=account.status_reason)
     return priced, account
+
+
+def _least_output_tokens(price: ModelPrice, ask: Ask) -> int:
+    """With less it would most likely think and not write, or write what is of no use. Models seldom use their room for
+    thinking: to ask for all of it would keep small balances from texts that they can pay."""
+    return max(MIN_OUTPUT_TOKENS, ask.least_output_tokens) + price.thinking_tokens // 4
+
+
+def _require_fit(price: ModelPrice, ask: Ask) -> None:
+    """Refuse before anything is held what the model cannot do, with its limit and what helps."""
+    read_tokens, written_tokens = count_tokens(ask.prompt.text), _least_output_tokens(price, ask)
+    if read_tokens > price.max_input_tokens:
+        raise TooLongForModel(
+            f"{price.display_name} reads at most {price.max_input_tokens:,} tokens at once, and this has about "
+            f"{read_tokens:,}. Shorten the text, take a part of it, or choose another model."
+        )
+    if ask.least_output_tokens and written_tokens > price.max_output_tokens:
+        raise TooLongForModel(
+            f"{price.display_name} writes at most {price.max_output_tokens:,} tokens at once, and this needs about "
+            f"{written_tokens:,}. Work on one passage after the other, or choose another model."
+        )
 
 
 def _quoted_input_tokens(prompt: Prompt) -> int:
@@ -368,8 +421,12 @@ class _TextRun:
         self.is_call_under_way = False
         self.stopped_by = _STOPPED_BY[end.finish_reason]
         if not self.written:
-            error_class = ProviderRefused if end.finish_reason == "refused" else ProviderUnavailable
-            self.fail(error_class(self.quote.price.get_provider_display(), usage=end.usage))
+            self.fail(self._why_nothing(end)(self.quote.price.get_provider_display(), usage=end.usage))
+
+    def _why_nothing(self, end: TextEnd) -> type[ProviderError]:
+        if end.finish_reason == "length":
+            return BalanceTooSmallToThink if self.quote.is_reduced else OnlyThought
+        return ProviderRefused if end.finish_reason == "refused" else ProviderUnavailable
 
     def begin_call(self, call: "_NextCall") -> None:
         self.prompt, self.output_limit_tokens, self.held_tokens = (
@@ -464,7 +521,7 @@ def _hold_more(run: _TextRun) -> _NextCall | StoppedBy:
             available_tokens=limit_tokens, input_tokens=input_tokens, multiplier=multiplier
         ),
     )
-    if output_limit_tokens < min(MIN_OUTPUT_TOKENS, wanted_tokens):
+    if output_limit_tokens < min(MIN_OUTPUT_TOKENS + quote.thinking_tokens // 4, wanted_tokens):
         # Where the quote itself is used up, by what had to be read twice, no top-up would have helped.
         return "balance" if limit_tokens < quote.max_billable_tokens else "length"
     needed_tokens = pricing.calculate_llm_billable_tokens(input_tokens, output_limit_tokens, multiplier).billable_tokens

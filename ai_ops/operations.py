@@ -219,6 +219,7 @@ class RefinementRequest(Request):
             model=self.model,
             prompt=prompts.refinement_prompt(text=self.body, refinement=self.refinement, wishes=self.wishes),
             wanted_output_tokens=_revision_tokens(self.body),
+            least_output_tokens=_least_revision_tokens(self.body, prompts.REFINEMENTS[self.refinement].length_percent),
             project_id=piece.project_id,
             content_id=piece.pk,
             metadata={"operation": "refine_content", "refinement": self.refinement},
@@ -262,6 +263,7 @@ class SelectionRequest(Request):
                 before=before, selection=self.selection, after=after, instruction=self.instruction
             ),
             wanted_output_tokens=_revision_tokens(self.selection),
+            least_output_tokens=_least_revision_tokens(self.selection),
             project_id=piece.project_id,
             content_id=piece.pk,
             metadata={
@@ -771,6 +773,11 @@ def _require_text(text: str) -> None:
 def _revision_tokens(text: str) -> int:
     # Twice the text: "make it longer" asks for half as much again, and our count is not the provider's.
     return max(MIN_REVISION_TOKENS, 2 * metering.count_tokens(text))
+
+
+def _least_revision_tokens(text: str, length_percent: int = 100) -> int:
+    """A revision that ends earlier is kept aside and of no use: whoever cannot have all of it is told before."""
+    return metering.count_tokens(text) * length_percent // 100
 
 
 def _history(chat: Chat) -> list[tuple[str, str]]:

@@ -33,12 +33,13 @@ class Choice:
 
     label: str
     instruction: str
+    length_percent: int = 100  # how long a revision becomes, of the text before
 
 
 REFINEMENTS: Mapping[str, Choice] = {
     "improve": Choice("Improve the writing", "Improve clarity, rhythm and choice of words. Keep the meaning."),
-    "shorten": Choice("Make it shorter", "Make it about half as long. Keep what matters."),
-    "expand": Choice("Make it longer", "Expand it with details and examples, by about half."),
+    "shorten": Choice("Make it shorter", "Make it about half as long. Keep what matters.", 50),
+    "expand": Choice("Make it longer", "Expand it with details and examples, by about half.", 150),
     "proofread": Choice("Correct mistakes only", "Correct spelling, grammar and punctuation. Change nothing else."),
     "simplify": Choice("Use simpler words", "Use short sentences and everyday words."),
     "formal": Choice("Make it more formal", "Make the tone more formal."),

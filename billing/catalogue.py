@@ -44,10 +44,19 @@ class RetiredModel(CatalogueError):
     pass
 
 
+# What the models on offer read and write at once, as their providers say.
+_LIMITS: Mapping[str, Mapping[str, int]] = {
+    "openai": {"max_input_tokens": 272_000, "max_output_tokens": 128_000},
+    "anthropic": {"max_input_tokens": 1_000_000, "max_output_tokens": 128_000},
+    "google": {"max_input_tokens": 1_048_576, "max_output_tokens": 65_536},
+}
+
+
 def _text(provider: str, model: str, name: str, *usd_per_million: str, **fields: Any) -> dict[str, Any]:
     names = ("input", "cached_input", "cache_write", "output")
     prices = {f"{pool}_usd_per_million": Decimal(usd) for pool, usd in zip(names, usd_per_million, strict=True)}
-    return {"provider": provider, "model": model, "display_name": name, "kind": "text"} | prices | fields
+    about = {"provider": provider, "model": model, "display_name": name, "kind": "text"}
+    return about | prices | _LIMITS[provider] | fields
 
 
 def _image(provider: str, model: str, name: str, image_usd: str, **fields: Any) -> dict[str, Any]:
@@ -131,9 +140,9 @@ DEFAULT_MODELS: Sequence[dict[str, Any]] = (
     _image("google", "imagen-4.0-generate-001", "Imagen 4", "0.040",
            **_retired("2026-08-17", "gemini-3.1-flash-image")),
     _text("anthropic", "claude-opus-4-20250514", "Claude Opus 4", "15", "1.50", "18.75", "75",
-          **_retired("2026-06-15", "claude-opus-5-5")),
+          max_input_tokens=200_000, max_output_tokens=32_000, **_retired("2026-06-15", "claude-opus-5-5")),
     _text("anthropic", "claude-sonnet-4-20250514", "Claude Sonnet 4", "3", "0.30", "3.75", "15",
-          **_retired("2026-06-15", "claude-sonnet-5-5")),
+          max_input_tokens=200_000, max_output_tokens=64_000, **_retired("2026-06-15", "claude-sonnet-5-5")),
 )  # fmt: skip
 
 

@@ -57,7 +57,13 @@ class ModelPrice(models.Model):
         help_text='Where the price differs: {"1024x1024/low": "0.006", "1536x1024": "0.041"}.',
     )
 
-    max_output_tokens = models.IntegerField(default=8_192)
+    max_input_tokens = models.IntegerField("most it reads at once (tokens)", default=128_000)
+    max_output_tokens = models.IntegerField("most it writes at once, thinking included (tokens)", default=8_192)
+    thinking_tokens = models.IntegerField(
+        "room for thinking (tokens)",
+        default=2_000,
+        help_text="Held on top of the text, charged as far as it is used. 0 for a model that does not think.",
+    )
     multiplier = models.DecimalField(
         "multiplier, instead of the settings'", max_digits=8, decimal_places=4, null=True, blank=True
     )
@@ -92,6 +98,9 @@ class ModelPrice(models.Model):
                 & (Q(multiplier=None) | Q(multiplier__gt=0))
                 & (Q(reasoning_usd_per_million=None) | Q(reasoning_usd_per_million__gte=0)),
                 name="model_price_numbers_sane",
+            ),
+            models.CheckConstraint(
+                condition=Q(max_input_tokens__gt=0, thinking_tokens__gte=0), name="model_price_limits_sane"
             ),
             choices_constraint("provider", Provider, "model_price_provider_known"),
             choices_constraint("kind", ModelKind, "model_price_kind_known"),

@@ -110,6 +110,7 @@ def test_plain_form_leads_to_the_finished_piece(writer: Writer) -> None:
     assert writer.piece.state == ContentPiece.State.READY
 
 
+@pytest.mark.usefixtures("no_thinking")
 def test_output_limit_fits_a_small_balance(make_user: MakeUser, web: Server, ai: Server) -> None:
     writer = Writer(make_user("carol", tokens=600), web)
     quote = writer.http.post("/studio/quote/draft/", data=writer.form()).text

@@ -1,12 +1,13 @@
 """Quotes: what an operation can cost at most, and how much text a balance allows."""
 
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
 
 from accounts.models import User
 from ai_ops import metering, prompts
-from ai_ops.metering import MIN_OUTPUT_TOKENS, Ask, Quote
+from ai_ops.metering import MIN_OUTPUT_TOKENS, Ask, Quote, TooLongForModel
 from ai_ops.prompts import LENGTHS, TONES, Prompt, draft_prompt
 from billing import ledger, system_settings
 from billing.catalogue import RetiredModel, UnknownModel
@@ -36,10 +37,10 @@ def quote(
 
 
 def test_quote_is_the_most_it_can_cost(alice: User) -> None:
-    """ceil((input + most output) × multiplier), and nothing is held by asking."""
+    """ceil((input + text + room for thinking) × multiplier), and nothing is held by asking."""
     answer = quote(alice)
-    assert answer.output_limit_tokens == 1_200
-    assert answer.max_billable_tokens == -(-(answer.input_tokens + 1_200) * 3 // 2)
+    assert (answer.text_tokens, answer.thinking_tokens, answer.output_limit_tokens) == (1_200, 2_000, 3_200)
+    assert answer.max_billable_tokens == -(-(answer.input_tokens + 3_200) * 3 // 2)
     assert (answer.multiplier, answer.available_tokens, answer.is_reduced) == (Decimal("1.5"), 10_000, False)
     assert not TokenUsage.objects.exists()
     assert ledger.get_account(user_id=alice.pk).reserved == 0
@@ -77,8 +78,9 @@ def test_small_balance_lowers_the_limit_and_never_below_the_least(make_user: Mak
     """Every balance gets the longest text it can pay for, or is told exactly what the shortest one lacks."""
     nora = make_user("nora", tokens=1)
     full = quote(make_user("rich", tokens=100_000))
-    least_tokens = -(-(full.input_tokens + MIN_OUTPUT_TOKENS) * 3 // 2)
-    for tokens in (1, least_tokens - 1, least_tokens, least_tokens + 1, 700, full.max_billable_tokens - 1):
+    least_output_tokens = MIN_OUTPUT_TOKENS + full.thinking_tokens // 4
+    least_tokens = -(-(full.input_tokens + least_output_tokens) * 3 // 2)
+    for tokens in (1, least_tokens - 1, least_tokens, least_tokens + 1, 1_700, full.max_billable_tokens - 1):
         TokenAccount.objects.filter(user=nora).update(balance=tokens)  # rolled back; the ledger is not the subject
         if tokens < least_tokens:
             with pytest.raises(InsufficientTokens) as refusal:
@@ -88,7 +90,7 @@ def test_small_balance_lowers_the_limit_and_never_below_the_least(make_user: Mak
             continue
         answer = quote(nora)
         assert answer.is_reduced
-        assert MIN_OUTPUT_TOKENS <= answer.output_limit_tokens < 1_200
+        assert least_output_tokens <= answer.output_limit_tokens < 3_200
         assert answer.held_tokens <= tokens < answer.held_tokens + 3  # one token more would not fit
         assert answer.max_billable_tokens == full.max_billable_tokens  # the quote stays the quote
 
@@ -102,7 +104,37 @@ def test_what_is_reserved_is_not_offered_twice(alice: User) -> None:
 def test_limit_of_the_model_applies(alice: User) -> None:
     ModelPrice.objects.filter(model="gpt-6-luna").update(max_output_tokens=300)
     answer = quote(alice)
-    assert (answer.output_limit_tokens, answer.is_reduced) == (300, False)
+    assert (answer.output_limit_tokens, answer.thinking_tokens, answer.is_reduced) == (300, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("limits", "prompt", "least_tokens", "words"),
+    [
+        ({"max_output_tokens": 8_192}, PROMPT, 20_000, "writes at most 8,192 tokens at once.*20,5"),
+        ({"max_output_tokens": 8_192}, PROMPT, 8_192, "writes at most 8,192"),  # without room for thinking
+        ({"max_input_tokens": 4_000}, draft_prompt(title="T", topic="tea " * 5_000, tone="neutral", length="short"), 0,
+         "reads at most 4,000 tokens at once"),
+    ],
+)  # fmt: skip
+def test_what_the_model_cannot_do_is_refused_before_anything_is_held(
+    make_user: MakeUser, limits: dict[str, int], prompt: Prompt, least_tokens: int, words: str
+) -> None:
+    rich = make_user("rich", tokens=1_000_000)
+    ask = Ask(TokenUsage.OperationType.REFINEMENT, "openai", "gpt-6-luna", prompt, 40_000, least_tokens)
+    metering.quote_text(user_id=rich.pk, ask=ask)
+    ModelPrice.objects.filter(model="gpt-6-luna").update(**limits)
+    with pytest.raises(TooLongForModel, match=words) as refusal:
+        metering.quote_text(user_id=rich.pk, ask=ask)
+    assert refusal.value.http_status == 422
+
+
+def test_a_revision_that_the_balance_would_cut_short_is_refused(make_user: MakeUser) -> None:
+    """A text may end early; a revision that does changes nothing, and would be paid for all the same."""
+    poor = make_user("poor", tokens=4_000)
+    ask = Ask(TokenUsage.OperationType.REFINEMENT, "openai", "gpt-6-luna", PROMPT, 6_000)
+    assert metering.quote_text(user_id=poor.pk, ask=ask).is_reduced
+    with pytest.raises(InsufficientTokens):
+        metering.quote_text(user_id=poor.pk, ask=replace(ask, least_output_tokens=3_000))
 
 
 def test_multiplier_of_the_model_goes_before_the_settings(alice: User, susan: User) -> None:

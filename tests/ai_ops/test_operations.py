@@ -380,6 +380,7 @@ def test_wrong_field_of_images_is_named(writer: Writer, field: str, value: str) 
 # --- A small balance --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("no_thinking")
 def test_hold_is_extended_when_more_is_available(make_user: MakeUser, web: Server, ai: Server) -> None:
     """The text begins with what 600 tokens allow; topped up meanwhile, it goes on, up to its quote (law 5)."""
     writer = Writer(make_user("nora", tokens=600), web)
@@ -409,6 +410,7 @@ def test_hold_is_extended_when_more_is_available(make_user: MakeUser, web: Serve
 
 
 @each_provider
+@pytest.mark.usefixtures("no_thinking")
 def test_text_ends_cleanly_when_the_balance_does_and_goes_on_after_a_top_up(
     make_user: MakeUser, web: Server, model: str
 ) -> None:
@@ -434,6 +436,7 @@ def test_text_ends_cleanly_when_the_balance_does_and_goes_on_after_a_top_up(
     assert TokenUsage.objects.filter(content_id=piece.pk).count() == 2
 
 
+@pytest.mark.usefixtures("no_thinking")
 def test_failure_after_an_extension_costs_what_came_before_it(
     make_user: MakeUser, settings: Settings, ai: Server
 ) -> None:

@@ -237,6 +237,8 @@ def test_a_new_model_begins_its_history_with_its_first_prices() -> None:
         {"output_usd_per_million": Decimal("0.0000001")},
         {"multiplier": Decimal(0)},
         {"max_output_tokens": 0},
+        {"max_input_tokens": 0},
+        {"thinking_tokens": -1},
         {"model": "gpt-7"},
         {"updated_at": None},
         {"no_such_field": 1},

@@ -55,7 +55,7 @@ def test_the_differences_are_shown_and_nothing_is_changed_without_a_yes(monkeypa
     shown, refusal = run_refused()
     assert refusal.returncode == 2
     assert shown.splitlines() == [
-        "claude-haiku-5-5  max_output_tokens                8192 → 64000",
+        "claude-haiku-5-5  max_output_tokens                128000 → 64000",
         "gemini-3.8-flash  input_usd_per_million            0.75 → 3.75     WARNING: more than 3 times the old price",
         "gemini-3.8-flash  cached_input_usd_per_million     0.075 → 0       WARNING: it would cost nothing",
         "gemini-3.8-flash  output_usd_per_million           3.75 → 1        WARNING: less than 1/3 of the old price",
