@@ -19,7 +19,7 @@ from accounts.models import User
 from billing import catalogue, gateway, ledger, packages
 from billing.models import Purchase
 from billing.pricing import TokenPools
-from tests import servers
+from tests import databases, servers
 from tests.payments import buy, deliver, event_of, verify_books
 from tests.servers import Server, StripeStandIn
 
@@ -35,6 +35,14 @@ BEGUN_FIRST = ("tests/faults", "tests/production", "tests/test_permissions.py", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files begin first, so that no process is alone with one at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(BEGUN_FIRST))
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(
+    django_test_environment: None, django_db_blocker: Any, django_db_modify_db_settings: None
+) -> Iterator[None]:
+    with django_db_blocker.unblock(), databases.copied():
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

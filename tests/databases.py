@@ -1,0 +1,63 @@
+"""The test database of each process: a copy of one that the first to come has migrated."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+
+from django.conf import settings
+from django.core.management import call_command
+from django.db import connection
+
+from tests.servers import PROJECT
+
+ONE_AT_A_TIME = 7_265_901  # an advisory lock of the server
+
+
+@contextmanager
+def copied() -> Iterator[None]:
+    """Until the end of the context `connection` leads to an empty database with all tables.
+
+    The database that is copied stays on the server for later runs, until a migration or a dependency is another.
+    """
+    template = f"{_PREFIX}{_fingerprint()}"
+    copy = connection.settings_dict["TEST"]["NAME"] or f"test_{connection.settings_dict['NAME']}"
+    with connection._nodb_cursor() as server:
+        server.execute("SET lock_timeout = 0")
+        server.execute("SELECT pg_advisory_lock(%s)", [ONE_AT_A_TIME])  # until the connection is closed
+        server.execute("SELECT datname FROM pg_database WHERE starts_with(datname, %s)", [_PREFIX])
+        there = [name for (name,) in server.fetchall()]
+        if template not in there:
+            for name in there:
+                server.execute(f'DROP DATABASE "{name}"')
+            unfinished = f"{template}_unfinished"
+            server.execute(f'CREATE DATABASE "{unfinished}"')
+            with _connected_to(unfinished):
+                call_command("migrate", verbosity=0, interactive=False)
+            server.execute(f'ALTER DATABASE "{unfinished}" RENAME TO "{template}"')
+        server.execute(f'DROP DATABASE IF EXISTS "{copy}" WITH (FORCE)')
+        server.execute(f'CREATE DATABASE "{copy}" TEMPLATE "{template}"')
+    with _connected_to(copy):
+        yield
+    with connection._nodb_cursor() as server:
+        server.execute(f'DROP DATABASE "{copy}" WITH (FORCE)')
+
+
+_PREFIX = "test_migrated_"
+
+
+def _fingerprint() -> str:
+    digest = sha256()
+    for file in (*sorted(PROJECT.glob("*/migrations/*.py")), PROJECT / "requirements" / "dev.txt"):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _connected_to(database: str) -> Iterator[None]:
+    usual = connection.settings_dict["NAME"]
+    for name in (database, usual):
+        connection.close()
+        connection.close_pool()  # type: ignore[attr-defined]
+        settings.DATABASES["default"]["NAME"] = connection.settings_dict["NAME"] = name
+        if name == database:
+            yield
