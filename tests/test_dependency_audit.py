@@ -64,8 +64,9 @@ def test_a_vulnerability_fails_it() -> None:
     assert "PYSEC-0, fixed in 99.1" in said
 
 
-def test_without_an_answer_it_says_so_and_goes_on() -> None:
+def test_without_an_answer_it_says_so_and_decides_nothing_in_ci() -> None:
     code, said = audit(f"http://127.0.0.1:{free_port()}/v1/query")
-    assert code == 0
-    assert said.startswith("DEPENDENCIES WERE NOT AUDITED: ")
+    assert code == 2
+    assert said.startswith("NOTHING WAS AUDITED: ")
     assert said.count("\n") == 1
+    assert "audit-dependencies" not in (PROJECT / ".ci" / "run").read_text()

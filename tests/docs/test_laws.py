@@ -10,7 +10,7 @@ from tests.docs.pages import PROJECT, pages, table_rows
 
 ARCHITECTURE, FAULTS = "docs/ARCHITECTURE.md", "docs/FAULTS.md"
 OURS = ("accounts", "billing", "ai_ops")
-LAST_ROW = 77
+LAST_ROW = 121  # the highest number that was ever given
 
 # The columns that law 1 is about, and who may write them: the ledger, and the invented past of `make_demo_history`,
 # which `verify_ledger` looks at like any other.
@@ -59,7 +59,9 @@ def test_ledger_alone_writes_balances() -> None:
 def test_faults() -> None:
     """Every row is there once, and the tests that it names speak of it by its number."""
     rows = re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", pages()[FAULTS], re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, LAST_ROW + 1))
+    # Numbers are given once and for all, so there are gaps.
+    numbers = [int(number) for number, _ in rows]
+    assert numbers == sorted(set(numbers))
     silent = []
     for number, tests in rows:
         files = re.findall(r"`([\w/]+\.py)`", tests)
