@@ -7,7 +7,7 @@ UPGRADE := --upgrade
 RERUN := -rR --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded' \
 	--only-rerun 'It did not happen in time' --only-rerun 'ReadTimeout'
 
-.PHONY: help installed-local installed-dev run run-production restart-production manage-production test screenshots audit audit-dependencies css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
+.PHONY: help installed-local installed-dev run run-production restart-production manage-production test test-dates screenshots audit audit-dependencies css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ manage-production: installed-local ## A command there: make manage-production AR
 
 test: installed-dev ## Run all tests against real PostgreSQL, Redis and Chromium
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(if $(CI),$(RERUN))
+
+test-dates: installed-dev ## Run the tests that know dates on other days, a leap day among them (needs cc; DATES=… TESTS=…)
+	@$(BIN)/python -m tests.dates $(TESTS) $(if $(DATES),--dates $(DATES))
 
 screenshots: installed-dev ## Picture every page, both widths and themes, into artifacts/screenshots/
 	@SCREENSHOTS=all $(BIN)/python -m pytest tests/journeys

@@ -24,6 +24,7 @@ from billing.models import ModelPrice
 
 MAX_TEXT_CHARACTERS = 100_000
 MAX_IMAGES = 4
+NO_MODEL = "No model is on offer right now. Please try again later."
 IMAGE_SIZES = (
     ("1024x1024", "Square, 1024 × 1024"),
     ("1536x1024", "Landscape, 1536 × 1024"),
@@ -47,8 +48,17 @@ def _image_models() -> list[tuple[str, str]]:
     return _model_choices(ModelPrice.Kind.IMAGE)
 
 
+class ModelSelect(forms.Select):
+    def optgroups(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """A list without a model says so."""
+        return super().optgroups(*args, **kwargs) or [(None, [self.create_option("model", "", NO_MODEL, True, 0)], 0)]
+
+
 class ModelField(forms.ChoiceField):
     """A model on sale. For another one the catalogue says why not: a retired one names its replacement (row 58)."""
+
+    widget = ModelSelect
+    default_error_messages = {"required": "Choose a model."}
 
     def validate(self, value: str) -> None:
         provider, _, model = value.partition(":")
