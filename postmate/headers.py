@@ -1,14 +1,43 @@
-"""The security header that neither Django nor django-csp sets."""
+"""A security header that neither Django nor django-csp sets, and a header that some addresses do not heed."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
+from urllib.parse import urlsplit
 
 from asgiref.sync import iscoroutinefunction
+from django.conf import settings
 from django.http import HttpRequest, HttpResponse
 from django.utils.decorators import sync_and_async_middleware
 
+# Balancers and Prometheus ask a process for these by its address or its container's name, whatever they may be.
+ASKED_BY_ADDRESS = frozenset({"/healthz", "/readyz", "/metrics"})
+
 # No page needs any of these; cards are entered on Stripe's pages.
 PERMISSIONS_POLICY = ", ".join(f"{feature}=()" for feature in ("camera", "geolocation", "microphone", "payment", "usb"))
+
+
+@sync_and_async_middleware
+def asked_by_address_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
+    """Lets ASKED_BY_ADDRESS answer whatever Host says. They make no links, so a forged one leads nobody astray; all
+    other addresses refuse it."""
+    if iscoroutinefunction(get_response):
+
+        async def answer_async(request: HttpRequest) -> HttpResponse:
+            _name_ourselves(request)
+            return await cast(Awaitable[HttpResponse], get_response(request))
+
+        return answer_async
+
+    def answer(request: HttpRequest) -> HttpResponse:
+        _name_ourselves(request)
+        return cast(HttpResponse, get_response(request))
+
+    return answer
+
+
+def _name_ourselves(request: HttpRequest) -> None:
+    if request.path in ASKED_BY_ADDRESS:
+        request.get_host = lambda: urlsplit(settings.SITE_URL).netloc  # type: ignore[method-assign]
 
 
 @sync_and_async_middleware

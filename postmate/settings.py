@@ -58,8 +58,7 @@ REHEARSAL = env.bool("REHEARSAL", False)  # production with stand-ins and withou
 # The first signs; the others, while it is being rotated, are still good for what they have signed.
 SECRET_KEY, *SECRET_KEY_FALLBACKS = _secrets("SECRET_KEY") or ["development-only-secret-key" if DEBUG else ""]
 SITE_URL = env.str("SITE_URL", f"http://localhost:{env.int('PORT', 8000)}")
-# "localhost" is who asks for a process's health from beside it.
-ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[] if DEBUG else [str(urlsplit(SITE_URL).hostname), "localhost"])
+ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[] if DEBUG else [str(urlsplit(SITE_URL).hostname)])
 DATA_DIR = Path(env.str("POSTMATE_DATA_DIR", str(BASE_DIR / ".postmate")))
 
 # Set by postmate/embedded.py on a machine without servers.
@@ -161,6 +160,7 @@ INSTALLED_APPS = [
 
 MIDDLEWARE = [
     "postmate.logs.request_middleware",
+    "postmate.headers.asked_by_address_middleware",
     "django.middleware.security.SecurityMiddleware",
     "postmate.headers.permissions_policy_middleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",

@@ -90,6 +90,24 @@ def test_another_host_is_no_host_of_ours(client: Client, alice: User, host: str)
 
 
 @pytest.mark.usefixtures("stopped_clock")
+@pytest.mark.parametrize(
+    "host",
+    ["10.0.0.7:8000", "[2001:db8::7]", "postmate-web-1:8000", "evil.example", "evil.example@testserver", "a b", ""],
+)
+def test_what_machines_ask_for_answers_by_any_name_and_nothing_else_does(
+    client: Client, settings: Settings, host: str
+) -> None:
+    settings.METRICS_TOKENS = ["token"]
+    headers = {"Host": host, "Authorization": "Bearer token"}
+    for path in ("/healthz", "/readyz", "/metrics"):
+        response: Any = client.get(path, headers=headers)
+        assert response.status_code == 200, path
+        assert "evil" not in response.content.decode() + str(response.headers)
+    assert client.get("/metrics", headers={"Host": host}).status_code == 404
+    for path in ("/", "/healthz/", "/readyzz", "/accounts/login/", "/api/v1/openapi.json", "/live/balance/"):
+        assert client.get(path, headers=headers).status_code == 400, path
+
+
 def test_a_flood_of_sign_ins_is_slowed(alice: User) -> None:
     """Row 69: from one address, whoever they pretend to be."""
     codes = [
