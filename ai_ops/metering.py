@@ -29,7 +29,7 @@ from ai_ops.providers import (
     TextDelta,
     TextEnd,
 )
-from billing import after_debit, catalogue, ledger, pricing, usage
+from billing import after_debit, catalogue, counters, ledger, pricing, usage
 from billing.catalogue import CatalogueError
 from billing.database import DATABASE_AWAY, in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
@@ -314,6 +314,13 @@ def _log_ids(quote: Quote, usage_id: int) -> dict[str, Any]:
     }
 
 
+def _note_failure(what: str, ids: Mapping[str, Any], failure: Exception) -> None:
+    """Log it, and count it for /metrics where it is the provider's."""
+    logger.warning(what, **ids, error=failure.__cause__ or failure)
+    if isinstance(failure, ProviderError):
+        counters.count_provider_error(provider=ids["provider"], kind=failure.kind)
+
+
 def _log_end(ids: Mapping[str, Any], posting: Posting, duration_ms: int) -> None:
     logger.info(
         "An operation ended",
@@ -443,7 +450,7 @@ class _TextRun:
         if self.call_begins_at == 0:
             self.failure = error
             return
-        logger.warning("An operation could not go on", **self.log_ids, error=error.__cause__ or error)
+        _note_failure("An operation could not go on", self.log_ids, error)
         self.is_call_under_way = False
         self.stopped_by = "provider"
 
@@ -594,7 +601,7 @@ async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGe
         # Also when the reader has gone: shielded, so that a second cancellation cannot leave the hold open.
         await asyncio.shield(asyncio.ensure_future(in_thread(_close_for_sure)(partial(run.close, keep))))
     if run.failure is not None:
-        logger.warning("An operation failed", **run.log_ids, error=run.failure.__cause__ or run.failure)
+        _note_failure("An operation failed", run.log_ids, run.failure)
         raise run.failure
     yield Finished(usage_id, run.stopped_by)
 
@@ -657,7 +664,7 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
     finally:
         await asyncio.shield(asyncio.ensure_future(in_thread(_close_for_sure)(close)))
     if failure is not None:
-        logger.warning("An operation failed", **_log_ids(quote, usage_id), error=failure.__cause__ or failure)
+        _note_failure("An operation failed", _log_ids(quote, usage_id), failure)
         raise failure
     return Finished(usage_id)
 

@@ -22,7 +22,7 @@ from billing.rollups import RAW_USAGE_SUMS, USAGE_DIMENSIONS, USAGE_SUMS
 
 logger = structlog.get_logger(__name__)
 
-BOOKS_KEY = "postmate:books"  # a hash in Redis: what `check_books` found last, and when
+BOOKS_KEY = "postmate:books"  # a hash in Redis: what the last check of all books found, and when
 EXAMPLES = 5  # violations shown of each check
 
 # Tasks run every 30 s (reservations) and 60 s (purchases): what they have not closed by then, nobody will.
@@ -537,10 +537,7 @@ def verify() -> Iterator[Finding]:
 
 
 def check_books() -> int:
-    """Run every check, log what each that fails has found, and keep the outcome for /metrics. Returns the violations.
-
-    What it keeps is a note in Redis: when it is lost, an alert asks to run it again.
-    """
+    """Run every check, log what each that fails has found, and note the outcome. Returns the violations."""
     violations = 0
     for finding in verify():
         violations += finding.violations
@@ -552,6 +549,12 @@ def check_books() -> int:
                 violations=finding.violations,
                 examples=finding.examples,
             )
+    note_outcome(violations)
+    return violations
+
+
+def note_outcome(violations: int) -> None:
+    """Keep for /metrics that all books were checked just now, and what was found. It is a note in Redis: without Redis
+    nothing is noted, and when it is lost an alert asks to check again."""
     with suppress(redis.RedisError):
         redis_client.client().hset(BOOKS_KEY, mapping={"checked_at": time.time(), "violations": violations})
-    return violations

@@ -8,7 +8,7 @@ import ipaddress
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from email.utils import parseaddr
 from pathlib import Path
 from typing import Any
@@ -313,12 +313,14 @@ def files_can_be_kept_and_served(**options: Any) -> Iterator[checks.CheckMessage
 
 
 def is_writable(directory: Path) -> bool:
-    existing = next(path for path in _upwards(directory.absolute()) if path.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+    there = existing(directory)
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _upwards(path: Path) -> Iterable[Path]:
-    return (path, *path.parents)
+def existing(path: Path) -> Path:
+    """The path, or the nearest above it that is there."""
+    path = path.absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _has_manifest(storage: Any) -> bool:

@@ -53,7 +53,7 @@ from billing.models import (
 from billing.models.fields import Provider
 from billing.verification import verify
 from postmate import backup, metrics
-from postmate.checks import is_writable
+from postmate.checks import existing, is_writable
 
 TIMEOUT_SECONDS = 5.0  # of a question over the network, where nothing else says so
 OLDEST_POSTGRESQL = 15
@@ -203,7 +203,7 @@ def disks() -> Outcomes:
     """Space where we write: data, images, backups."""
     seen = set()
     for folder in (settings.DATA_DIR, Path(settings.MEDIA_ROOT), settings.BACKUP_DIR):
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        there = existing(folder)
         if there.stat().st_dev in seen:
             continue
         seen.add(there.stat().st_dev)

@@ -41,6 +41,7 @@ NUMBER = re.compile(r"[0-9]{1,19}")
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 # What asks every few seconds is not worth a line while the answer is a good one.
 QUIET_ROUTES = ("healthz", "readyz", "metrics")
+NO_ROUTE = "(none)"  # what an address that is none counts as
 
 OURS = ("accounts", "ai_ops", "billing", "postmate")
 # They log requests, prompts or addresses below this level, or each step they take.
@@ -133,7 +134,8 @@ _request: ContextVar["HttpRequest | None"] = ContextVar("logged_request", defaul
 
 @sync_and_async_middleware
 def request_middleware(get_response: Callable[["HttpRequest"], Any]) -> Callable[["HttpRequest"], Any]:
-    """Gives a request its id, which its lines, its audit entries, its tasks and its answer carry, and writes its line.
+    """Gives a request its id, which its lines, its audit entries, its tasks and its answer carry; writes its line, and
+    counts it.
 
     It stands first. A stream's line is written when it begins; what is logged while it runs has the request's fields.
     """
@@ -166,6 +168,9 @@ def _begin(request: "HttpRequest") -> float:
 
 
 def _end(request: "HttpRequest", response: "HttpResponse", began: float) -> "HttpResponse":
+    from billing import counters
+
+    seconds = time.perf_counter() - began
     response[REQUEST_ID_HEADER] = request.request_id  # type: ignore[attr-defined]
     match = request.resolver_match
     route = match.route if match else None
@@ -185,8 +190,14 @@ def _end(request: "HttpRequest", response: "HttpResponse", began: float) -> "Htt
         route=route,
         **({"route_ids": numbers} if numbers else {}),
         status=response.status_code,
-        duration_ms=round((time.perf_counter() - began) * 1_000, 1),
+        duration_ms=round(seconds * 1_000, 1),
     )
+    if not is_file and route not in QUIET_ROUTES:
+        # Django's own admin has hundreds of routes; those that are none are told apart no further.
+        counted = "admin/" if match and "admin" in match.app_names else route
+        counters.count_request(
+            route=NO_ROUTE if counted is None else counted, status=response.status_code, seconds=seconds
+        )
     if not response.streaming:
         structlog.contextvars.clear_contextvars()
         _request.set(None)

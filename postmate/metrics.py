@@ -1,39 +1,54 @@
 """What /metrics tells Prometheus, read from the database and Redis when it is asked for.
 
-Nothing is counted in the processes: there are several, they are restarted, and what matters is in the books already.
-So every process gives the same answer, a crash loses no count, and a counter falls only if the books do. What is over
-comes from the roll-ups, what is newer from the raw rows, and all of it from one snapshot: see billing/rollups.py.
+What matters is in the books already, so it is counted nowhere else: every process gives the same answer, a crash loses
+no count, and a counter falls only if the books do. What is over comes from the roll-ups, what is newer from the raw
+rows, and all of it from one snapshot: see billing/rollups.py. What no table knows, requests and errors of the AI
+providers, all processes add up in Redis: see billing/counters.py.
+
+On a new installation everything is there, at zero: a panel without a line says nothing, and Prometheus does not see the
+first of anything in a counter that begins with it. What has never happened is as old as what would remember it.
 """
 
 import platform
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import django
 import redis
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
+from django.urls import URLResolver, get_resolver
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from psycopg_pool import PoolTimeout
 
-from billing import redis_client
+from ai_ops.providers import ProviderError
+from billing import catalogue, counters, redis_client
 from billing.database import one_snapshot
-from billing.models import Purchase, TokenAccount, TokenTransaction
+from billing.models import ModelPrice, Purchase, TokenAccount, TokenTransaction
+from billing.models.fields import Currency, Provider
 from billing.rollups import OTHER_THAN_USAGE, RAW_USAGE_SUMS, USAGE_DIMENSIONS
 from billing.verification import BOOKS_KEY
+from postmate import backup
+from postmate.checks import existing
+from postmate.logs import NO_ROUTE, QUIET_ROUTES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 DATABASE_PATIENCE_MS = 5_000  # of one query; Prometheus itself gives up after 10 seconds
 
 TASKS_KEY = "postmate:tasks"  # a hash: when a task of this name last came to a good end
 BEAT_KEY = "postmate:beat"  # when beat last handed a task over
+SINCE_KEY = "postmate:since"  # since when Redis remembers the others
 
+PROVIDER_ERROR_KINDS = sorted({each.kind for each in (ProviderError, *ProviderError.__subclasses__())})
 CREDITS = ("purchase", "auto_recharge", "admin_grant", "bonus")  # types of which each entry raises the balance
 Row = tuple[Any, ...]
 
@@ -69,7 +84,8 @@ SELECT type, currency, sum(transactions)::bigint, sum(tokens)::bigint, sum(paid_
 
 # As text: Python's datetime has no infinity, which is where everything is newer than the roll-ups.
 _ROLL_UPS_END = """
-SELECT until::text, date_trunc('day', until, 'UTC')::text, extract(epoch FROM clock_timestamp() - rolled_until)
+SELECT until::text, date_trunc('day', until, 'UTC')::text,
+       extract(epoch FROM clock_timestamp() - coalesce(rolled_until, (SELECT min(applied) FROM django_migrations)))
   FROM (SELECT max(rolled_until) AS rolled_until FROM billing_rollup) AS state
  CROSS JOIN LATERAL (SELECT coalesce(rolled_until, '-infinity') AS until) AS reach"""
 
@@ -96,6 +112,8 @@ SELECT extract(epoch FROM processed_at - received_at), extract(epoch FROM clock_
 # Without those that are paid, the many: the ledger counts them.
 _PURCHASES = """
 SELECT kind, state, count(*) FROM billing_purchase WHERE state = ANY(%(states)s) GROUP BY kind, state"""
+
+_INSTALLED = "SELECT extract(epoch FROM clock_timestamp() - min(applied)) FROM django_migrations"
 
 _DRIFTS = "SELECT count(*) FROM billing_drift WHERE resolved_at IS NULL"
 
@@ -129,6 +147,7 @@ class _Everything(Collector):
                 metrics = []
             yield from metrics
             yield _gauge(f"postmate_{name}_up", f"Whether the {name} gave its values.", {(): bool(metrics)})
+        yield from _disk_metrics()
         seconds = time.perf_counter() - began
         yield _gauge("postmate_scrape_seconds", "How long it took to read all of this.", {(): seconds})
 
@@ -145,24 +164,30 @@ def _read_database() -> Iterator[Metric]:
             return cursor.fetchall()
 
         [(until, day, roll_up_age_seconds)] = rows(_ROLL_UPS_END)
+        [(installed_age_seconds,)] = rows(_INSTALLED)
         yield from _usage_metrics(rows(_USAGE, until=until, day=day))
         ledger = rows(_LEDGER, until=until)
         yield from _ledger_metrics(ledger)
         yield from _account_metrics(rows(_ACCOUNTS))
-        if roll_up_age_seconds is not None:
-            help = "How long ago the hours ended that the dashboard's roll-ups reach to."
-            yield _gauge("postmate_rollup_age_seconds", help, {(): roll_up_age_seconds})
+        help = "How long ago the hours ended that the dashboard's roll-ups reach to."
+        yield _gauge("postmate_rollup_age_seconds", help, {(): roll_up_age_seconds})
         yield from _reservation_metrics(rows(_RESERVATIONS)[0])
-        yield from _event_metrics(rows(_EVENTS), rows(_LAST_EVENT))
+        yield from _event_metrics(rows(_EVENTS), rows(_LAST_EVENT) or [(0, installed_age_seconds)])
         unpaid = [state for state in Purchase.State.values if state != Purchase.State.PAID]
         yield from _purchase_metrics(rows(_PURCHASES, states=unpaid), ledger)
         yield _gauge("postmate_drifts_open", "Differences with Stripe that nobody resolved.", {(): rows(_DRIFTS)[0][0]})
         [(mails, oldest_seconds)] = rows(_OUTBOX)
         yield _gauge("postmate_outbox_mails", "E-mails that wait to be sent.", {(): mails})
         yield _gauge("postmate_outbox_oldest_age_seconds", "Age of the oldest of them.", {(): oldest_seconds})
+        yield from _backup_metrics(installed_age_seconds)
 
 
 def _usage_metrics(found: list[Row]) -> Iterator[Metric]:
+    # Each model on offer, with one operation for all.
+    for kind, operation in ((ModelPrice.Kind.TEXT, "generation"), (ModelPrice.Kind.IMAGE, "image")):
+        for price in catalogue.list_active_models(kind):
+            for status in ("succeeded", "failed", "expired"):
+                found.append((price.provider, price.model, operation, status, False, 0, 0, 0, 0, 0))
     operations: dict[Row, int] = {}
     billed: dict[Row, int] = defaultdict(int)
     actual: dict[Row, int] = defaultdict(int)
@@ -186,17 +211,18 @@ def _usage_metrics(found: list[Row]) -> Iterator[Metric]:
     help = "What providers charge us (millionths of a US dollar)."
     yield _counter("postmate_provider_cost_microusd", help, cost_microusd, of_what)
     all_billed = sum(billed.values())
-    if all_billed:
-        charged_tokens = sum(tokens for of, tokens in actual.items() if of[-1] == "yes")
-        help = "(Billed − actual) / billed tokens of all that was ever charged."
-        yield _gauge("postmate_multiplier_margin_ratio", help, {(): 1 - charged_tokens / all_billed})
+    charged_tokens = sum(tokens for of, tokens in actual.items() if of[-1] == "yes")
+    help = "(Billed − actual) / billed tokens of all that was ever charged; 0 until something was."
+    yield _gauge("postmate_multiplier_margin_ratio", help, {(): 1 - charged_tokens / all_billed if all_billed else 0})
 
 
 def _ledger_metrics(found: list[Row]) -> Iterator[Metric]:
     debits = refunded_tokens = deducted_tokens = all_tokens = 0
     credited: dict[Row, int] = dict.fromkeys([(each,) for each in CREDITS], 0)
-    revenue_cents: dict[Row, int] = {}
-    refunded_cents: dict[Row, int] = {}
+    revenue_cents: dict[Row, int] = {
+        (currency, type): 0 for currency in Currency.values for type in TokenTransaction.CREDITS_FOR_MONEY
+    }
+    refunded_cents: dict[Row, int] = dict.fromkeys([(each,) for each in Currency.values], 0)
     for type, currency, transactions, tokens, paid_cents in found:
         tokens = tokens or 0  # sum() of no rows
         all_tokens += tokens
@@ -250,10 +276,10 @@ def _event_metrics(found: list[Row], last: list[Row]) -> Iterator[Metric]:
     help = "Age of the oldest of them."
     ages = {(state,): seconds for state, _, seconds in found}
     yield _gauge("postmate_webhook_oldest_age_seconds", help, ages, ("state",))
-    for lag_seconds, age_seconds in last:
-        help = "From receiving to having handled the newest event that is done."
-        yield _gauge("postmate_webhook_lag_seconds", help, {(): lag_seconds})
-        yield _gauge("postmate_webhook_last_age_seconds", "How long ago it was received.", {(): age_seconds})
+    [(lag_seconds, age_seconds)] = last
+    help = "From receiving to having handled the newest event that is done."
+    yield _gauge("postmate_webhook_lag_seconds", help, {(): lag_seconds})
+    yield _gauge("postmate_webhook_last_age_seconds", "How long ago it was received.", {(): age_seconds})
 
 
 def _purchase_metrics(found: list[Row], ledger: list[Row]) -> Iterator[Metric]:
@@ -267,12 +293,37 @@ def _purchase_metrics(found: list[Row], ledger: list[Row]) -> Iterator[Metric]:
     yield _gauge("postmate_purchases", help, counts, ("kind", "state"))
 
 
+def _backup_metrics(installed_age_seconds: float) -> Iterator[Metric]:
+    allowed_seconds = settings.BACKUP_MAX_AGE_HOURS * 3_600
+    if not allowed_seconds:  # made by other means
+        return
+    made_at = [path.stat().st_mtime for path in backup.list_backups(settings.BACKUP_DIR)]
+    age_seconds = max(0.0, time.time() - max(made_at)) if made_at else installed_age_seconds
+    help = "How long ago the newest backup was made; without one, how long ago the database was."
+    yield _gauge("postmate_backup_age_seconds", help, {(): age_seconds})
+    help = "BACKUP_MAX_AGE_HOURS: from which age on the newest is too old."
+    yield _gauge("postmate_backup_allowed_age_seconds", help, {(): allowed_seconds})
+
+
+# --- Disks ----------------------------------------------------------------------------------------------------------
+
+
+def _disk_metrics() -> Iterator[Metric]:
+    folders = {"data": settings.DATA_DIR, "media": Path(settings.MEDIA_ROOT), "backups": settings.BACKUP_DIR}
+    usage = {(name,): shutil.disk_usage(existing(folder)) for name, folder in folders.items()}
+    help = "Free where we write: local data, images, backups (bytes)."
+    yield _gauge("postmate_disk_free_bytes", help, {of: each.free for of, each in usage.items()}, ("folder",))
+    help = "How large those disks are (bytes)."
+    yield _gauge("postmate_disk_size_bytes", help, {of: each.total for of, each in usage.items()}, ("folder",))
+
+
 # --- Redis ----------------------------------------------------------------------------------------------------------
 
 
 def _read_redis() -> Iterator[Metric]:
     from postmate.celery import app
 
+    counters.flush()
     queues = list(app.amqp.queues)
     with redis_client.client().pipeline(transaction=False) as pipeline:
         for queue in queues:
@@ -281,22 +332,67 @@ def _read_redis() -> Iterator[Metric]:
         pipeline.hgetall(TASKS_KEY)
         pipeline.get(BEAT_KEY)
         pipeline.hgetall(BOOKS_KEY)
-        *lengths, in_hand, tasks, beat, books = pipeline.execute()
+        pipeline.set(SINCE_KEY, str(time.time()), nx=True)
+        pipeline.get(SINCE_KEY)
+        pipeline.hgetall(counters.KEY)
+        *lengths, in_hand, tasks, beat, books, _, since, counts = pipeline.execute()
     now = time.time()
     waiting = {(queue,): length for queue, length in zip(queues, lengths, strict=True)}
     yield _gauge("postmate_queue_length", "Tasks that wait for a worker.", waiting, ("queue",))
     yield _gauge("postmate_queue_in_hand", "Tasks that workers have taken and not finished.", {(): in_hand})
     help = "How long ago a task of this name last came to a good end."
-    ages = {(name.decode(),): _age(at, now) for name, at in sorted(tasks.items())}
+    stamps = {each["task"].encode(): since for each in settings.CELERY_BEAT_SCHEDULE.values()} | tasks
+    ages = {(name.decode(),): _age(at, now) for name, at in sorted(stamps.items())}
     yield _gauge("postmate_task_last_success_age_seconds", help, ages, ("task",))
-    if beat:
-        help = "How long ago beat last handed a task over."
-        yield _gauge("postmate_beat_age_seconds", help, {(): _age(beat, now)})
-    if books:
-        help = "How long ago the nightly check read all books."
-        yield _gauge("postmate_books_checked_age_seconds", help, {(): _age(books[b"checked_at"], now)})
-        help = "What it found: rows that break a law of the books."
-        yield _gauge("postmate_books_violations", help, {(): books[b"violations"]})
+    help = "How long ago beat last handed a task over."
+    yield _gauge("postmate_beat_age_seconds", help, {(): _age(beat or since, now)})
+    help = "How long ago all books were checked, at night or by hand."
+    yield _gauge("postmate_books_checked_age_seconds", help, {(): _age(books.get(b"checked_at", since), now)})
+    help = "What that found: rows that break a law of the books."
+    yield _gauge("postmate_books_violations", help, {(): books.get(b"violations", 0)})
+    yield from _counted_metrics(counters.parse(counts))
+
+
+def _counted_metrics(counts: Mapping[Row, int]) -> Iterator[Metric]:
+    requests: dict[Row, int] = {(route, "5xx"): 0 for route in _routes()}
+    under: dict[str, dict[str, int]] = {"": {}}  # the first page
+    microseconds: dict[str, int] = {}
+    errors: dict[Row, int] = {(provider, kind): 0 for provider in Provider.values for kind in PROVIDER_ERROR_KINDS}
+    for (name, *of), number in counts.items():
+        if name == counters.REQUESTS:
+            requests[tuple(of)] = number
+        elif name == counters.REQUESTS_UNDER:
+            under.setdefault(of[0], {})[of[1]] = number
+        elif name == counters.REQUEST_MICROSECONDS:
+            microseconds[of[0]] = number
+        elif name == counters.PROVIDER_ERRORS:
+            errors[tuple(of)] = number
+    help = "Requests by the route they took and the class of their answer's status, without those for health and files."
+    yield _counter("postmate_requests", help, requests, ("route", "status"))
+    help = "How long they took; of a stream, until it began."
+    durations = HistogramMetricFamily("postmate_request_seconds", help, labels=("route",))
+    for route, found in sorted(under.items()):
+        up_to = accumulate(found.get(bucket, 0) for bucket in counters.BUCKETS)
+        buckets = list(zip(counters.BUCKETS, map(float, up_to), strict=True))
+        durations.add_metric((route,), buckets, microseconds.get(route, 0) / 1e6)
+    yield durations
+    help = "Calls to AI providers that failed, by what was the matter."
+    yield _counter("postmate_provider_errors", help, errors, ("provider", "kind"))
+
+
+@cache
+def _routes() -> frozenset[str]:
+    """Those of our own pages and addresses; Django's admin counts as one."""
+
+    def below(resolver: URLResolver, prefix: str) -> Iterator[str]:
+        for entry in resolver.url_patterns:
+            route = prefix + (str(entry.pattern).removeprefix("^") if prefix else str(entry.pattern))  # as Django joins
+            if isinstance(entry, URLResolver):
+                yield from ["admin/"] if entry.app_name == "admin" else below(entry, route)
+            else:
+                yield route
+
+    return frozenset((*below(get_resolver(), ""), NO_ROUTE)) - frozenset(QUIET_ROUTES)
 
 
 def _age(at: bytes, now: float) -> float:

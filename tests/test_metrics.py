@@ -3,15 +3,20 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
+from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import promql_parser
 import pytest
 import yaml
+from django.core.management import CommandError, call_command
 from django.db.models import Count, Sum
 from django.test import Client
 from django.utils import timezone
@@ -19,15 +24,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, redis_client
+from billing import counters, ledger, redis_client
 from billing.models import Notification, Purchase, RollUp, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
 from billing.tasks import check_books
+from billing.verification import BOOKS_KEY
 from postmate import metrics
 from postmate.celery import app
-from tests.ai_ops.studio import until
+from tests.ai_ops.studio import Writer, until
 from tests.billing.test_rollups import invent_history, roll_up_until, tamper
 from tests.environment import free_port
-from tests.servers import PROJECT, running_worker
+from tests.servers import PROJECT, Server, running_worker
 
 pytestmark = pytest.mark.django_db
 
@@ -153,12 +159,98 @@ def test_a_worker_leaves_a_trace_of_each_task_that_ends_well() -> None:
     subprocess.run([sys.executable, "-m", "celery", "-A", "postmate", "call", expire["task"]], cwd=PROJECT, check=True)
     samples = read()
     assert value("postmate_queue_length", samples, queue="celery") == 1
-    assert not any(name == "postmate_task_last_success_age_seconds" for name, _ in samples)
+    redis_client.client().set(metrics.SINCE_KEY, time.time() - 1_000)
+    assert value("postmate_task_last_success_age_seconds", **expire) > 900
     with running_worker():
-        until(lambda: any(name == "postmate_task_last_success_age_seconds" for name, _ in read()), seconds=30)
+        until(lambda: value("postmate_task_last_success_age_seconds", **expire) < 900, seconds=30)
     samples = read()
     assert value("postmate_task_last_success_age_seconds", samples, **expire) < 60
     assert value("postmate_queue_length", samples, queue="celery") == 0
+
+
+def forget() -> None:
+    """Redis is as on the first day."""
+    counters.flush()
+    remembered = (metrics.TASKS_KEY, metrics.BEAT_KEY, metrics.SINCE_KEY, BOOKS_KEY, counters.KEY)
+    redis_client.client().delete(*remembered, *app.amqp.queues)
+
+
+@pytest.fixture
+def new_installation(seeded: None) -> Samples:
+    """The first scrape after `migrate` and `seed_billing`."""
+    forget()
+    return read()
+
+
+def test_verify_ledger_by_hand_is_a_check_of_the_books(alice: User) -> None:
+    forget()
+    redis_client.client().set(metrics.SINCE_KEY, "0")
+    assert value("postmate_books_checked_age_seconds") > 10**9
+    call_command("verify_ledger", stdout=StringIO())
+    assert value("postmate_books_checked_age_seconds") < 60
+    tamper("UPDATE billing_tokenaccount SET balance = balance + 1")
+    with pytest.raises(CommandError):
+        call_command("verify_ledger", stdout=StringIO())
+    assert value("postmate_books_violations") > 0
+
+
+def test_requests_are_counted_by_route_and_outcome(
+    client: Client, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that fail and those that find nothing, too; never by the address, which could be a secret or endless."""
+    forget()
+    client.raise_request_exception = False
+    for path in ("/", "/api/v1/usage", "/tokens/", "/nowhere/1", "/nowhere/2", "/admin/billing/purchase/7/change/"):
+        client.get(path)
+    with monkeypatch.context() as broken:
+        broken.setattr("billing.packages.list_offers", lambda: 1 / 0)
+        assert client.get("/").status_code == 500
+    samples = read()
+    expected = {("", "2xx"): 1, ("", "5xx"): 1, ("api/v1/usage", "4xx"): 1, ("tokens/", "3xx"): 1, ("(none)", "4xx"): 2}
+    for (route, status), number in {**expected, ("admin/", "3xx"): 1}.items():
+        assert value("postmate_requests_total", samples, route=route, status=status) == number
+    assert value("postmate_requests_total", samples) == 7
+    assert value("postmate_request_seconds_count", samples, route="") == 2
+    assert value("postmate_request_seconds_bucket", samples, route="", le="+Inf") == 2
+    assert 0 < value("postmate_request_seconds_sum", samples, route="") < 60
+    for quiet in ("/healthz", "/readyz", "/metrics", "/static/css/none.css"):
+        client.get(quiet)
+    assert value("postmate_requests_total") == 7
+    # What is counted while Redis is away waits for it.
+    redis_url = settings.REDIS_URL
+    settings.REDIS_URL = f"redis://127.0.0.1:{free_port()}/0"
+    client.get("/nowhere/3")
+    counters.flush()
+    settings.REDIS_URL = redis_url
+    assert value("postmate_requests_total", route="(none)") == 3
+
+
+def test_processes_count_together_and_errors_of_providers_by_kind(alice: User, web: Server, ai: Server) -> None:
+    """Counted where the draft ran, told here."""
+    writer = Writer(alice, web)
+    forget()
+    assert value("postmate_provider_errors_total", provider="openai", kind="busy") == 0
+    for fault in ("429", "401", "429"):
+        assert writer.draft(topic=f"About tea. [[fault:{fault}]]").last.name == "failed"
+    until(lambda: value("postmate_requests_total", route="live/<slug:name>/") == 3)
+    samples = read()
+    for kind, number in {"busy": 2, "misconfigured": 1, "refused": 0, "timed_out": 0, "unavailable": 0}.items():
+        assert value("postmate_provider_errors_total", samples, provider="openai", kind=kind) == number
+
+
+def test_the_backups_age_and_the_disks(settings: Settings, tmp_path: Path) -> None:
+    settings.BACKUP_DIR, settings.MEDIA_ROOT = tmp_path, str(tmp_path / "not yet made")
+    settings.BACKUP_MAX_AGE_HOURS = 26
+    for name, hours in (("postmate-20261120T020000Z.tar", 50), ("postmate-20261121T020000Z.tar", 27)):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (time.time() - hours * 3_600,) * 2)
+    samples = read()
+    assert 27 * 3_600 <= value("postmate_backup_age_seconds", samples) < 28 * 3_600
+    assert value("postmate_backup_allowed_age_seconds", samples) == 26 * 3_600
+    assert value("postmate_disk_size_bytes", samples, folder="media") == shutil.disk_usage(tmp_path).total
+    assert value("postmate_disk_free_bytes", samples, folder="backups") > 0
+    settings.BACKUP_MAX_AGE_HOURS = 0  # by other means
+    assert not any(name.startswith("postmate_backup") for name, _ in read())
 
 
 def test_without_redis_the_rest_is_told(alice: User, settings: Settings) -> None:
@@ -212,20 +304,6 @@ def test_without_a_token_it_is_open_to_the_developers_machine_alone(
 # --- The files that read it -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def exposed(history: None) -> set[str]:
-    """The name of every metric there is, once everything has happened."""
-    roll_up_until(timezone.now())
-    StripeEvent.objects.create(
-        event_id="evt_1", type="x", livemode=False, payload={}, state="processed", processed_at=timezone.now()
-    )
-    metrics.note_success("billing.tasks.expire_reservations")
-    metrics.note_beat()
-    check_books()
-    families = text_string_to_metric_families(metrics.render().decode())
-    return {family.name + ("_total" if family.type == "counter" else "") for family in families}
-
-
 def alerts() -> Iterator[dict[str, Any]]:
     for group in yaml.safe_load(ALERTS.read_text())["groups"]:
         yield from group["rules"]
@@ -237,21 +315,47 @@ def panel_expressions() -> Iterator[tuple[str, str]]:
             yield panel["title"], re.sub(r"\$__\w+", "5m", target["expr"])
 
 
-def metrics_in(expression: str) -> set[str]:
-    """The metrics that an expression names; raises when it is no PromQL."""
-    tree = promql_parser.parse(expression)
-    return set(re.findall(r"\b(?:postmate_\w+|up)\b", tree.prettify())) - {"postmate"}
+def selectors_in(expression: str) -> Iterator[promql_parser.VectorSelector]:
+    """Each choice of samples in an expression; raises when it is no PromQL."""
+    waiting: list[Any] = [promql_parser.parse(expression)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, promql_parser.VectorSelector):
+            yield node
+        inner = (getattr(node, name, None) for name in ("lhs", "rhs", "expr", "vector_selector"))
+        waiting += [each for each in (*inner, *getattr(node, "args", ())) if each is not None]
 
 
-def test_alerts_and_dashboard_read_what_there_is(exposed: set[str]) -> None:
-    """Every expression is PromQL and names only metrics that /metrics tells; every metric is in the guide."""
-    used: set[str] = set()
+def chooses(selector: promql_parser.VectorSelector, labels: dict[str, str]) -> bool:
+    def agrees(matcher: promql_parser.Matcher) -> bool:
+        value, op = labels.get(matcher.name, ""), matcher.op
+        if op in (promql_parser.MatchOp.Equal, promql_parser.MatchOp.NotEqual):
+            return bool((value == matcher.value) == (op == promql_parser.MatchOp.Equal))
+        return bool(bool(re.fullmatch(matcher.value, value)) == (op == promql_parser.MatchOp.Re))
+
+    return all(agrees(each) for each in selector.matchers.matchers)
+
+
+def test_on_a_new_installation_alerts_and_panels_find_all_that_they_read(new_installation: Samples) -> None:
+    """Where a sample is missing at first, a panel says "No data" and an alert misses the first of something."""
+    used = set()
     for where, expression in [(rule["alert"], rule["expr"]) for rule in alerts()] + list(panel_expressions()):
-        names = metrics_in(expression)
-        assert names, where
-        assert names - exposed <= {"up"}, where  # Prometheus' own
-        used |= names
-    assert len(used) > 35
+        selectors = [each for each in selectors_in(expression) if each.name != "up"]  # Prometheus' own
+        assert selectors or "up" in expression, where
+        for selector in selectors:
+            found = [labels for name, labels in new_installation if name == selector.name]
+            assert any(chooses(selector, dict(labels)) for labels in found), (where, str(selector))
+            used.add(selector.name)
+    assert len(used) > 40
+    # What has never happened is as old as the installation, not as the world; nor is it missing.
+    ages = {name: seconds for (name, _), seconds in new_installation.items() if name.endswith("_age_seconds")}
+    assert {f"postmate_{what}_age_seconds" for what in ("books_checked", "beat", "backup", "rollup")} <= set(ages)
+    assert all(seconds < 3 * 3_600 for name, seconds in ages.items() if "allowed" not in name), ages
+
+
+def test_the_guide_lists_every_metric(new_installation: Samples) -> None:
+    families = text_string_to_metric_families(metrics.render().decode())
+    exposed = {family.name + ("_total" if family.type == "counter" else "") for family in families}
     guide = GUIDE.read_text()
     assert {name for name in exposed if f"`{name}`" not in guide} == set()
     assert set(re.findall(r"`(postmate_\w+)`", guide)) <= exposed
@@ -293,4 +397,5 @@ def test_dashboard_is_one_that_grafana_imports() -> None:
         "Usage",
         "Payments and webhooks",
         "Queue and services",
+        "Requests and disks",
     ]

@@ -81,8 +81,10 @@ class ProviderError(Exception):
 
     `message` is for the user: what happened and what to do. What the SDK said is in `__cause__`, for the log.
     `usage` is what the provider had reported when the stream broke, a lower bound, or None when it had not.
+    `kind` is what /metrics counts it under.
     """
 
+    kind: ClassVar[str] = "unavailable"
     http_status: ClassVar[int] = 502
     template: ClassVar[str] = "{name} failed. Please try again in a moment, or choose another model."
 
@@ -98,6 +100,7 @@ class ProviderError(Exception):
 class ProviderMisconfigured(ProviderError):
     """Our key, our contract or the model's name is wrong: nothing the user can mend."""
 
+    kind = "misconfigured"
     template = (
         "{name} did not accept our access to this model. Please choose another model, "
         "and tell the operator of this site."
@@ -107,6 +110,7 @@ class ProviderMisconfigured(ProviderError):
 class ProviderBusy(ProviderError):
     """The provider limits how much we may ask of it."""
 
+    kind = "busy"
     http_status = 503
     template = "{name} has too many requests right now. Please try again in a minute, or choose another model."
 
@@ -114,6 +118,7 @@ class ProviderBusy(ProviderError):
 class ProviderRefused(ProviderError):
     """The provider does not take this request: too long, malformed or against its policy."""
 
+    kind = "refused"
     http_status = 422
     template = "{name} refused this request. Please shorten or change the text, or choose another model."
 
@@ -130,6 +135,7 @@ class ProviderTimedOut(ProviderError):
     Images come in one piece, and within `AI_IMAGE_TIMEOUT_SECONDS`.
     """
 
+    kind = "timed_out"
     http_status = 504
     template = "{name} took too long to answer. Please try again in a moment, or choose another model."
 
