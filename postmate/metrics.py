@@ -48,7 +48,7 @@ TASKS_KEY = "postmate:tasks"  # a hash: when a task of this name last came to a 
 BEAT_KEY = "postmate:beat"  # when beat last handed a task over
 SINCE_KEY = "postmate:since"  # since when Redis remembers the others
 
-PROVIDER_ERROR_KINDS = sorted({each.kind for each in (ProviderError, *ProviderError.__subclasses__())})
+PROVIDER_ERROR_KINDS = sorted({ProviderError.kind, *(each.kind for each in ProviderError.__subclasses__())})
 CREDITS = ("purchase", "auto_recharge", "admin_grant", "bonus")  # types of which each entry raises the balance
 Row = tuple[Any, ...]
 
@@ -341,7 +341,7 @@ def _read_redis() -> Iterator[Metric]:
     yield _gauge("postmate_queue_length", "Tasks that wait for a worker.", waiting, ("queue",))
     yield _gauge("postmate_queue_in_hand", "Tasks that workers have taken and not finished.", {(): in_hand})
     help = "How long ago a task of this name last came to a good end."
-    stamps = {each["task"].encode(): since for each in settings.CELERY_BEAT_SCHEDULE.values()} | tasks
+    stamps = {str(each["task"]).encode(): since for each in settings.CELERY_BEAT_SCHEDULE.values()} | tasks
     ages = {(name.decode(),): _age(at, now) for name, at in sorted(stamps.items())}
     yield _gauge("postmate_task_last_success_age_seconds", help, ages, ("task",))
     help = "How long ago beat last handed a task over."

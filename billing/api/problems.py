@@ -242,7 +242,18 @@ def complete_document(document: dict[str, Any]) -> None:
     } | {"WWW-Authenticate": {"description": "What to send.", "schema": {"type": "string"}}}
     for methods in document["paths"].values():
         for operation in methods.values():
+            _describe_body(operation)
             for status, response in operation["responses"].items():
                 names = ["RateLimit-Limit", "RateLimit-Remaining", "RateLimit-Reset"]
                 names += {401: ["WWW-Authenticate"], 429: ["Retry-After"], 503: ["Retry-After"]}.get(int(status), [])
                 response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _describe_body(operation: dict[str, Any]) -> None:
+    """A body that may be left out says so by `required`. That its fields then have their defaults is clear; written
+    down as a default object, with the reference wrapped for it, generators of clients leave the whole call out."""
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        content["schema"].pop("default", None)
+        match content["schema"]:
+            case {"allOf": [only]}:
+                content["schema"] = only
