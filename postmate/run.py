@@ -5,7 +5,6 @@ without keys, the stand-ins. Ctrl-C stops all of it.
 """
 
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -15,20 +14,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
 
 import environ
 import psycopg
 import redis
-from honcho.manager import Manager
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from postmate import embedded
+from postmate import embedded, running
+from postmate.embedded import PROJECT
 
 READY_WITHIN_SECONDS = 60
-PROJECT = Path(__file__).resolve().parent.parent
+STOP_SECONDS = 6  # open streams have three
 
 # Any text will do: the stand-ins take them, nobody else does.
 STANDIN_WEBHOOK_SECRET = "whsec_local_stand_in"  # noqa: S105 – opens nothing but a demonstration
@@ -40,14 +38,13 @@ def main() -> None:
     if not environ.Env().bool("DEBUG", True):
         sys.exit("`make run` is for development. docs/TOKEN_BILLING_SETUP.md says how to run in production.")
     port = chosen_port(default=8000)
+    running.hold("make run", address=f"http://localhost:{port}", port=port)
     require_free_ports(port, port + 1, port + 2, command="make run")
     with step("PostgreSQL and Redis"):
         embedded.configure_environment()
         insist_on_servers()
-    # Sets the keys and addresses that the others read.
-    commands = standin_commands(
-        stripe_port=port + 1, ai_port=port + 2, webhook_url=f"http://127.0.0.1:{port}/stripe/webhook/"
-    )
+    embedded.guard()
+    commands = take_addresses(port)
     for name, *arguments in (
         ("Database tables", "migrate", "--verbosity=0"),
         ("Packages and prices", "seed_billing"),
@@ -60,17 +57,63 @@ def main() -> None:
                     "came from other code, `make clean` removes it, and `make run` begins anew."
                 )
     print("Web, worker and beat …", flush=True)
-    commands |= _servers(port)
-
-    manager = Manager()
-    for name, command in commands.items():
-        manager.add_process(name, f"exec {shlex.join(command)}", env={**os.environ, "PYTHONUNBUFFERED": "1"})
-    # A closed terminal ends it as Ctrl-C does.
-    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
     threading.Thread(target=_announce_when_ready, args=(port,), daemon=True).start()
-    manager.loop()
-    # Ctrl-C is how one leaves; anything else that ended it is an error.
-    sys.exit(0 if manager.returncode in (130, 143) else manager.returncode)
+    sys.exit(run_together(commands | _servers(port)))
+
+
+def run_together(commands: dict[str, list[str]]) -> int:
+    """Until Ctrl-C, `make stop` or a closed terminal, or until one of them ends; then all end. Returns the exit code.
+
+    What they print comes with their names before it.
+    """
+    asked: list[int] = []
+    for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda number, _: asked.append(number))
+    children = {
+        name: subprocess.Popen(
+            command, env={**os.environ, "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )
+        for name, command in commands.items()
+    }  # fmt: skip
+    running.tell(processes={name: child.pid for name, child in children.items()})
+    for name, child in children.items():
+        threading.Thread(target=_pass_on, args=(name, child), daemon=True).start()
+    while not asked and all(child.poll() is None for child in children.values()):
+        time.sleep(0.1)
+    ended = [f"{name} (code {child.returncode})" for name, child in children.items() if child.poll() is not None]
+    with suppress(OSError):  # the terminal may be closed
+        print("Stopping …" if asked else f"{', '.join(ended)} ended by itself; its words are above.", flush=True)
+    for child in children.values():
+        child.terminate()
+    deadline = time.monotonic() + STOP_SECONDS
+    while any(child.poll() is None for child in children.values()) and time.monotonic() < deadline and len(asked) < 2:
+        time.sleep(0.05)
+    for child in children.values():
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    running.forget()
+    return 0 if asked else 1
+
+
+def _pass_on(name: str, child: subprocess.Popen[str]) -> None:
+    for line in child.stdout or ():
+        with suppress(OSError):
+            print(f"{name:<6} | {line}", end="", flush=True)
+
+
+def take_addresses(port: int | None = None) -> dict[str, list[str]]:
+    """Give this process the addresses and keys of `make run` for what has none; returns the stand-ins' commands.
+
+    Without `port` those of the one that runs on our data, else of PORT.
+    """
+    if port is None:
+        if not os.environ.get("PORT"):
+            os.environ["PORT"] = str(running.read().get("port", 8000))
+        port = chosen_port(default=8000)
+    webhook_url = f"http://127.0.0.1:{port}/stripe/webhook/"
+    return standin_commands(stripe_port=port + 1, ai_port=port + 2, webhook_url=webhook_url)
 
 
 def standin_commands(*, stripe_port: int, ai_port: int, webhook_url: str) -> dict[str, list[str]]:
@@ -180,7 +223,8 @@ def _announce_when_ready(port: int) -> None:
         f"\n  Postmate runs at  http://localhost:{port}\n\n"
         f"  Sign up there, or sign in with the password {DEMO_PASSWORD!r} as\n{people}\n\n"
         f"  Pay with the card 4242 4242 4242 4242. Refunds, disputes, faults: http://localhost:{port + 1}/control\n"
-        f"{mails}\n  Ctrl-C stops everything.\n",
+        f"{mails}  Commands beside it: {running.with_place('make manage')} ARGS=createsuperuser\n"
+        "\n  Ctrl-C stops everything.\n",
         flush=True,
     )
 
@@ -194,4 +238,7 @@ def _is_ready(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("Stopped before it ran.")

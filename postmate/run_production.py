@@ -5,11 +5,9 @@ embedded servers and the stand-ins take the place of what has no URL and no key;
 page says so. A process that ends is started again. SIGUSR1 (`make restart-production`) puts new ones in the place of
 all, one at a time, each ready before the next goes, so that nobody notices.
 
-Supervised by ourselves: honcho does not restart, and general supervisors know nothing of "ready".
+Supervised by ourselves: general supervisors know nothing of "ready".
 """
 
-import fcntl
-import json
 import os
 import secrets
 import signal
@@ -24,14 +22,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from shutil import which
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 import environ
 
-from postmate import embedded
+from postmate import embedded, running
+from postmate.embedded import PROJECT
 from postmate.run import (
-    PROJECT,
     chosen_port,
     insist_on_servers,
     is_set,
@@ -42,8 +40,6 @@ from postmate.run import (
 from postmate.serving import insist_on_settings
 
 STARTED_WITH = dict(os.environ)
-# Not that of `make run`, where everybody knows the passwords.
-DATA_DIRECTORY = PROJECT / ".postmate" / "production"
 READY_SECONDS = 60
 STOP_SECONDS = 75  # above what a text may take to its end (serving.STREAM_SECONDS), and the drain before it
 CRASH_PAUSE_SECONDS = 2.0  # and twice as long after each further crash in a row
@@ -62,6 +58,7 @@ def main() -> None:
         case ["prepare"]:
             prepare()
         case ["manage", *arguments]:
+            take_remembered_port()
             configure()
             sys.exit(subprocess.run([sys.executable, "manage.py", *arguments]).returncode)
         case _:
@@ -89,17 +86,23 @@ class Ports(NamedTuple):
         return range(self.https, self.https + 8)
 
 
-def configure() -> tuple[Ports, dict[str, list[str]]]:
+def configure() -> None:
+    """As `take_environment`, and start the embedded servers where no URL names others."""
+    take_environment()
+    embedded.configure_environment()
+
+
+def take_environment() -> tuple[Ports, dict[str, list[str]]]:
     """Give this process and its children production's environment; the stand-ins that it takes are returned.
 
-    What is set, in the shell or in .env, stays. Starts the embedded servers where no URL names others.
+    What is set, in the shell or in .env, stays.
     """
     os.environ.clear()
     os.environ.update(STARTED_WITH)
     environ.Env.read_env(PROJECT / ".env")
     os.environ["DEBUG"] = "false"
     port = chosen_port(default=8443)
-    os.environ.setdefault("POSTMATE_DATA_DIR", str(DATA_DIRECTORY))
+    _name_data_directory()
     ports, directory = Ports.beginning_at(port), embedded.data_dir()
     os.environ.setdefault("SITE_URL", f"https://localhost:{ports.https}")
     for name in ("SECRET_KEY", "BILLING_SECRET"):
@@ -113,8 +116,20 @@ def configure() -> tuple[Ports, dict[str, list[str]]]:
         os.environ["EMAIL_URL"] = f"filemail:///{quote(str(mail_directory()))}"
     if commands or not has_mail_server:
         os.environ["REHEARSAL"] = "true"
-    embedded.configure_environment()
     return ports, commands
+
+
+def _name_data_directory() -> None:
+    """Not that of `make run`, where everybody knows the passwords."""
+    os.environ.setdefault("POSTMATE_DATA_DIR", str(running.PRODUCTION))
+
+
+def take_remembered_port() -> None:
+    """That of the one which runs on this data, unless PORT is set."""
+    environ.Env.read_env(PROJECT / ".env")
+    _name_data_directory()
+    if "PORT" not in os.environ and (port := running.read().get("port")):
+        STARTED_WITH["PORT"] = str(port)
 
 
 def _kept_secret(file: Path) -> str:
@@ -271,7 +286,7 @@ class Supervisor:
         self._in_hand: Process | None = None
         self._stops = 0
         self._restart_is_wanted = False
-        self._state: dict[str, Any] = {"pid": os.getpid(), "doing": "starting", "restarts": 0, "error": ""}
+        self._state: dict[str, Any] = {"doing": "starting", "restarts": 0, "error": ""}
 
     def run(self, announce: Callable[[], None]) -> None:
         """Until SIGTERM or Ctrl-C. Another Ctrl-C does not wait for what is under way."""
@@ -282,6 +297,7 @@ class Supervisor:
             for process in self._all():
                 process.log.unlink(missing_ok=True)
                 process.start()
+                self._write_state()
             for process in self._all():
                 if not self._becomes_ready(process):
                     self._say(f"{process.name} is not ready yet; {process.log} may say why.")
@@ -385,6 +401,7 @@ class Supervisor:
             process.kill()
             process.crashes = 0
             process.start()
+            self._write_state()
             self._wait(lambda: process.has_ended() or process.is_ready(process), READY_SECONDS)
             if process.has_ended() or not process.is_ready(process):
                 raise _RestartFailed(
@@ -406,7 +423,7 @@ class Supervisor:
                 time.sleep(TICK_SECONDS)
             for process in group:
                 process.kill()
-        state_file().unlink(missing_ok=True)
+        running.forget()
 
     def _say(self, text: str) -> None:
         with suppress(OSError):  # the terminal may be closed
@@ -420,29 +437,23 @@ class Supervisor:
         self._write_state()
 
     def _write_state(self) -> None:
-        self._state["processes"] = {process.name: process.child and process.child.pid for process in self._all()}
-        temporary = state_file().with_suffix(".new")
-        temporary.write_text(json.dumps(self._state))
-        temporary.replace(state_file())
+        groups = {process.name: process.child and process.child.pid for process in self._all()}
+        running.tell(processes=groups, **self._state)
 
 
 # --- The commands ---------------------------------------------------------------------------------------------------
 
 
-def state_file() -> Path:
-    return embedded.data_dir() / "production.json"
-
-
 def serve() -> None:
     """Prepare everything, then run it until Ctrl-C."""
     began = time.monotonic()
-    with step("PostgreSQL and Redis"):
-        ports, commands = configure()
-        insist_on_servers()
-    lock = _lock()
-    if lock is None:
-        sys.exit(f"It runs already, on the data in {embedded.data_dir()}. `make restart-production` restarts it.")
+    ports, commands = take_environment()
+    running.hold("make run-production", address=os.environ["SITE_URL"], port=ports.https)
     require_free_ports(*ports.row(), command="make run-production")
+    with step("PostgreSQL and Redis"):
+        embedded.configure_environment()
+        insist_on_servers()
+    embedded.guard()
     insist_on_settings()
     if subprocess.run(PREPARE).returncode:
         sys.exit("What is said above has to be put right first.")
@@ -471,16 +482,6 @@ def prepare() -> None:
                 sys.exit(str(error))
 
 
-def _lock() -> IO[str] | None:
-    """Held for as long as this process lives; None when another holds it."""
-    lock = (embedded.data_dir() / "production.lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return None
-    return lock
-
-
 def _announce(seconds: float) -> None:
     lines = [f"Postmate runs in production at  {os.environ['SITE_URL']}  (ready after {seconds:.0f} s)"]
     if root_certificate().exists():
@@ -493,8 +494,8 @@ def _announce(seconds: float) -> None:
     if os.environ["EMAIL_URL"].startswith("filemail:"):
         lines.append(f"E-mails it sends: {mail_directory()}")
     lines += [
-        'A superadmin:  make manage-production ARGS="createsuperuser"',
-        "New code or settings, unnoticed by anybody:  make restart-production",
+        f'A superadmin:  {running.with_place("make manage-production")} ARGS="createsuperuser"',
+        f"New code or settings, unnoticed by anybody:  {running.with_place('make restart-production')}",
         f"Logs: {_log_directory()}",
     ]
     print("\n  " + "\n  ".join(lines) + "\n\n  Ctrl-C stops everything.\n", flush=True)
@@ -502,14 +503,13 @@ def _announce(seconds: float) -> None:
 
 def restart() -> None:
     """Ask the running one to restart everything, say what it does, and fail when it fails."""
-    os.environ.setdefault("POSTMATE_DATA_DIR", str(DATA_DIRECTORY))
-    if _lock() is not None or not state_file().exists():
+    _name_data_directory()
+    before = running.read()
+    if "restarts" not in before:
         sys.exit(f"Nothing runs on the data in {embedded.data_dir()}. `make run-production` starts it.")
-    before = json.loads(state_file().read_text())
     os.kill(before["pid"], signal.SIGUSR1)
     doing = ""
-    while _lock() is None and state_file().exists():
-        state = json.loads(state_file().read_text())
+    while state := running.read():
         if state["doing"] not in ("", doing):
             doing = state["doing"]
             print(f"  {doing} …", flush=True)

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from decimal import Decimal
@@ -55,11 +54,9 @@ input()
 
 
 @pytest.fixture(scope="module")
-def other_server() -> Iterator[str]:
+def other_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a database on a PostgreSQL that has nothing to do with that of the tests."""
-    # Not pytest's: its folders are closed to the other user as whom root runs a server.
-    folder = tempfile.mkdtemp(prefix="postmate-other-")
-    Path(folder).chmod(0o755)
+    folder = str(tmp_path_factory.mktemp("other"))
     environment = {name: value for name, value in os.environ.items() if name != "DATABASE_URL"}
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD_SERVER],
@@ -72,7 +69,7 @@ def other_server() -> Iterator[str]:
     assert holder.stdout
     yield holder.stdout.readline().strip()
     holder.communicate("\n", timeout=120)  # it ends, and being the last stops the server
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

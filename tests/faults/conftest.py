@@ -1,8 +1,7 @@
 """The product on servers of its own, and a browser."""
 
+import shutil
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -14,12 +13,11 @@ __all__ = ["browser"]
 
 
 @pytest.fixture(scope="session")
-def _pair() -> Iterator[Pair]:
-    # pytest's own directory is root's alone, and PostgreSQL does not run as root.
-    with TemporaryDirectory(prefix="postmate-faults-", ignore_cleanup_errors=True) as directory:
-        Path(directory).chmod(0o755)
-        with pairs.running(Path(directory)) as pair:
-            yield pair
+def _pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    directory = tmp_path_factory.mktemp("faults")
+    with pairs.running(directory) as pair:
+        yield pair
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture

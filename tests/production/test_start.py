@@ -84,7 +84,7 @@ def test_restart_that_cannot_succeed_changes_nothing(production: Production) -> 
 def test_it_runs_once_on_one_data_directory(production: Production) -> None:
     again = production.run(env=production.environment | {"PORT": str(production.port + 20)})
     assert again.returncode == 1
-    assert "It runs already" in again.stderr
+    assert f"{production.url}  (process " in again.stderr
     nowhere = production.run(
         "restart", env=production.environment | {"POSTMATE_DATA_DIR": str(production.directory / "x")}
     )
