@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 import structlog
 from django.conf import settings
-from django.db import connection, transaction
+from django.db import DatabaseError, connection, transaction
 
 from ai_ops import providers
 from ai_ops.prompts import Prompt
@@ -23,13 +23,15 @@ from ai_ops.providers import (
     FinishReason,
     Images,
     ProviderError,
+    ProviderMisconfigured,
     ProviderRefused,
     ProviderTimedOut,
     ProviderUnavailable,
     TextDelta,
     TextEnd,
 )
-from billing import after_debit, catalogue, counters, ledger, pricing, usage
+from ai_ops.providers.counts import Counted, Said, count_call
+from billing import after_debit, catalogue, counters, ledger, notifications, pricing, usage
 from billing.catalogue import CatalogueError
 from billing.database import DATABASE_AWAY, in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
@@ -59,6 +61,7 @@ STOP_NOTES: Mapping[StoppedBy, str] = {
 }
 
 NOTHING_WRITTEN = "It was stopped before anything was written."
+SETTLEMENT_FAILED = "What this used could not be booked. Nothing was charged."
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,8 +318,11 @@ def _log_ids(quote: Quote, usage_id: int) -> dict[str, Any]:
 
 
 def _note_failure(what: str, ids: Mapping[str, Any], failure: Exception) -> None:
-    """Log it, and count it for /metrics where it is the provider's."""
-    logger.warning(what, **ids, error=failure.__cause__ or failure)
+    """Log it, and count it for /metrics where it is the provider's. What the operator alone can mend is an error."""
+    if isinstance(failure, ProviderMisconfigured):
+        logger.error("A provider does not accept our access", **ids, why=failure.why, error=failure.__cause__)
+    else:
+        logger.warning(what, **ids, error=failure.__cause__ or failure)
     if isinstance(failure, ProviderError):
         counters.count_provider_error(provider=ids["provider"], kind=failure.kind)
 
@@ -354,6 +360,40 @@ def _take_back_if_closed_before(posting: Posting) -> None:
     """The result of that time was kept with it."""
     if posting.is_replay:
         transaction.set_rollback(True)
+
+
+def _close_somehow(log_ids: Mapping[str, Any], *ways: Callable[[], Posting]) -> Posting:
+    """Close by the first of `ways` that works: no error of ours may leave a hold open, nor lose what was written.
+
+    Each way is a transaction of its own, so one that failed has left nothing. Raises what says that no way can help:
+    that the database is away, or that the hold is closed; and what the last way raised.
+    """
+    for way in ways[:-1]:
+        try:
+            return way()
+        except (*DATABASE_AWAY, UsageAlreadyClosed):
+            raise
+        except Exception:
+            logger.exception("An operation could not be closed as it should be", **log_ids)
+    return ways[-1]()
+
+
+def _release_unsettled(usage_id: int, failure: Exception | None, duration_ms: int) -> Posting:
+    words = SETTLEMENT_FAILED if failure is None else _failure_words(failure)
+    return ledger.release_usage(usage_id=usage_id, error_message=words, duration_ms=duration_ms)
+
+
+async def _tell_failure(failure: Exception, log_ids: Mapping[str, Any]) -> None:
+    """Note it; and tell all admins what they alone can mend."""
+    _note_failure("An operation failed", log_ids, failure)
+    if not isinstance(failure, ProviderMisconfigured):
+        return
+    try:
+        await in_thread(notifications.provider_refuses_us)(
+            provider=failure.name, model=log_ids["model"], why=failure.why
+        )
+    except DatabaseError:  # the operation is closed; its answer must not depend on a message
+        logger.exception("Admins could not be told of a provider", **log_ids)
 
 
 def _failure_words(failure: Exception) -> str:
@@ -396,6 +436,8 @@ class _TextRun:
     started_at: float = field(default_factory=time.monotonic)
     written: list[str] = field(default_factory=list)
     call_begins_at: int = 0  # in `written`
+    said: Said | None = None  # by the provider, of the call under way
+    output_counted_to: int = 0  # in `written`: how far it had come when the provider last counted its output
     is_call_under_way: bool = True
     counted: TokenPools = field(default_factory=TokenPools)  # by the calls that ended
     is_estimated: bool = False
@@ -404,13 +446,16 @@ class _TextRun:
 
     @property
     def text(self) -> str:
-        # What PostgreSQL cannot keep must not keep the hold open.
-        return "".join(self.written).encode(errors="replace").decode().replace("\0", "")
+        return self._text_from(0)
+
+    def _text_from(self, start: int) -> str:
+        # What PostgreSQL cannot keep, and what has no bytes to count, must not keep the hold open.
+        return "".join(self.written[start:]).encode(errors="replace").decode().replace("\0", "")
 
     @property
     def pools(self) -> TokenPools:
-        """What has been used: counted by the provider, and by us for a call that it did not end or report."""
-        return self.counted + self._estimated_pools() if self.is_call_under_way else self.counted
+        """What has been used: by the provider's count as far as it went, and by ours for the rest."""
+        return self.counted + self._count_call(has_ended=False).pools if self.is_call_under_way else self.counted
 
     @property
     def log_ids(self) -> dict[str, Any]:
@@ -420,15 +465,24 @@ class _TextRun:
     def duration_ms(self) -> int:
         return int((time.monotonic() - self.started_at) * 1_000)
 
+    def hear(self, delta: TextDelta) -> None:
+        """Note the text and what the provider counted with it, before anybody else may stop us."""
+        if delta.text:
+            self.written.append(delta.text)
+        if delta.said:
+            self.said = self.said.updated(delta.said) if self.said else delta.said
+            if delta.said.has_output:
+                self.output_counted_to = len(self.written)
+
     def end_call(self, end: TextEnd) -> None:
-        """Note what the provider counted. An answer without a word is none: it fails the operation."""
-        if end.usage is None:
-            self.is_estimated = True
-        self.counted += end.usage or self._estimated_pools()
+        """Note what the whole call used. An answer without a word is none: it fails the operation."""
+        call = self._count_call(has_ended=True)
+        self.counted += call.pools
+        self.is_estimated |= call.is_estimated
         self.is_call_under_way = False
         self.stopped_by = _STOPPED_BY[end.finish_reason]
         if not self.written:
-            self.fail(self._why_nothing(end)(self.quote.price.get_provider_display(), usage=end.usage))
+            self.fail(self._why_nothing(end)(self.quote.price.get_provider_display()))
 
     def _why_nothing(self, end: TextEnd) -> type[ProviderError]:
         if end.finish_reason == "length":
@@ -441,9 +495,20 @@ class _TextRun:
             call.output_limit_tokens,
             call.held_tokens,
         )
-        self.call_begins_at = len(self.written)
+        self.call_begins_at = self.output_counted_to = len(self.written)
+        self.said = None
         self.is_call_under_way = True
         self.stopped_by = "reader"
+
+    def _count_call(self, *, has_ended: bool) -> Counted:
+        # When a call has ended, its last count is of all of it, unless it came before the first word.
+        is_all_counted = has_ended and self.output_counted_to > self.call_begins_at
+        return count_call(
+            self.said,
+            prompt_tokens=count_tokens(self.prompt.text),
+            text_tokens=count_tokens(self._text_from(self.call_begins_at)),
+            later_text_tokens=0 if is_all_counted else count_tokens(self._text_from(self.output_counted_to)),
+        )
 
     def fail(self, error: Exception) -> None:
         """A first call that fails fails the operation (law 9); a later one only ends it."""
@@ -457,47 +522,58 @@ class _TextRun:
     def close(self, keep: KeepText) -> Posting:
         """Keep the text and charge for it, or give the hold back, in one transaction."""
         text = self.text
-        with transaction.atomic(durable=True):
-            keep(text, self.stopped_by == "" and self.failure is None)
-            posting = self._settle_or_release(text)
-            _take_back_if_closed_before(posting)
-            after_debit.follow_debit(posting)
+        posting = _close_somehow(
+            self.log_ids,
+            partial(self._close, keep, text, partial(self._settle_or_release, text)),
+            partial(self._close, keep, text, partial(self._settle_by_our_count, text)),
+            partial(self._close, keep, text, self._release_unsettled),
+            self._release_unsettled,
+        )
         if self.failure is None:
             _log_end(self.log_ids, posting, self.duration_ms)
         return posting
 
+    def _close(self, keep: KeepText, text: str, settle: Callable[[], Posting]) -> Posting:
+        with transaction.atomic(durable=True):
+            keep(text, self.stopped_by == "" and self.failure is None)
+            posting = settle()
+            _take_back_if_closed_before(posting)
+            after_debit.follow_debit(posting)
+        return posting
+
     def _settle_or_release(self, text: str) -> Posting:
-        failure = self.failure
-        if failure is not None:
-            # We may have to pay for it all the same; the user does not (law 9).
-            reported = failure.usage if isinstance(failure, ProviderError) else None
-            pools = reported or (self.pools if text else TokenPools())
+        # What failed we may have to pay for all the same; the user does not (law 9).
+        pools = self.pools if self.said or text or not self.is_call_under_way else TokenPools()
+        provider_cost_microusd = catalogue.provider_cost_microusd(self.quote.price, pools)
+        if self.failure is not None or not text:
             return ledger.release_usage(
                 usage_id=self.usage_id,
-                error_message=_failure_words(failure),
-                provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, pools),
-                duration_ms=self.duration_ms,
-            )
-        if not text:
-            return ledger.release_usage(
-                usage_id=self.usage_id,
-                error_message=NOTHING_WRITTEN,
+                error_message=NOTHING_WRITTEN if self.failure is None else _failure_words(self.failure),
+                provider_cost_microusd=provider_cost_microusd,
                 duration_ms=self.duration_ms,
             )
         return ledger.settle_usage(
             usage_id=self.usage_id,
-            pools=self.pools,
+            pools=pools,
             is_estimated=self.is_estimated or self.is_call_under_way,
-            provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, self.pools),
+            provider_cost_microusd=provider_cost_microusd,
             duration_ms=self.duration_ms,
             error_message=STOP_NOTES.get(self.stopped_by, ""),
         )
 
-    def _estimated_pools(self) -> TokenPools:
-        return TokenPools(
-            input_tokens=count_tokens(self.prompt.text),
-            output_tokens=count_tokens("".join(self.written[self.call_begins_at :])),
+    def _settle_by_our_count(self, text: str) -> Posting:
+        if self.failure is not None or not text:
+            return self._release_unsettled()
+        return ledger.settle_usage(
+            usage_id=self.usage_id,
+            pools=TokenPools(input_tokens=count_tokens(self.quote.ask.prompt.text), output_tokens=count_tokens(text)),
+            is_estimated=True,
+            duration_ms=self.duration_ms,
+            error_message=STOP_NOTES.get(self.stopped_by, ""),
         )
+
+    def _release_unsettled(self) -> Posting:
+        return _release_unsettled(self.usage_id, self.failure, self.duration_ms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -543,12 +619,13 @@ def _hold_more(run: _TextRun) -> _NextCall | StoppedBy:
 async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGenerator[TextDelta | Finished, None]:
     """Run a reserved text operation: yield its text as it comes, then `Finished`.
 
-    - It ended: the provider's usage is charged, or our own count, marked as estimated, when it sent none.
+    - It ended: what the provider counted is charged, and our own count, marked as estimated, where it counted nothing
+      or what cannot be.
     - It reached a limit that the balance had set: the hold is extended if more is available by now, and the model
       goes on; else the text ends there.
     - It failed: the hold is released, nothing is charged, and ProviderError is raised.
     - The reader left (the generator was closed or its task cancelled), or kept it waiting for too long: the provider
-      is stopped and what it had written is charged, by our own count.
+      is stopped and what it had read and written is charged, by its own count as far as that went.
     """
     run = _TextRun(
         quote=quote,
@@ -575,15 +652,16 @@ async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGe
                     # Around the provider's time alone: a time-out must not hit whoever is reading us.
                     async with asyncio.timeout_at(deadline):
                         item = await anext(stream)
-                    if isinstance(item, TextDelta):
-                        run.written.append(item.text)
+                    if isinstance(item, TextEnd):
+                        run.end_call(item)
+                        continue
+                    run.hear(item)
+                    if item.text:
                         handed_over_at = clock()
                         yield item
                         reading_seconds = clock() - handed_over_at
                         deadline += reading_seconds
                         patience_seconds -= reading_seconds
-                    else:
-                        run.end_call(item)
             if not run.is_call_under_way:
                 try:
                     more = await in_thread(_hold_more)(run)
@@ -601,7 +679,7 @@ async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGe
         # Also when the reader has gone: shielded, so that a second cancellation cannot leave the hold open.
         await asyncio.shield(asyncio.ensure_future(in_thread(_close_for_sure)(partial(run.close, keep))))
     if run.failure is not None:
-        _note_failure("An operation failed", run.log_ids, run.failure)
+        await _tell_failure(run.failure, run.log_ids)
         raise run.failure
     yield Finished(usage_id, run.stopped_by)
 
@@ -620,31 +698,52 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
     images: Images | None = None
     failure: Exception | None = None
 
-    def close() -> Posting:
-        duration_ms = int((time.monotonic() - started_at) * 1_000)
+    def duration_ms() -> int:
+        return int((time.monotonic() - started_at) * 1_000)
+
+    log_ids = _log_ids(quote, usage_id)
+
+    def settle_or_release() -> Posting:
+        pools, count = (images.usage or TokenPools(), len(images.images)) if images else (TokenPools(), 0)
+        if images is None and isinstance(failure, ProviderError) and failure.usage:
+            pools = failure.usage
+        is_nothing_used = count == 0 and pools == TokenPools()
+        provider_cost_microusd = 0 if is_nothing_used else _images_cost_microusd(quote, pools, count)
+        if images is None:
+            return ledger.release_usage(
+                usage_id=usage_id,
+                error_message=_failure_words(failure) if failure else "It was stopped before an image was made.",
+                provider_cost_microusd=provider_cost_microusd,
+                duration_ms=duration_ms(),
+            )
+        return ledger.settle_usage(
+            usage_id=usage_id,
+            pools=pools,
+            image_count=count,
+            provider_cost_microusd=provider_cost_microusd,
+            duration_ms=duration_ms(),
+        )
+
+    def release_unsettled() -> Posting:
+        return _release_unsettled(usage_id, failure, duration_ms())
+
+    def close_by(settle: Callable[[], Posting]) -> Posting:
         with transaction.atomic(durable=True):
             keep(images)
-            if images is not None:
-                pools = images.usage or TokenPools()
-                posting = ledger.settle_usage(
-                    usage_id=usage_id,
-                    pools=pools,
-                    image_count=len(images.images),
-                    provider_cost_microusd=_images_cost_microusd(quote, pools, len(images.images)),
-                    duration_ms=duration_ms,
-                )
-                after_debit.follow_debit(posting)
-            else:
-                reported = failure.usage if isinstance(failure, ProviderError) else None
-                posting = ledger.release_usage(
-                    usage_id=usage_id,
-                    error_message=_failure_words(failure) if failure else "It was stopped before an image was made.",
-                    provider_cost_microusd=_images_cost_microusd(quote, reported, 0) if reported else 0,
-                    duration_ms=duration_ms,
-                )
+            posting = settle()
             _take_back_if_closed_before(posting)
+            after_debit.follow_debit(posting)
+        return posting
+
+    def close() -> Posting:
+        posting = _close_somehow(
+            log_ids,
+            partial(close_by, settle_or_release),
+            partial(close_by, release_unsettled),
+            release_unsettled,
+        )
         if failure is None:
-            _log_end(_log_ids(quote, usage_id), posting, duration_ms)
+            _log_end(log_ids, posting, duration_ms())
         return posting
 
     try:
@@ -664,7 +763,7 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
     finally:
         await asyncio.shield(asyncio.ensure_future(in_thread(_close_for_sure)(close)))
     if failure is not None:
-        _note_failure("An operation failed", _log_ids(quote, usage_id), failure)
+        await _tell_failure(failure, log_ids)
         raise failure
     return Finished(usage_id)
 

@@ -43,7 +43,7 @@ ALWAYS_EMAILED = (
     Kind.AUTO_RECHARGE_SWITCHED_OFF,
     Kind.ACCOUNT_STATUS_CHANGED,
 )
-FOR_ADMINS = (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED)
+FOR_ADMINS = (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED, Kind.PROVIDER_REFUSES_US)
 
 # The waits triple: 2, 6, 18 minutes … a day. A mail server may be away for a night.
 MAX_EMAIL_ATTEMPTS = 8
@@ -394,9 +394,8 @@ def weekly_summary(*, now: datetime | None = None) -> int:
     revenue = " and ".join([", ".join(prices[:-1]), prices[-1]] if len(prices) > 1 else prices)
     last_day = figures.until - timedelta(days=1)
     period = f"{figures.since:%-d %b} to {last_day:%-d %b %Y}"
-    admins = User.objects.filter(is_active=True, role__in=(User.Role.ADMIN, User.Role.SUPERADMIN))
     told = 0
-    for user_id in admins.values_list("pk", flat=True):
+    for user_id in _admin_ids():
         told += 1
         _notify(
             user_id=user_id,
@@ -425,6 +424,28 @@ def weekly_summary(*, now: datetime | None = None) -> int:
             ],
         )
     return told
+
+
+def provider_refuses_us(*, provider: str, model: str, why: str) -> None:
+    """Tell every admin, once a day for each reason, that a provider (by its name for people) does not accept our access
+    to a model: nobody else can mend it. `why` is a sentence of ours, "" when the provider's words are not known."""
+    reason = why or "It did not say why in words that are known here: the log has its status."
+    for user_id in _admin_ids():
+        _notify(
+            user_id=user_id,
+            kind=Kind.PROVIDER_REFUSES_US,
+            key=f"{provider}:{timezone.now():%Y-%m-%d}:{reason}"[:150],
+            title=f"{provider} does not accept our access",
+            body=f"{reason} Until that is mended, what people ask of {model} fails. They are not charged.",
+            link=reverse("tokens:notifications"),
+            action="Open it in Postmate",
+            facts=[("Provider", provider), ("Model", model)],
+        )
+
+
+def _admin_ids() -> list[int]:
+    admins = User.objects.filter(is_active=True, role__in=(User.Role.ADMIN, User.Role.SUPERADMIN))
+    return list(admins.values_list("pk", flat=True))
 
 
 # --- In the product -------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ package knows about balances, and nothing in it opens a database transaction.
 """
 
 import importlib
+import re
 import ssl
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence, Set
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
@@ -16,6 +17,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import httpx2
 from django.conf import settings
 
+from ai_ops.providers.counts import Said
 from billing.pricing import TokenPools
 
 LIST_TIMEOUT_SECONDS = 10.0  # for the list of models, which nobody waits for with a text
@@ -41,16 +43,20 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """The next piece of the answer, never empty."""
+    """The next piece of the answer, and what the provider says has been used up to its end, where it says so.
+
+    `text` is "" where the provider spoke of the usage alone. Who reads has heard all of it, also when the stream breaks
+    or is left.
+    """
 
     text: str
+    said: Said | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class TextEnd:
-    """The last item of a stream that ended by itself. `usage` is None when the provider reported none."""
+    """The last item of a stream that ended by itself."""
 
-    usage: TokenPools | None
     finish_reason: FinishReason
 
 
@@ -80,35 +86,37 @@ class ProviderError(Exception):
     """A call that failed, before or after some text had come.
 
     `message` is for the user: what happened and what to do. What the SDK said is in `__cause__`, for the log.
-    `usage` is what the provider had reported when the stream broke, a lower bound, or None when it had not.
-    `kind` is what /metrics counts it under.
+    `usage` is what a call for images used that brought none, or None where that is not known. `why` tells the operator
+    what to mend, where only they can. `kind` is what /metrics counts it under.
     """
 
     kind: ClassVar[str] = "unavailable"
     http_status: ClassVar[int] = 502
     template: ClassVar[str] = "{name} failed. Please try again in a moment, or choose another model."
 
-    def __init__(self, name: str, *, usage: TokenPools | None = None) -> None:
+    def __init__(self, name: str, *, usage: TokenPools | None = None, why: str = "") -> None:
         super().__init__(name)
+        self.name = name
         self.message = self.template.format(name=name)
         self.usage = usage
+        self.why = why
 
     def __str__(self) -> str:
         return self.message
 
 
 class ProviderMisconfigured(ProviderError):
-    """Our key, our contract or the model's name is wrong: nothing the user can mend."""
+    """Our key, our contract, our credit or what we ask is wrong: the operator has to mend it, nobody else can."""
 
     kind = "misconfigured"
     template = (
-        "{name} did not accept our access to this model. Please choose another model, "
-        "and tell the operator of this site."
+        "{name} did not accept our access to this model. That is not your fault, and you were not charged. "
+        "Please choose another model; the operator of this site is told."
     )
 
 
 class ProviderBusy(ProviderError):
-    """The provider limits how much we may ask of it."""
+    """The provider limits how much we may ask of it: time mends it."""
 
     kind = "busy"
     http_status = 503
@@ -116,7 +124,7 @@ class ProviderBusy(ProviderError):
 
 
 class ProviderRefused(ProviderError):
-    """The provider does not take this request: too long, malformed or against its policy."""
+    """The provider does not take this text: too long or against its policy. Its author alone can mend it."""
 
     kind = "refused"
     http_status = 422
@@ -211,8 +219,38 @@ def image_file(data: bytes | None) -> Image | None:
     return None
 
 
-def error_class_for_status(status: int) -> type[ProviderError]:
-    """The meaning of an HTTP error status, which is the same with every provider."""
+@dataclass(frozen=True, slots=True)
+class KnownError:
+    """A line of a provider's table of errors: who can mend what comes with one of `words`, said like `says`.
+
+    `words` are the provider's own names for what happened: its type, code, reason or status. `says` is a regular
+    expression for the message, in which case does not matter. `why` tells the operator what to mend.
+    """
+
+    means: type[ProviderError]
+    words: Set[str] = frozenset()
+    says: str = ""
+    why: str = ""
+
+    def fits(self, words: Set[str], message: str) -> bool:
+        return (not self.words or not self.words.isdisjoint(words)) and (
+            re.search(self.says, message, re.IGNORECASE) is not None
+        )
+
+
+def to_error(
+    name: str, table: Sequence[KnownError], *, status: int, words: Iterable[Any] = (), message: Any = ""
+) -> ProviderError:
+    """What an error of the provider `name` means: the first line of its table that fits, else its HTTP status, which
+    says the same with everyone. What only resembles a provider may put anything where a word or a message belongs."""
+    said, text = {word for word in words if isinstance(word, str)}, message if isinstance(message, str) else ""
+    for known in table:
+        if known.fits(said, text):
+            return known.means(name, why=known.why)
+    return _class_for_status(status)(name)
+
+
+def _class_for_status(status: int) -> type[ProviderError]:
     if status in (401, 402, 403, 404):
         return ProviderMisconfigured
     if status == 429:
@@ -222,6 +260,28 @@ def error_class_for_status(status: int) -> type[ProviderError]:
     if 400 <= status < 500:
         return ProviderRefused
     return ProviderUnavailable
+
+
+def only_text(value: Any) -> str:
+    """`value` when it is text, "" when it is absent. Whatever else comes is no answer that can be shown or charged:
+    raises TypeError."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise TypeError(f"A piece of an answer is no text: {type(value).__name__}")
+
+
+def each(value: Any) -> Sequence[Any]:
+    """The items of a list that may be absent. Raises TypeError for what is no list."""
+    if value is None or isinstance(value, list):
+        return value or ()
+    raise TypeError(f"What should be a list is none: {type(value).__name__}")
+
+
+def part(value: Any, *names: str) -> Any:
+    """What stands under these names, one inside the other; None where one is missing or is no object."""
+    for name in names:
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    return value
 
 
 @cache

@@ -1,31 +1,35 @@
 """Text from Anthropic: the only importer of `anthropic`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import date
+from typing import Any
 
 import anthropic
 import httpx2
-from anthropic.types import MessageDeltaUsage, MessageParam, Usage
+from anthropic.types import MessageParam
 from django.conf import settings
 
 from ai_ops.providers import (
     LIST_TIMEOUT_SECONDS,
     FinishReason,
     Images,
+    KnownError,
     Message,
     ProviderBusy,
     ProviderError,
     ProviderMisconfigured,
+    ProviderRefused,
     ProviderTimedOut,
     ProviderUnavailable,
     TextDelta,
     TextEnd,
     TextStream,
-    error_class_for_status,
+    only_text,
+    part,
     tls_context,
+    to_error,
 )
-from billing.pricing import TokenPools
+from ai_ops.providers.counts import Said
 
 NAME = "Anthropic"
 FINISH_REASONS: dict[str | None, FinishReason] = {
@@ -36,10 +40,61 @@ FINISH_REASONS: dict[str | None, FinishReason] = {
     "refusal": "refused",
 }
 
+# Anthropic calls most faults of the operator's `invalid_request_error`: the message alone tells them from the author's.
+# Newer ones have an error code as well.
+ERRORS = (
+    KnownError(
+        ProviderMisconfigured,
+        {
+            *("billing_error", "enforced_spend_limit_reached", "contract_spend_limit_reached"),
+            *("linked_organization_spend_limit_reached", "linked_organization_billing_unavailable"),
+            *("user_profile_billing_not_authorized", "user_profile_not_billable"),
+        },
+        why="Our credit there is used up, or a limit on what we may spend is reached.",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        says=r"credit balance is too low|reached your specified (\w+ )?API usage limits|purchase credits"
+        r"|plans? & billing|regain access on|(spend(ing)?|usage) limit",
+        why="Our credit there is used up, or a limit on what we may spend is reached.",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        {"organization_on_hold", "organization_type_not_supported", "cmek_key_disabled", "cmek_key_network_blocked"},
+        why="Our organization there is disabled or on hold.",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        says=r"(organization|workspace|account|key)\b.{0,40}\b(disabled|suspended|on hold|archived|revoked)",
+        why="Our organization or workspace there is disabled.",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        {"authentication_error", "permission_error"},
+        why="Our key is not valid there, or may not do this.",
+    ),
+    KnownError(ProviderMisconfigured, {"not_found_error"}, why="The model has ended, or our key may not use it."),
+    KnownError(ProviderRefused, {"request_too_large", "request_body_too_large_after_decoding"}),
+    KnownError(
+        ProviderRefused,
+        says=r"content filter|usage polic|prompt is too long|exceeds? context limit|context window|too many total text",
+    ),
+    KnownError(ProviderBusy, {"rate_limit_error", "overloaded_error", "ramp_limit_exceeded"}),
+    KnownError(ProviderTimedOut, {"timeout_error"}),
+    KnownError(
+        ProviderMisconfigured,
+        {"invalid_request_error"},
+        # Which field is wrong stands first. `messages` and `system` are the text, all others are ours.
+        says=r"^\W*(?!messages|system|prompt|input|text|request)[a-z_][\w.-]*\W?(:| must | is (deprecated|not ))"
+        r"|does not support|not supported|extra inputs",
+        why="The model does not take what we ask of it: see its limits in the catalogue.",
+    ),
+    KnownError(ProviderRefused, {"invalid_request_error"}),
+)
+
 
 async def stream_text(*, model: str, system: str, messages: Sequence[Message], max_output_tokens: int) -> TextStream:
-    """See `ai_ops.providers.stream_text`. The input is reported first, so a broken stream has it."""
-    usage: TokenPools | None = None
+    """See `ai_ops.providers.stream_text`. The input is counted first, and the output at the end."""
     finish_reason: FinishReason | None = None
     complete = False
     client, turns = _client(), [_turn(message) for message in messages]
@@ -54,21 +109,26 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                 stream=True,
             ) as stream,
         ):
+            # The SDK builds its objects unchecked: anything may stand in any field.
             async for event in stream:
                 if event.type == "message_start":
-                    usage = _pools(event.message.usage, usage)
-                elif event.type == "content_block_delta" and event.delta.type == "text_delta" and event.delta.text:
-                    yield TextDelta(event.delta.text)
+                    yield TextDelta("", _said(part(event, "message", "usage")))
+                elif event.type == "content_block_start" and part(event, "content_block", "type") == "text":
+                    if text := only_text(part(event, "content_block", "text")):
+                        yield TextDelta(text)
+                elif event.type == "content_block_delta" and part(event, "delta", "type") == "text_delta":
+                    if text := only_text(part(event, "delta", "text")):
+                        yield TextDelta(text)
                 elif event.type == "message_delta":
-                    usage = _pools(event.usage, usage)
-                    finish_reason = FINISH_REASONS.get(event.delta.stop_reason, "other")
+                    yield TextDelta("", _said(event.usage))
+                    finish_reason = FINISH_REASONS.get(part(event, "delta", "stop_reason"), "other")
                 elif event.type == "message_stop":
                     complete = True
     except Exception as error:
-        raise _translate(error, usage) from error
+        raise _translate(error) from error
     if not complete or finish_reason is None:
-        raise ProviderUnavailable(NAME, usage=usage)
-    yield TextEnd(usage, finish_reason)
+        raise ProviderUnavailable(NAME)
+    yield TextEnd(finish_reason)
 
 
 async def generate_images(*, model: str, prompt: str, size: str, quality: str, count: int) -> Images:
@@ -85,7 +145,7 @@ async def list_models() -> dict[str, date | None]:
                 async for model in client.models.list(limit=1_000, timeout=LIST_TIMEOUT_SECONDS)
             }
     except Exception as error:
-        raise _translate(error, None) from error
+        raise _translate(error) from error
 
 
 def _client() -> anthropic.AsyncAnthropic:
@@ -106,30 +166,30 @@ def _turn(message: Message) -> MessageParam:
     return {"role": "assistant", "content": message.text}
 
 
-def _pools(reported: Usage | MessageDeltaUsage | None, known: TokenPools | None) -> TokenPools | None:
-    """Anthropic's pools exclude one another as ours do. Its numbers are cumulative: the last one counts."""
-    if reported is None:
-        return known
-    details = reported.output_tokens_details
-    named: dict[str, int | None] = {
-        "input_tokens": reported.input_tokens,
-        "cached_input_tokens": reported.cache_read_input_tokens,
-        "cache_write_tokens": reported.cache_creation_input_tokens,
-        "output_tokens": reported.output_tokens,
-        "reasoning_tokens": details.thinking_tokens if details else None,
-    }
-    return replace(known or TokenPools(), **{pool: tokens for pool, tokens in named.items() if tokens is not None})
+def _said(usage: Any) -> Said:
+    """Anthropic's pools exclude one another as ours do. Its numbers are cumulative."""
+    return Said(
+        input=part(usage, "input_tokens"),
+        cached_input=part(usage, "cache_read_input_tokens"),
+        cache_write=part(usage, "cache_creation_input_tokens"),
+        cache_write_5m=part(usage, "cache_creation", "ephemeral_5m_input_tokens"),
+        cache_write_1h=part(usage, "cache_creation", "ephemeral_1h_input_tokens"),
+        output=part(usage, "output_tokens"),
+        reasoning=part(usage, "output_tokens_details", "thinking_tokens"),
+    )
 
 
-def _translate(error: Exception, usage: TokenPools | None) -> ProviderError:
-    """Inside a stream the SDK lets errors of its HTTP library and of JSON through."""
+def _translate(error: Exception) -> ProviderError:
+    """What an exception means. Inside a stream the SDK lets errors of its HTTP library and of JSON through."""
     if isinstance(error, anthropic.APIStatusError):
-        if error.type in (
-            "rate_limit_error",
-            "overloaded_error",
-        ):  # inside a stream the HTTP status stays 200
-            return ProviderBusy(NAME, usage=usage)
-        return error_class_for_status(error.status_code)(NAME, usage=usage)
+        # Inside a stream the HTTP status stays 200.
+        return to_error(
+            NAME,
+            ERRORS,
+            status=error.status_code,
+            words=(error.type, error.error_code),
+            message=error.api_message,
+        )
     if isinstance(error, (anthropic.APITimeoutError, httpx2.TimeoutException)):
-        return ProviderTimedOut(NAME, usage=usage)
-    return ProviderUnavailable(NAME, usage=usage)
+        return ProviderTimedOut(NAME)
+    return ProviderUnavailable(NAME)

@@ -1,6 +1,7 @@
 """Text and images from Google's Gemini API: the only importer of `google.genai`."""
 
 import asyncio
+import re
 from collections.abc import Sequence
 from datetime import date
 from fractions import Fraction
@@ -17,7 +18,9 @@ from ai_ops.providers import (
     FinishReason,
     Image,
     Images,
+    KnownError,
     Message,
+    ProviderBusy,
     ProviderError,
     ProviderMisconfigured,
     ProviderRefused,
@@ -26,28 +29,76 @@ from ai_ops.providers import (
     TextDelta,
     TextEnd,
     TextStream,
-    error_class_for_status,
+    each,
     image_file,
+    part,
     tls_context,
+    to_error,
 )
+from ai_ops.providers.counts import Said, count_call
 from billing.pricing import TokenPools
 
 NAME = "Google"
 # The SDK announces its timeout, which for us is the wait for one chunk, as the deadline of the whole answer.
 WHOLE_ANSWER_SECONDS = 600
-FINISH_REASONS: dict[str, FinishReason] = {
-    "STOP": "stop",
-    "MAX_TOKENS": "length",
-    "CONTINUATION": "length",
-    **dict.fromkeys(("SAFETY", "RECITATION", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "ESCALATION"), "refused"),
-    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "refused"),
-}
+FINISH_REASONS: dict[str, FinishReason] = {"STOP": "stop", "MAX_TOKENS": "length", "CONTINUATION": "length"}
+# Of what was asked for or written. New ones come every few months, and their names say it.
+REFUSALS = re.compile(r"SAFETY|PROHIBITED|RECITATION|BLOCK|LANGUAGE|SPII|ARMOR|ESCALATION|JAILBREAK|POLICY|FILTER|HARM")
+# The account is limited for what it was used for before: nobody's text of now mends that.
+ACCOUNT_LIMITED = "PUP_LIMITED_DISABLED"
+
+OVER_QUOTA = "Our credit there is used up, or a limit on what we may use in a day or spend is reached."
+ERRORS = (
+    KnownError(
+        ProviderMisconfigured,
+        {
+            *("API_KEY_INVALID", "API_KEY_EXPIRED", "API_KEY_SERVICE_BLOCKED", "API_KEY_HTTP_REFERRER_BLOCKED"),
+            *("API_KEY_IP_ADDRESS_BLOCKED", "API_KEY_ANDROID_APP_BLOCKED", "API_KEY_IOS_APP_BLOCKED"),
+            *("SERVICE_DISABLED", "BILLING_DISABLED", "CONSUMER_SUSPENDED", "CONSUMER_INVALID", "USER_PROJECT_DENIED"),
+            *("ACCESS_TOKEN_EXPIRED", "ACCESS_TOKEN_TYPE_UNSUPPORTED", "ACCESS_TOKEN_SCOPE_INSUFFICIENT"),
+            *("ACCOUNT_STATE_INVALID", "UNAUTHENTICATED", "PERMISSION_DENIED"),
+        },
+        why="Our key is not valid there, may not do this, or its project has no billing.",
+    ),
+    KnownError(ProviderMisconfigured, says=r"api[ _]key", why="Our key is not valid there."),
+    KnownError(
+        ProviderMisconfigured,
+        {"FAILED_PRECONDITION"},
+        why="Our project there has no billing, or Google does not serve the place that we call from.",
+    ),
+    KnownError(ProviderMisconfigured, {"NOT_FOUND"}, why="The model has ended, or our key may not use it."),
+    # A limit that a minute mends and one that only the operator mends come with the same status and the same words:
+    # the name of the limit alone tells. One of a day is the operator's to raise.
+    KnownError(
+        ProviderMisconfigured,
+        says=r"per ?day|limit: 0\b|prepay|depleted|spend(ing)? (cap|limit)|dunning|billing.{0,9} not enabled",
+        why=OVER_QUOTA,
+    ),
+    KnownError(ProviderBusy, {"RETRY_INFO", "RATE_LIMIT_EXCEEDED"}),
+    KnownError(ProviderBusy, says=r"per ?(minute|second)|retry in"),
+    KnownError(
+        ProviderMisconfigured, {"RESOURCE_EXHAUSTED"}, says=r"exceeded your current quota|billing", why=OVER_QUOTA
+    ),
+    KnownError(ProviderBusy, {"RESOURCE_EXHAUSTED"}),
+    KnownError(ProviderTimedOut, {"DEADLINE_EXCEEDED"}),
+    KnownError(
+        ProviderRefused,
+        says=r"token count.*exceeds|maximum number of tokens|payload size|too (long|large)|safety|blocked|polic",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        {"INVALID_ARGUMENT", "OUT_OF_RANGE", "UNIMPLEMENTED"},
+        says=r"unknown name|generation_?config|response modalit|valid role|aspect ratio|image size|thinking|budget"
+        r"|not (supported|enabled|allowed)|does not support|request contains an invalid argument",
+        why="The model does not take what we ask of it: see its limits in the catalogue.",
+    ),
+    KnownError(ProviderRefused, {"INVALID_ARGUMENT", "OUT_OF_RANGE"}),
+)
 
 
 async def stream_text(*, model: str, system: str, messages: Sequence[Message], max_output_tokens: int) -> TextStream:
-    """See `ai_ops.providers.stream_text`. Every chunk has the usage so far: a broken stream has it too."""
-    usage: TokenPools | None = None
-    finish_reason: FinishReason | None = None
+    """See `ai_ops.providers.stream_text`. Every chunk has the usage so far."""
+    finish_reason: str | None = None
     blocked = False
     client, contents = _client(settings.AI_TIMEOUT_SECONDS), _contents(messages)
     config = _config(system_instruction=system or None, max_output_tokens=max_output_tokens)
@@ -56,20 +107,24 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
         async with client.aio as aio:
             stream = await aio.models.generate_content_stream(model=model, contents=contents, config=config)
             async for chunk in stream:
-                usage = _pools(chunk.usage_metadata) or usage
                 blocked = blocked or _is_blocked(chunk)
+                text = ""
                 for candidate in chunk.candidates or ():
-                    if text := _text(candidate):
-                        yield TextDelta(text)
+                    text += _text(candidate)
                     if candidate.finish_reason:
-                        finish_reason = FINISH_REASONS.get(candidate.finish_reason.value, "other")
+                        finish_reason = candidate.finish_reason.value
+                said = _said(chunk.usage_metadata) if chunk.usage_metadata else None
+                if text or said:
+                    yield TextDelta(text, said)
     except Exception as error:
-        raise _translate(error, usage) from error
+        raise _translate(error) from error
     if blocked:
-        raise ProviderRefused(NAME, usage=usage)
+        raise ProviderRefused(NAME)
     if finish_reason is None:
-        raise ProviderUnavailable(NAME, usage=usage)
-    yield TextEnd(usage, finish_reason)
+        raise ProviderUnavailable(NAME)
+    if finish_reason == ACCOUNT_LIMITED:
+        raise _account_limited()
+    yield TextEnd(_meaning(finish_reason))
 
 
 async def generate_images(*, model: str, prompt: str, size: str, quality: str, count: int) -> Images:
@@ -106,13 +161,18 @@ async def _generate_image(aio: AsyncClient, model: str, prompt: str, config: typ
     usage: TokenPools | None = None
     try:
         answer = await aio.models.generate_content(model=model, contents=prompt, config=config)
-        usage = _pools(answer.usage_metadata)
-        image, refused = _image(answer), _is_refused(answer)
+        if answer.usage_metadata:
+            usage = count_call(_said(answer.usage_metadata), prompt_tokens=0, text_tokens=0).pools
+        image, reasons = _image(answer), _reasons(answer)
     except Exception as error:
-        raise _translate(error, usage) from error
+        raise _translate(error) from error
     if image is None:
+        if ACCOUNT_LIMITED in reasons:
+            raise _account_limited()
+        refused = _is_blocked(answer) or any(_meaning(reason) == "refused" for reason in reasons)
         raise (ProviderRefused if refused else ProviderUnavailable)(NAME, usage=usage)
-    return Images((image,), usage)
+    # An image whose tokens were not counted costs its price, and not nothing.
+    return Images((image,), usage if usage and usage.output_tokens else None)
 
 
 async def list_models() -> dict[str, date | None]:
@@ -122,7 +182,7 @@ async def list_models() -> dict[str, date | None]:
             models = await aio.models.list()
             return {(model.name or "").removeprefix("models/"): None async for model in models}
     except Exception as error:
-        raise _translate(error, None) from error
+        raise _translate(error) from error
 
 
 def _client(timeout_seconds: float) -> genai.Client:
@@ -167,9 +227,12 @@ def _image(answer: types.GenerateContentResponse) -> Image | None:
     return next((file for file in files if file), None)
 
 
-def _is_refused(answer: types.GenerateContentResponse) -> bool:
-    reasons = (candidate.finish_reason for candidate in answer.candidates or ())
-    return _is_blocked(answer) or any(reason and FINISH_REASONS.get(reason.value) == "refused" for reason in reasons)
+def _reasons(answer: types.GenerateContentResponse) -> list[str]:
+    return [candidate.finish_reason.value for candidate in answer.candidates or () if candidate.finish_reason]
+
+
+def _meaning(reason: str) -> FinishReason:
+    return FINISH_REASONS.get(reason) or ("refused" if REFUSALS.search(reason) else "other")
 
 
 def _is_blocked(answer: types.GenerateContentResponse) -> bool:
@@ -177,17 +240,33 @@ def _is_blocked(answer: types.GenerateContentResponse) -> bool:
     return bool(answer.prompt_feedback and answer.prompt_feedback.block_reason)
 
 
-def _pools(usage: types.GenerateContentResponseUsageMetadata | None) -> TokenPools | None:
-    """Google counts what came from its cache as prompt, and thoughts apart from the candidates."""
-    if usage is None or usage.prompt_token_count is None:
-        return None
-    cached, thoughts = usage.cached_content_token_count or 0, usage.thoughts_token_count or 0
-    return TokenPools(
-        input_tokens=usage.prompt_token_count - cached + (usage.tool_use_prompt_token_count or 0),
-        cached_input_tokens=cached,
-        output_tokens=(usage.candidates_token_count or 0) + thoughts,
-        reasoning_tokens=thoughts,
+def _said(usage: types.GenerateContentResponseUsageMetadata) -> Said:
+    """Google counts what came from its cache as prompt, and thoughts apart from the candidates; what tools brought is
+    in neither. Of the candidates it names the modalities that are not words."""
+    by_modality: dict[str, int] = {}
+    for detail in usage.candidates_tokens_details or ():
+        modality = detail.modality.value if detail.modality else "TEXT"
+        by_modality[modality] = by_modality.get(modality, 0) + (detail.token_count or 0)
+    others = sum(tokens for modality, tokens in by_modality.items() if modality not in ("TEXT", "MODALITY_UNSPECIFIED"))
+    candidates = usage.candidates_token_count
+    return Said(
+        input=usage.prompt_token_count,
+        tool_input=usage.tool_use_prompt_token_count,
+        cached_input=usage.cached_content_token_count,
+        image_input=_of_modality(usage.prompt_tokens_details, "IMAGE"),
+        audio_input=_of_modality(usage.prompt_tokens_details, "AUDIO"),
+        output=candidates,
+        text_output=max(0, candidates - others) if candidates and by_modality else None,
+        audio_output=by_modality.get("AUDIO"),
+        reasoning=usage.thoughts_token_count,
+        total=usage.total_token_count,
+        is_cache_in_input=True,
+        is_reasoning_in_output=False,
     )
+
+
+def _of_modality(details: list[types.ModalityTokenCount] | None, modality: str) -> int | None:
+    return sum(it.token_count or 0 for it in details or () if it.modality and it.modality.value == modality) or None
 
 
 def _sum(pools: list[TokenPools]) -> TokenPools | None:
@@ -195,12 +274,28 @@ def _sum(pools: list[TokenPools]) -> TokenPools | None:
     return sum(pools, TokenPools()) if pools else None
 
 
-def _translate(error: Exception, usage: TokenPools | None) -> ProviderError:
-    """The SDK lets errors of its HTTP library and of JSON through."""
+def _account_limited() -> ProviderError:
+    return ProviderMisconfigured(NAME, why="Google has limited our account for what it was used for.")
+
+
+def _translate(error: Exception) -> ProviderError:
+    """What an exception means. The SDK lets errors of its HTTP library and of JSON through."""
     if isinstance(error, errors.APIError):
-        if "API_KEY_INVALID" in str(error.details):  # a wrong key comes as 400
-            return ProviderMisconfigured(NAME, usage=usage)
-        return error_class_for_status(error.code or 0)(NAME, usage=usage)
+        said = part(error.details, "error") or error.details
+        try:
+            details = [it for it in each(part(said, "details")) if isinstance(it, dict)]
+        except TypeError:
+            details = []
+        words = [error.status, *(part(it, "reason") for it in details)]
+        words += ["RETRY_INFO" for it in details if "retryDelay" in it]
+        return to_error(
+            NAME,
+            ERRORS,
+            status=error.code if isinstance(error.code, int) else 0,
+            words=words,
+            # The limits that were passed stand beside the message.
+            message=f"{error.message} {[it.get('violations') for it in details if it.get('violations')]}",
+        )
     if isinstance(error, httpx2.TimeoutException):
-        return ProviderTimedOut(NAME, usage=usage)
-    return ProviderUnavailable(NAME, usage=usage)
+        return ProviderTimedOut(NAME)
+    return ProviderUnavailable(NAME)

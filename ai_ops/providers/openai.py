@@ -3,11 +3,11 @@
 from base64 import b64decode
 from collections.abc import Sequence
 from datetime import date
-from typing import Literal
+from typing import Any, Literal
 
 import openai
 from django.conf import settings
-from openai.types import CompletionUsage, ImagesResponse
+from openai.types import ImagesResponse
 from openai.types.chat import ChatCompletionMessageParam
 
 from ai_ops.providers import (
@@ -15,28 +15,97 @@ from ai_ops.providers import (
     FinishReason,
     Image,
     Images,
+    KnownError,
     Message,
+    ProviderBusy,
     ProviderError,
     ProviderMisconfigured,
+    ProviderRefused,
     ProviderTimedOut,
     ProviderUnavailable,
     TextDelta,
     TextEnd,
     TextStream,
-    error_class_for_status,
+    each,
     image_file,
+    only_text,
+    part,
     tls_context,
+    to_error,
 )
+from ai_ops.providers.counts import Said, count_call
 from billing.pricing import TokenPools
 
 NAME = "OpenAI"
 QUALITIES: dict[str, Literal["low", "medium", "high"]] = {"low": "low", "medium": "medium", "high": "high"}
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length", "content_filter": "refused"}
 
+OUR_PARAMETER = "a parameter that is not the text"
+ERRORS = (
+    KnownError(
+        ProviderMisconfigured,
+        {
+            *("insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "billing_not_active"),
+            *("organization_spend_limit_exceeded", "organization_usage_limit_exceeded", "project_spend_limit_exceeded"),
+            *("quota_exceeded", "payment_required"),
+        },
+        why="Our credit there is used up, or a limit on what we may spend is reached.",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        {"account_deactivated", "organization_deactivated", "access_terminated"},
+        why="Our account there is closed.",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        {
+            *("invalid_api_key", "authentication_error", "invalid_authentication", "invalid_organization"),
+            *("mismatched_organization", "mismatched_project", "ip_not_authorized", "missing_scope"),
+            *("permission_error", "permission_denied", "insufficient_permissions"),
+            *("unsupported_country_region_territory", "request_forbidden"),
+        },
+        why="Our key is not valid there, or may not do this from here.",
+    ),
+    KnownError(
+        ProviderMisconfigured,
+        {"model_not_found", "model_not_available", "deprecated_model", "invalid_model"},
+        why="The model has ended, or our key may not use it.",
+    ),
+    KnownError(
+        ProviderRefused,
+        {
+            *("content_policy_violation", "moderation_blocked", "content_filter", "invalid_prompt"),
+            *("image_generation_user_error", "cyber_policy_violation", "bio_policy", "cyber_policy"),
+            *("context_length_exceeded", "string_above_max_length", "request_too_large"),
+        },
+    ),
+    KnownError(
+        ProviderRefused,
+        says=r"safety system|usage polic|content polic|content management policy|maximum context length"
+        r"|context window|reduce the length|(request|prompt|input) (is )?too (long|large)",
+    ),
+    # Before the words about billing: a limit of a minute comes with advice to add a means of payment.
+    KnownError(ProviderBusy, {"rate_limit_exceeded", "rate_limit_error", "slow_down", "engine_overloaded"}),
+    KnownError(
+        ProviderMisconfigured,
+        says=r"exceeded your current quota|billing|credit balance|insufficient (balance|funds|credits?)"
+        r"|organization must be verified|account is not active|deactivated",
+        why="Our credit there is used up, or our account is not in order.",
+    ),
+    KnownError(ProviderTimedOut, {"timeout", "request_timeout"}),
+    KnownError(
+        ProviderMisconfigured,
+        {
+            *(OUR_PARAMETER, "unknown_parameter", "unsupported_parameter", "unsupported_value"),
+            *("missing_required_parameter", "integer_above_max_value", "integer_below_min_value"),
+        },
+        why="The model does not take what we ask of it: see its limits in the catalogue.",
+    ),
+)
+
 
 async def stream_text(*, model: str, system: str, messages: Sequence[Message], max_output_tokens: int) -> TextStream:
     """See `ai_ops.providers.stream_text`. OpenAI reports usage at the very end: a broken stream has none."""
-    usage: TokenPools | None = None
     finish_reason: FinishReason | None = None
     client, turns = _client(settings.AI_TIMEOUT_SECONDS), _turns(system, messages)
     try:
@@ -50,24 +119,27 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                 stream_options={"include_usage": True},
             ) as stream,
         ):
+            # The SDK builds its objects unchecked: anything may stand in any field.
             async for chunk in stream:
-                if chunk.usage:
-                    usage = _pools(chunk.usage)
-                for choice in chunk.choices:
-                    if text := choice.delta.content or choice.delta.refusal:
-                        yield TextDelta(text)
-                    if choice.finish_reason:
-                        finish_reason = FINISH_REASONS.get(choice.finish_reason, "other")
+                text = ""
+                for choice in each(chunk.choices):
+                    text += only_text(part(choice, "delta", "content")) or only_text(part(choice, "delta", "refusal"))
+                    if reason := part(choice, "finish_reason"):
+                        finish_reason = FINISH_REASONS.get(reason, "other")
+                said = _said(chunk.usage) if chunk.usage else None
+                if text or said:
+                    yield TextDelta(text, said)
     except Exception as error:
-        raise _translate(error, usage) from error
+        raise _translate(error) from error
     if finish_reason is None:
-        raise ProviderUnavailable(NAME, usage=usage)
-    yield TextEnd(usage, finish_reason)
+        raise ProviderUnavailable(NAME)
+    yield TextEnd(finish_reason)
 
 
 async def generate_images(*, model: str, prompt: str, size: str, quality: str, count: int) -> Images:
     """See `ai_ops.providers.generate_images`. One request makes all images."""
     usage: TokenPools | None = None
+    images: tuple[Image, ...] = ()
     client = _client(settings.AI_IMAGE_TIMEOUT_SECONDS)
     try:
         async with client:
@@ -82,10 +154,11 @@ async def generate_images(*, model: str, prompt: str, size: str, quality: str, c
         usage = _image_pools(response)
         images = _images(response)
     except Exception as error:
-        raise _translate(error, usage) from error
+        raise _translate(error) from error
     if not images:
         raise ProviderUnavailable(NAME, usage=usage)
-    return Images(images[:count], usage)
+    # Images whose tokens were not counted cost their price, and not nothing.
+    return Images(images[:count], usage if usage and usage.output_tokens else None)
 
 
 async def list_models() -> dict[str, date | None]:
@@ -97,7 +170,7 @@ async def list_models() -> dict[str, date | None]:
                 async for model in client.models.list()
             }
     except Exception as error:
-        raise _translate(error, None) from error
+        raise _translate(error) from error
 
 
 def _client(timeout_seconds: float) -> openai.AsyncOpenAI:
@@ -122,46 +195,61 @@ def _turns(system: str, messages: Sequence[Message]) -> list[ChatCompletionMessa
     return turns
 
 
-def _pools(usage: CompletionUsage) -> TokenPools:
-    """OpenAI's prompt tokens include what was read from and written to its cache; ours exclude both."""
-    prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
-    cached = (prompt and prompt.cached_tokens) or 0
-    written = min((prompt and prompt.cache_write_tokens) or 0, usage.prompt_tokens - cached)
-    return TokenPools(
-        input_tokens=usage.prompt_tokens - cached - written,
-        cached_input_tokens=cached,
-        cache_write_tokens=written,
-        output_tokens=usage.completion_tokens,
-        reasoning_tokens=(completion and completion.reasoning_tokens) or 0,
+def _said(usage: Any) -> Said:
+    """OpenAI's prompt tokens include what was read from and written to its cache, its completion tokens all that the
+    model wrote, read aloud, thought, or had predicted wrongly by us."""
+    return Said(
+        input=part(usage, "prompt_tokens"),
+        cached_input=part(usage, "prompt_tokens_details", "cached_tokens"),
+        cache_write=part(usage, "prompt_tokens_details", "cache_write_tokens"),
+        image_input=part(usage, "prompt_tokens_details", "image_tokens"),
+        audio_input=part(usage, "prompt_tokens_details", "audio_tokens"),
+        output=part(usage, "completion_tokens"),
+        reasoning=part(usage, "completion_tokens_details", "reasoning_tokens"),
+        audio_output=part(usage, "completion_tokens_details", "audio_tokens"),
+        total=part(usage, "total_tokens"),
+        is_cache_in_input=True,
     )
 
 
 def _images(response: ImagesResponse) -> tuple[Image, ...]:
     """The usable images of an answer: one that is spoilt does not spoil the others, which are paid for."""
     files = []
-    for item in response.data or ():
+    for item in each(response.data):
         try:
-            files.append(image_file(b64decode(item.b64_json or "", validate=True)))
-        except ValueError:
+            files.append(image_file(b64decode(only_text(part(item, "b64_json")), validate=True)))
+        except (TypeError, ValueError):
             continue
     return tuple(file for file in files if file)
 
 
 def _image_pools(response: ImagesResponse) -> TokenPools | None:
-    """The prompt is the input and the images are the output; this endpoint knows no cache and no reasoning."""
-    if response.usage is None:
+    """What was read and painted; this endpoint knows no cache and no reasoning."""
+    usage = part(response, "usage")
+    if not usage:
         return None
-    return TokenPools(input_tokens=response.usage.input_tokens, output_tokens=response.usage.output_tokens)
+    said = Said(
+        input=part(usage, "input_tokens"),
+        image_input=part(usage, "input_tokens_details", "image_tokens"),
+        output=part(usage, "output_tokens"),
+        text_output=part(usage, "output_tokens_details", "text_tokens"),
+        total=part(usage, "total_tokens"),
+    )
+    return count_call(said, prompt_tokens=0, text_tokens=0).pools
 
 
-def _translate(error: Exception, usage: TokenPools | None) -> ProviderError:
-    """The SDK builds its objects unchecked, so a garbled answer surfaces as almost any exception."""
-    if isinstance(error, openai.APIStatusError):
-        if error.code in ("insufficient_quota", "billing_hard_limit_reached"):
-            return ProviderMisconfigured(NAME, usage=usage)  # our credit is used up: waiting does not help
-        if error.param == "model":
-            return ProviderMisconfigured(NAME, usage=usage)  # an unknown image model comes as 400
-        return error_class_for_status(error.status_code)(NAME, usage=usage)
+def _translate(error: Exception) -> ProviderError:
+    """What an exception of the SDK means. A garbled answer surfaces as almost any."""
     if isinstance(error, openai.APITimeoutError):
-        return ProviderTimedOut(NAME, usage=usage)
-    return ProviderUnavailable(NAME, usage=usage)
+        return ProviderTimedOut(NAME)
+    if not isinstance(error, openai.APIError) or isinstance(error, openai.APIConnectionError):
+        return ProviderUnavailable(NAME)
+    words = [error.type, error.code]
+    if isinstance(error.param, str) and not error.param.startswith(("messages", "prompt", "input")):
+        words.append(OUR_PARAMETER)
+    # Inside a stream there is no status; some put it where the code belongs.
+    code = error.code or ""
+    status = getattr(error, "status_code", 0) or (int(code) if code.isdecimal() else 0)
+    if not status and error.type == "invalid_request_error":
+        status = 400
+    return to_error(NAME, ERRORS, status=status, words=words, message=error.message)

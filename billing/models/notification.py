@@ -21,6 +21,7 @@ class NotificationKind(models.TextChoices):
     GRANT_RECEIVED = "grant_received", "Somebody gave you tokens"
     TOKENS_DEDUCTED = "tokens_deducted", "Tokens were taken from your balance"
     ACCOUNT_STATUS_CHANGED = "account_status_changed", "Your account was suspended, blocked or reopened"
+    PROVIDER_REFUSES_US = "provider_refuses_us", "An AI provider does not accept our access"
     WEEKLY_SUMMARY = "weekly_summary", "The weekly summary of the whole product"
 
 
@@ -33,6 +34,7 @@ WARNINGS = (
     Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
     Kind.LOW_BALANCE,
     Kind.REFUND_REFUSED,
+    Kind.PROVIDER_REFUSES_US,
     Kind.DISPUTE_OPENED,
     Kind.TOKENS_DEDUCTED,
     Kind.ACCOUNT_STATUS_CHANGED,

@@ -29,7 +29,7 @@ GROUPS = {
     ),
     "Your balance": (Kind.LOW_BALANCE, Kind.CRITICAL_BALANCE, Kind.GRANT_RECEIVED, Kind.TOKENS_DEDUCTED),
     "Your account": (Kind.ACCOUNT_STATUS_CHANGED,),
-    "For admins": (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED),
+    "For admins": (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED, Kind.PROVIDER_REFUSES_US),
 }
 
 

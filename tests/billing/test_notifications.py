@@ -95,6 +95,7 @@ def tell_everything(user: User) -> None:
     notifications.refund_refused(refused, reason=NASTY)
     notifications.dispute_opened(dispute, tokens=150_000)
     notifications.dispute_closed(dispute, tokens=0)
+    notifications.provider_refuses_us(provider=NASTY, model=NASTY, why=NASTY)
     notifications.weekly_summary(now=NOW)
 
 
@@ -341,6 +342,16 @@ def test_weekly_summary(make_user: MakeUser, alice: User, bob: User, adam: User,
     assert f"{2 + others} operations used {1_234 + other_tokens:,} tokens." in body
     assert "Payments brought €14.00 and $1,015.00, and 1 payment failed." in body
     assert "Open disputes: 1. Accounts in debt: 1." in body
+
+
+def test_a_provider_that_refuses_us_is_told_to_admins_once_a_day(alice: User, adam: User, susan: User) -> None:
+    """Row 53."""
+    for why in ("Our credit there is used up.", "Our credit there is used up.", ""):
+        notifications.provider_refuses_us(provider="OpenAI", model="gpt-6-luna", why=why)
+    assert [told(user)["provider_refuses_us"] for user in (alice, adam, susan)] == [0, 2, 2]
+    message = Notification.objects.filter(user=susan).earliest("id")
+    assert message.title == "OpenAI does not accept our access"
+    assert message.body.startswith("Our credit there is used up. Until")
 
 
 def test_weekly_summary_of_a_quiet_week(adam: User) -> None:
@@ -779,7 +790,7 @@ def checked(html: str) -> set[str]:
 
 
 def test_choosing_the_emails(signed_in: Client, alice: User) -> None:
-    everything = set(Kind.values) - {"weekly_summary", "refund_refused"}
+    everything = set(Kind.values) - {"weekly_summary", "refund_refused", "provider_refuses_us"}
     assert checked(page(signed_in, "tokens:notification_settings")) == everything
     answer = signed_in.post(
         reverse("tokens:notification_settings"),

@@ -21,6 +21,14 @@ class AiServer:
 
     address: str
 
+    def play(self, name: str, body: str | bytes, **options: Any) -> str:
+        """Have the stand-in answer with `body`, and return the prompt's marker that asks for it. `options`: `status`,
+        `type` (of the media), `then` ("end", "cut" or "stall")."""
+        address = f"{self.address}/control/recordings/{name}"
+        content = body.encode() if isinstance(body, str) else body
+        httpx2.put(address, content=content, params=options, timeout=30).raise_for_status()
+        return f"[[fault:recorded {name}]]"
+
     def requests(self, prompt: str) -> list[dict[str, Any]]:
         """The log entries of the requests whose last user message begins with `prompt`, oldest first."""
         response = httpx2.get(f"{self.address}/control/requests", timeout=30)

@@ -11,7 +11,8 @@ prompt was painted, so that its next image is another one, and a log of the last
 a test can see that a call was stopped.
 
 It fails on demand: write `[[fault:429]]` into the last user message or the image prompt; `FAULTS` in `protocols`
-lists what it knows.
+lists what it knows. An answer that somebody recorded can be put to `/control/recordings/NAME` and is then played, byte
+for byte, to `[[fault:recorded NAME]]`.
 """
 
 import re

@@ -43,7 +43,9 @@ FAULTS = {
     "first-no-usage": "the answer with the first image of this prompt has no token counts",
     "not-an-image": "files that are no images",
     "not-base64": "image data that cannot be decoded",
+    "recorded NAME": "the bytes that a test has put to `/control/recordings/NAME`",
 }
+RECORDED = "recorded "
 FAULT_NAMES = frozenset(name for names in FAULTS for name in names.split(", "))
 
 

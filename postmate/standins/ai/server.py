@@ -18,6 +18,7 @@ from postmate.standins.ai.openai import OpenAI, OpenAIImages, OpenAIResponses
 from postmate.standins.ai.protocols import (
     DELTA_TOKENS,
     FAULT_NAMES,
+    RECORDED,
     Call,
     Json,
     Protocol,
@@ -63,12 +64,23 @@ class Record:
     images_sent: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """An answer as somebody recorded it; then the connection ends, is cut, or stays silent until the reader leaves."""
+
+    body: bytes
+    status: int
+    media_type: str
+    then: str  # "end", "cut" or "stall"
+
+
 class Server:
     """The endpoints, their pace and their log."""
 
     def __init__(self, tokens_per_second: float) -> None:
         self.tokens_per_second = tokens_per_second
         self.records: deque[Record] = deque(maxlen=LOG_LENGTH)
+        self.recordings: dict[str, Recording] = {}
         self.painted: Counter[str] = Counter()  # images by prompt: the next one of a prompt is another one
 
     def app(self) -> Starlette:
@@ -76,6 +88,7 @@ class Server:
         return Starlette(
             routes=[
                 Route("/control/requests", self.show_requests),
+                Route("/control/recordings/{name}", self.keep_recording, methods=["PUT"]),
                 self._post("/openai/v1/chat/completions", openai),
                 self._post("/openai/v1/responses", OpenAIResponses()),
                 self._post("/openai/v1/images/generations", OpenAIImages()),
@@ -99,6 +112,17 @@ class Server:
     async def show_requests(self, request: Request) -> Response:
         return _json({"requests": [asdict(record) for record in self.records]})
 
+    async def keep_recording(self, request: Request) -> Response:
+        """What the fault `recorded NAME` plays from now on. Query: `status`, `type` and `then`."""
+        query = request.query_params
+        self.recordings[request.path_params["name"]] = Recording(
+            await request.body(),
+            int(query.get("status", 200)),
+            query.get("type", "text/event-stream"),
+            query.get("then", "end"),
+        )
+        return _json({})
+
     def _models(self, path: str, protocol: Protocol) -> Route:
         async def endpoint(request: Request) -> Response:
             if not protocol.has_key(request):
@@ -114,6 +138,8 @@ class Server:
             call = await self._read(protocol, request)
             record.model, record.prompt, record.fault = call.model, call.prompt[:120], call.fault
             record.stream, record.input_tokens = call.stream, call.input_tokens
+            if call.fault.startswith(RECORDED):
+                return Replay(self.recordings[call.fault.removeprefix(RECORDED)], record)
             if "count" in request.url.path.rpartition("/")[2]:
                 response: Response = _json(_count(protocol, call))
             else:
@@ -143,7 +169,8 @@ class Server:
         if not isinstance(parsed, dict):
             raise Rejected(400, "We could not parse the JSON body of your request.")
         call = protocol.read(request, parsed)
-        if call.fault and call.fault not in FAULT_NAMES:
+        is_recorded = call.fault.startswith(RECORDED) and call.fault.removeprefix(RECORDED) in self.recordings
+        if call.fault and call.fault not in FAULT_NAMES and not is_recorded:
             raise Rejected(400, f"Unknown fault {call.fault!r}; known are {', '.join(sorted(FAULT_NAMES))}.")
         return call
 
@@ -168,6 +195,24 @@ class Server:
         if call.fault in ("garbage", "stream-error"):
             body = body[: len(body) // 2]
         return (Torn if call.fault == "cut" else Response)(body, media_type="application/json")
+
+
+class Replay(Response):
+    """A recording, byte for byte."""
+
+    def __init__(self, recording: Recording, record: Record) -> None:
+        super().__init__(recording.body, recording.status, media_type=recording.media_type)
+        if recording.then != "end":
+            del self.headers["content-length"]
+        self.recording, self.record = recording, record
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": self.recording.then != "end"})
+        if self.recording.then == "stall":
+            await _until_gone(receive)
+            self.record.disconnected = True
+        self.record.status, self.record.finished = self.status_code, time.time()
 
 
 class Torn(Response):

@@ -1,0 +1,249 @@
+"""Whatever a provider counts and wherever a text ends, its hold is closed, its text kept and its price right.
+
+Rows 49–53, 101 and 109, with answers as they were recorded, from the operation to the ledger.
+"""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from django.db import connection
+from pytest_django.fixtures import Settings
+
+from accounts.models import User
+from ai_ops import metering, operations
+from ai_ops.models import ContentPiece
+from ai_ops.operations import DraftRequest
+from ai_ops.providers import ProviderError, TextDelta
+from billing.models import Notification, TokenAccount, TokenTransaction, TokenUsage
+from billing.pricing import ceil_multiply
+from billing.verification import verify
+from tests.standins.ai_server import AiServer, running_ai_standin
+
+MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5", "google": "gemini-3.8-flash"}
+TEXT = "Ten words of tea. " * 62 + "Ends"  # 1,120 bytes
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[AiServer]:
+    with running_ai_standin() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def standin_settings(settings: Settings, server: AiServer) -> None:
+    settings.OPENAI_API_KEY = settings.ANTHROPIC_API_KEY = settings.GOOGLE_API_KEY = "any"
+    settings.OPENAI_BASE_URL = f"{server.address}/openai/v1"
+    settings.ANTHROPIC_BASE_URL = f"{server.address}/anthropic"
+    settings.GOOGLE_GEMINI_BASE_URL = f"{server.address}/google"
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_open(transactional_db: None) -> Iterator[None]:
+    """Whatever a test did, all laws hold after it and nothing is reserved any more."""
+    yield
+    assert [finding for finding in verify() if finding.violations] == []
+    assert not TokenAccount.objects.exclude(reserved=0).exists()
+
+
+def sse(*events: dict[str, Any]) -> str:
+    return "".join(
+        (f"event: {event['type']}\n" if "type" in event else "") + f"data: {json.dumps(event)}\n\n" for event in events
+    )
+
+
+def write(server: AiServer, user: User, provider: str, body: str, *, leaves: bool = False, **options: Any) -> str:
+    """Write a draft, perhaps leave it at its first words, and return the message of its failure, or ""."""
+    marker = server.play(f"settling-{provider}", body, **options)
+    request = DraftRequest("Tea", f"Tea. {marker}", "Letters", provider, MODELS[provider], "neutral", "medium")
+    failure = ""
+
+    async def read() -> None:
+        nonlocal failure
+        draft = operations.generate_draft(user_id=user.pk, request=request, idempotency_key=f"key-{provider}-of-test")
+        try:
+            async with aclosing(draft):
+                async for event in draft:
+                    if leaves and isinstance(event, TextDelta):
+                        return
+        except ProviderError as error:
+            failure = error.message
+
+    asyncio.run(read())
+    return failure
+
+
+def outcome(user: User) -> tuple[TokenUsage, ContentPiece, int]:
+    """The operation, its piece, and how many tokens its user paid."""
+    paid = 10_000 - TokenAccount.objects.get(user=user).balance
+    return TokenUsage.objects.get(), ContentPiece.objects.get(), paid
+
+
+def our_prompt_count(usage: TokenUsage) -> int:
+    piece = ContentPiece.objects.get()
+    request = DraftRequest(piece.title, piece.topic, "Letters", usage.provider, usage.model, "neutral", "medium")
+    return metering.count_tokens(request.ask(piece.author_id).prompt.text)
+
+
+def openai_text(usage: Any) -> str:
+    chunk = {"choices": [{"index": 0, "delta": {"content": TEXT}, "finish_reason": "stop"}], "usage": None}
+    return sse(chunk, {"choices": [], "usage": usage})
+
+
+OURS = "ours"
+
+
+@pytest.mark.parametrize(
+    ("counts", "read", "written", "reasoning"),
+    [
+        ((100, 280, 1_180, 800), 100, 1_080, 800),
+        ((100, 280, 380, 800), 100, 280, 280),
+        ((0, 0, 0, 0), OURS, OURS, 0),
+        ((None, None, 331, None), OURS, OURS, 0),
+        ((100, 0, 100, 0), 100, OURS, 0),
+        ((0, 280, 280, 0), OURS, 280, 0),
+        ((-100, -280, -380, -1), OURS, OURS, 0),
+        ((2**63, 2**63, 2**64, 2**63), OURS, OURS, 0),
+        (("100", 280.0, True, [1]), OURS, OURS, 0),
+        (None, OURS, OURS, 0),
+    ],
+)
+def test_no_count_keeps_an_operation_from_closing(
+    alice: User, server: AiServer, counts: tuple[Any, ...] | None, read: Any, written: Any, reasoning: int
+) -> None:
+    said: dict[str, Any] = {}
+    if counts:
+        said = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), counts, strict=False))
+        said["completion_tokens_details"] = {"reasoning_tokens": counts[3]}
+    assert write(server, alice, "openai", openai_text(said)) == ""
+    usage, piece, paid = outcome(alice)
+    assert (usage.status, piece.body, piece.state) == ("succeeded", TEXT, "ready")
+    assert usage.input_tokens == (our_prompt_count(usage) if read == OURS else read)
+    assert usage.output_tokens == (metering.count_tokens(TEXT) if written == OURS else written)
+    assert usage.reasoning_tokens == reasoning
+    assert paid == usage.billable_tokens == ceil_multiply(usage.actual_tokens, Decimal("1.5"))
+    assert usage.is_estimated is (counts != (100, 280, 1_180, 800))
+    assert usage.provider_cost_microusd > 0
+    if counts and counts[3] == 800 and counts[2] == 1_180:
+        assert paid == 1_770
+
+
+FORTY_WORDS = "word " * 40
+
+
+def anthropic_start(input_tokens: int) -> str:
+    return sse(
+        {"type": "message_start", "message": {"usage": {"input_tokens": input_tokens, "output_tokens": 1}}},
+        {"type": "content_block_delta", "delta": {"type": "text_delta", "text": FORTY_WORDS}},
+    )
+
+
+def google_chunk(prompt: int, candidates: int, thoughts: int) -> str:
+    usage = {"promptTokenCount": prompt, "candidatesTokenCount": candidates, "thoughtsTokenCount": thoughts}
+    candidate = {"content": {"role": "model", "parts": [{"text": FORTY_WORDS}]}}
+    return sse({"candidates": [candidate], "usageMetadata": usage})
+
+
+def openai_chunk(prompt: int, completion: int) -> str:
+    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+    return sse({"choices": [{"index": 0, "delta": {"content": FORTY_WORDS}}], "usage": usage})
+
+
+@pytest.mark.parametrize(
+    ("provider", "body", "read", "written"),
+    [
+        ("anthropic", anthropic_start(9_000), 9_000, OURS),
+        ("anthropic", anthropic_start(400), 400, OURS),
+        ("google", google_chunk(400, 44, 100), 400, 144),
+        ("openai", openai_chunk(400, 44), 400, 44),
+    ],
+)
+@pytest.mark.parametrize("how", ["leaves", "stalls", "time limit", "cut"])
+def test_what_the_provider_had_counted_is_kept_when_it_ends_early(
+    alice: User, server: AiServer, settings: Settings, provider: str, body: str, read: int, written: Any, how: str
+) -> None:
+    """Row 101: its count as far as it went; never above the hold (law 5), and what is beyond it is not lost."""
+    if how == "stalls":
+        settings.AI_MAX_DURATION_SECONDS = settings.RESERVATION_SECONDS  # every wait of the reader is too long
+    if how == "time limit":
+        settings.AI_MAX_DURATION_SECONDS = 1.5
+    failure = write(server, alice, provider, body, leaves=how == "leaves", then="cut" if how == "cut" else "stall")
+    usage, piece, paid = outcome(alice)
+    output = metering.count_tokens(FORTY_WORDS) if written == OURS else written
+    assert piece.body == FORTY_WORDS
+    cost = {
+        "anthropic": read / 10 + output / 2,
+        "google": read * 0.75 + output * 3.75,
+        "openai": read / 10 + output / 2,
+    }
+    assert usage.provider_cost_microusd == pytest.approx(cost[provider], abs=1)
+    if how in ("time limit", "cut"):  # a failure costs its user nothing (law 9)
+        assert failure
+        assert (usage.status, paid) == ("failed", 0)
+        return
+    billable = ceil_multiply(read + output, Decimal("1.5"))
+    assert (usage.input_tokens, usage.output_tokens, usage.is_estimated) == (read, output, True)
+    assert paid == usage.billable_tokens == min(billable, usage.reserved_tokens or 0)
+    assert usage.unbilled_tokens == billable - paid
+
+
+def test_what_the_operator_alone_can_mend_alarms_the_operator(alice: User, susan: User, server: AiServer) -> None:
+    """Row 53: the user reads that it is not their fault, admins what to mend."""
+    credit = "Your credit balance is too low to access the Anthropic API. Please go to Plans & Billing."
+    error = {"type": "error", "error": {"type": "invalid_request_error", "message": credit}}
+    failure = write(server, alice, "anthropic", json.dumps(error), status=400, type="application/json")
+    assert "not your fault, and you were not charged" in failure
+    usage, _, paid = outcome(alice)
+    assert (usage.status, usage.error_message, paid) == ("failed", failure, 0)
+    (alarm,) = Notification.objects.filter(kind="provider_refuses_us")
+    assert alarm.user == susan
+    assert "credit there is used up" in alarm.body
+
+
+@contextmanager
+def refused_by_the_database(table: str, when: str) -> Iterator[None]:
+    """Rows of `table` are refused when they are written so: a fault that nobody has thought of."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "CREATE FUNCTION refuse_for_test() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN RAISE EXCEPTION 'refused by the test' USING ERRCODE = 'check_violation'; END$$"
+        )
+        cursor.execute(
+            f"CREATE TRIGGER refuse_for_test BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW WHEN ({when}) "
+            "EXECUTE FUNCTION refuse_for_test()"
+        )
+    try:
+        yield
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("DROP FUNCTION refuse_for_test() CASCADE")
+
+
+@pytest.mark.parametrize(
+    ("table", "when", "status", "body"),
+    [
+        # The provider's count cannot be booked: ours is.
+        ("billing_tokenusage", "NEW.status = 'succeeded' AND NOT NEW.is_estimated", "succeeded", TEXT),
+        # No count can: the text is kept all the same, and costs nothing.
+        ("billing_tokenusage", "NEW.status = 'succeeded'", "failed", TEXT),
+        # Not even the text can be kept.
+        ("ai_ops_contentversion", "true", "failed", ""),
+    ],
+)
+def test_a_settlement_that_fails_leaves_no_hold(
+    alice: User, server: AiServer, table: str, when: str, status: str, body: str
+) -> None:
+    with refused_by_the_database(table, when):
+        write(server, alice, "openai", openai_text({"prompt_tokens": 100, "completion_tokens": 280}))
+    usage, piece, paid = outcome(alice)
+    assert (usage.status, piece.body) == (status, body)
+    if status == "succeeded":
+        assert usage.is_estimated
+        assert paid == ceil_multiply(usage.actual_tokens, Decimal("1.5")) > 0
+    else:
+        assert (paid, usage.error_message) == (0, metering.SETTLEMENT_FAILED)
+        assert not TokenTransaction.objects.filter(usage=usage).exists()
