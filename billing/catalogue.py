@@ -56,7 +56,7 @@ def _text(provider: str, model: str, name: str, *usd_per_million: str, **fields:
     names = ("input", "cached_input", "cache_write", "output")
     prices = {f"{pool}_usd_per_million": Decimal(usd) for pool, usd in zip(names, usd_per_million, strict=True)}
     about = {"provider": provider, "model": model, "display_name": name, "kind": "text"}
-    return about | prices | _LIMITS[provider] | fields
+    return {**about, **prices, **_LIMITS[provider], **fields}
 
 
 def _image(provider: str, model: str, name: str, image_usd: str, **fields: Any) -> dict[str, Any]:
