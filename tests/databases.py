@@ -31,12 +31,12 @@ def copied() -> Iterator[None]:
                 server.execute(f'DROP DATABASE "{name}"')
             unfinished = f"{template}_unfinished"
             server.execute(f'CREATE DATABASE "{unfinished}"')
-            with _connected_to(unfinished):
+            with connected_to(unfinished):
                 call_command("migrate", verbosity=0, interactive=False)
             server.execute(f'ALTER DATABASE "{unfinished}" RENAME TO "{template}"')
         server.execute(f'DROP DATABASE IF EXISTS "{copy}" WITH (FORCE)')
         server.execute(f'CREATE DATABASE "{copy}" TEMPLATE "{template}"')
-    with _connected_to(copy):
+    with connected_to(copy):
         yield
     with connection._nodb_cursor() as server:
         server.execute(f'DROP DATABASE "{copy}" WITH (FORCE)')
@@ -53,7 +53,8 @@ def _fingerprint() -> str:
 
 
 @contextmanager
-def _connected_to(database: str) -> Iterator[None]:
+def connected_to(database: str) -> Iterator[None]:
+    """Until the end of the context `connection` leads there."""
     usual = connection.settings_dict["NAME"]
     for name in (database, usual):
         connection.close()
