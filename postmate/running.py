@@ -33,7 +33,7 @@ def main() -> None:
     directories = [Path(named).absolute()] if named else [DEVELOPMENT, PRODUCTION]
     stopped = [directory for directory in directories if stop(directory)]
     if not stopped:
-        sys.exit(f"Nothing runs on the data in {' or '.join(map(str, directories))}.")
+        sys.stdout.write(f"Nothing runs on the data in {' or '.join(map(str, directories))}.\n")
 
 
 def hold(command: str, *, address: str, port: int) -> None:
