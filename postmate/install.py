@@ -247,11 +247,13 @@ def install(lock: Path) -> None:
         leave(words)
     if not words:
         words = run_uv(lock, settings)
+        if "Failed to initialize cache" in words:  # no home directory, or one that may not be written
+            words = run_uv(lock, settings, "--no-cache")
         if not words:
             return
         if any(sign in words for sign in FINAL):
             leave(words)
-        say("uv did not get through; pip tries …")
+        say(f"uv did not get through ({words.splitlines()[-1]}); pip tries …")
     words = run_pip(lock, settings)
     if words:
         leave(words)
@@ -289,9 +291,19 @@ def run_pip(requirements: Path, settings: dict, *options: str) -> str:
     return run(command, dict(os.environ, PIP_USER="0"))
 
 
-def run_uv(requirements: Path, settings: dict) -> str:
+def run_uv(requirements: Path, settings: dict, *options: str) -> str:
     """Its last words when it fails, else nothing."""
-    command = [str(UV), "pip", "install", "--python", str(PYTHON), "--require-hashes", "-r", str(requirements)]
+    command = [
+        str(UV),
+        "pip",
+        "install",
+        "--python",
+        str(PYTHON),
+        "--require-hashes",
+        "-r",
+        str(requirements),
+        *options,
+    ]
     # As pip does it: the best release of all indexes, where uv would stop at the first that knows the name.
     command += ["--index-strategy", "unsafe-best-match"]
     environment = {"UV_HTTP_RETRIES": "2"}

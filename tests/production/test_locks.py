@@ -202,7 +202,11 @@ class Clone:
 
     def install(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
         """`python3 postmate/install.py NAME`, or another command, as a person's shell starts it."""
-        own = {"PIP_CONFIG_FILE": str(self.directory / "pip.conf"), "UV_NO_CACHE": "1", "PIP_NO_CACHE_DIR": "1"}
+        own = {
+            "PIP_CONFIG_FILE": str(self.directory / "pip.conf"),
+            "UV_CACHE_DIR": "/dev/null/cache",
+            "PIP_NO_CACHE_DIR": "1",
+        }
         return subprocess.run(
             command or [BASE_PYTHON, "postmate/install.py", name],
             cwd=self.directory,
