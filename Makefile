@@ -115,4 +115,5 @@ lock: installed-dev ## Resolve the dependencies of pyproject.toml anew, and look
 	      --python-version $$python --python-platform $$platform -r requirements/dev.txt || exit 1; done; done
 
 clean: ## Remove what the commands above made, the local data included
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -m postmate.running || true
 	rm -rf .venv .postmate staticfiles artifacts tests/audit/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -157,6 +157,7 @@ def configure_environment() -> None:
 
 
 _held_lock: IO[str] | None = None
+_server_locks: dict[str, IO[str]] = {}
 
 
 def _hold_services(directory: Path) -> None:
@@ -164,6 +165,7 @@ def _hold_services(directory: Path) -> None:
     if _held_lock is None:
         _held_lock = (directory / "services.lock").open("w")
         fcntl.flock(_held_lock, fcntl.LOCK_SH)
+        _server_locks.update(keeper.locks(directory))
         atexit.register(_stop_services_if_last, directory, os.getpid())
 
 
@@ -177,7 +179,7 @@ def _stop_services_if_last(directory: Path, owner_pid: int) -> None:
         # The one who waits may have got it first, and stops them: what is left behind then ends before us, too.
         keeper.wait(lambda: _is_shared(directory), keeper.PATIENCE_SECONDS)
         return
-    keeper.end_servers(directory, _sockets(directory))
+    keeper.end_servers(directory, _sockets(directory), _server_locks)
 
 
 def _is_shared(directory: Path) -> bool:

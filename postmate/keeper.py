@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 CLONE_NEWUSER = 0x10000000
 # How each server is asked to end, and how it is made to. PostgreSQL: "fast", then "immediate".
@@ -79,11 +80,17 @@ def is_running(directory: Path, name: str) -> bool:
     """Whether any process of that server lives."""
     try:
         with (directory / f"{name}.lock").open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return is_held(lock)
     except FileNotFoundError:
         return False
+
+
+def is_held(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
+    fcntl.flock(lock, fcntl.LOCK_UN)
     return False
 
 
@@ -120,22 +127,28 @@ def leave_who_started() -> None:
         os.dup2(nothing, number)
 
 
-def end_servers(directory: Path, name: Path) -> None:
+def locks(directory: Path) -> dict[str, IO[str]]:
+    """Those of the servers, open: good also when somebody has removed the directory."""
+    return {name: (directory / f"{name}.lock").open("a+") for name in ENDINGS}
+
+
+def end_servers(directory: Path, name: Path, opened: dict[str, IO[str]]) -> None:
     """Stop PostgreSQL and Redis, and wait until they have ended. For whoever has services.lock for themselves."""
-    for server in ENDINGS:
-        end(directory, server)
+    for server, lock in opened.items():
+        end(lock, *ENDINGS[server])
     if name != directory:
         name.unlink(missing_ok=True)
 
 
-def end(directory: Path, name: str, signs: tuple[int, ...] = ()) -> None:
-    """Stop that server by the first of `signs` that helps; by default first in peace."""
-    for sign in signs or ENDINGS[name]:
-        if not is_running(directory, name):
+def end(lock: IO[str], *signs: int) -> None:
+    """Stop the server that holds that lock by the first sign that helps."""
+    for sign in signs:
+        if not is_held(lock):
             return
         with suppress(OSError, ValueError):
-            os.kill(int((directory / f"{name}.lock").read_text()), sign)
-        wait(lambda: not is_running(directory, name), PATIENCE_SECONDS)
+            lock.seek(0)
+            os.kill(int(lock.read()), sign)
+        wait(lambda: not is_held(lock), PATIENCE_SECONDS)
 
 
 def wait(condition: Callable[[], bool], seconds: float) -> bool:
@@ -157,14 +170,14 @@ def watch(directory: Path, name: Path) -> None:
     `name` is the directory itself, or the link that is its name for sockets, which then goes as well.
     """
     mine = (directory / "watch.lock").open("a")
-    users = (directory / "services.lock").open("a")
+    users, opened = (directory / "services.lock").open("a"), locks(directory)
     try:
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
     leave_who_started()
     fcntl.flock(users, fcntl.LOCK_EX)
-    end_servers(directory, name)
+    end_servers(directory, name, opened)
     mine.close()  # first: who gets the other lock next starts the next watch
 
 

@@ -32,7 +32,8 @@ class Postgres:
 
     def stop(self, mode: str) -> None:
         """`fast` ends every connection; `immediate` is a crash."""
-        keeper.end(self.directory, "postgresql", (signal.SIGINT if mode == "fast" else signal.SIGQUIT,))
+        with (self.directory / "postgresql.lock").open() as lock:
+            keeper.end(lock, signal.SIGINT if mode == "fast" else signal.SIGQUIT)
 
     def restart(self, mode: str) -> None:
         self.stop(mode)
