@@ -58,6 +58,11 @@ def revoke_key(key: ApiKey) -> None:
     ApiKey.objects.filter(pk=key.pk, revoked_at=None).update(revoked_at=Now())
 
 
+def revoke_all(*, user_id: int) -> int:
+    """Close all keys of the person for ever. Returns how many were open."""
+    return ApiKey.objects.filter(user_id=user_id, revoked_at=None).update(revoked_at=Now())
+
+
 def find_live_key(token: str) -> ApiKey | None:
     """The key, with its user, that `token` opens; None when it is unknown, revoked or expired, or its user is gone.
 

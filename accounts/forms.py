@@ -1,11 +1,19 @@
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, cast
+from uuid import uuid4
 
 from allauth.account import forms
+from allauth.account.adapter import get_adapter
+from allauth.account.models import EmailAddress
+from allauth.core import context
+from allauth.mfa.base import forms as mfa_forms
 from django import forms as django_forms
 from django.core.validators import MaxLengthValidator
+from django.db import transaction
+from django.http import HttpRequest
 from django.utils import timezone
 
+from accounts import api_keys, guesses
 from accounts.models import ApiKey, User
 
 
@@ -16,6 +24,76 @@ class SignupForm(forms.SignupForm):
         super().__init__(*args, **kwargs)
         max_length = User._meta.get_field("email").max_length
         self.fields["email"].validators.append(MaxLengthValidator(max_length))
+
+    def try_save(self, request: HttpRequest) -> tuple[User | None, Any]:
+        """For an address that has an account the same work is done, and undone: the time it takes tells nothing."""
+        if self.account_already_exists:
+            with transaction.atomic():
+                user = User.objects.create_user(f"{uuid4().hex}@nobody.invalid", self.cleaned_data["password1"])
+                EmailAddress.objects.create(user=user, email=user.email, primary=True)
+                transaction.set_rollback(True)
+        return cast(tuple[User | None, Any], super().try_save(request))
+
+
+class _KeysMayEnd(django_forms.Form):
+    """Mixed into the forms for a new password, which ends all other sessions by itself."""
+
+    user: User
+    end_keys = django_forms.BooleanField(
+        required=False,
+        initial=True,
+        label="Revoke all my API keys as well",
+        help_text="If somebody else may have been in your account. Programs that use them then need new ones.",
+    )
+
+    def save(self) -> None:
+        with transaction.atomic():
+            super().save()  # type: ignore[misc]  # of the form that it is mixed into
+            if self.cleaned_data["end_keys"]:
+                api_keys.revoke_all(user_id=self.user.pk)
+
+
+class ChangePasswordForm(_KeysMayEnd, forms.ChangePasswordForm):
+    field_order = ("oldpassword", "password1", "password2", "end_keys")
+
+
+class SetPasswordForm(_KeysMayEnd, forms.SetPasswordForm):
+    field_order = ("password1", "password2", "end_keys")
+
+
+class ResetPasswordKeyForm(_KeysMayEnd, forms.ResetPasswordKeyForm):
+    field_order = ("password1", "password2", "end_keys")
+
+
+class AddEmailForm(forms.AddEmailForm):
+    """A second address waits for the first: until then nobody knows whose account it is."""
+
+    def clean_email(self) -> str:
+        if not EmailAddress.objects.filter(user=self.user, verified=True).exists():
+            raise django_forms.ValidationError("Confirm the address you have first: we can send you the link again.")
+        return super().clean_email()
+
+
+class _LimitedCode:
+    """A code of a second factor: how often it may be guessed, by `guesses`."""
+
+    user: User
+
+    def clean_code(self) -> str:
+        attempt = guesses.take_code_guess(context.request, self.user)
+        if attempt is None:
+            raise get_adapter().validation_error("too_many_login_attempts")
+        code = super().clean_code()  # type: ignore[misc]  # of the form that it is mixed into
+        attempt.rollback()
+        return str(code)
+
+
+class AuthenticateForm(_LimitedCode, mfa_forms.AuthenticateForm):
+    """At the sign-in."""
+
+
+class ReauthenticateForm(_LimitedCode, mfa_forms.ReauthenticateForm):
+    """Before what is sensitive."""
 
 
 class ApiKeyForm(django_forms.Form):

@@ -9,6 +9,7 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models, transaction
 from django.db.models.functions import Lower, Now
 from django.utils import timezone
+from django.utils.crypto import salted_hmac
 
 from accounts import time_zones
 
@@ -82,6 +83,7 @@ class User(AbstractBaseUser):
     time_zone = models.CharField(max_length=time_zones.MAX_NAME_LENGTH, blank=True, default="")
     anonymised_at = models.DateTimeField(null=True, blank=True, editable=False)  # for ever: who it was is not known
     date_joined = models.DateTimeField(default=timezone.now, editable=False)
+    session_epoch = models.PositiveIntegerField(default=0, db_default=0, editable=False)  # raised, all sessions end
 
     USERNAME_FIELD = "email"
     EMAIL_FIELD = "email"
@@ -153,6 +155,12 @@ class User(AbstractBaseUser):
         if settings.ACCOUNT_EMAIL_VERIFICATION != "mandatory":
             return True
         return EmailAddress.objects.filter(user_id=self.pk, verified=True).exists()
+
+    def _get_session_auth_hash(self, secret: str | None = None) -> str:
+        """What each session carries, made of the password and of the epoch: changed, the session is over."""
+        value = f"{self.password}#{self.session_epoch}" if self.session_epoch else self.password
+        salt = "django.contrib.auth.models.AbstractBaseUser.get_session_auth_hash"  # as Django's own
+        return salted_hmac(salt, value, secret=secret, algorithm="sha256").hexdigest()
 
     # What Django admin asks for: superadmins may do everything in it, nobody else may enter it.
     @property

@@ -1,5 +1,7 @@
 """/accounts/api-keys/: a person's keys to their own data over the HTTP API."""
 
+from allauth.account.adapter import get_adapter
+from allauth.account.decorators import reauthentication_required
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.http import HttpResponse
@@ -15,9 +17,13 @@ from accounts.permissions import SignedInRequest
 
 @require_http_methods(["GET", "POST"])
 @login_required
+@reauthentication_required(allow_get=True)  # type: ignore[untyped-decorator]  # a key outlives the session that made it, which may be a stolen one
 @never_cache  # the answer to POST holds the token
 def keys(request: SignedInRequest) -> HttpResponse:
-    """The keys, and the form for a new one. A new key's token is in the answer to the POST and nowhere else."""
+    """The keys, and the form for a new one, of which its owner is told by e-mail.
+
+    A new key's token is in the answer to the POST and nowhere else.
+    """
     form = ApiKeyForm(request.POST or None)
     made, token = None, ""
     if request.method == "POST" and form.is_valid():
@@ -31,6 +37,7 @@ def keys(request: SignedInRequest) -> HttpResponse:
         except api_keys.TooManyKeys as error:
             form.add_error(None, error.message)
         else:
+            get_adapter().send_notification_mail("account/email/api_key_made", request.user, {"key": made})
             form = ApiKeyForm()
     return _render(request, form, made=made, token=token)
 

@@ -1,4 +1,4 @@
-"""Opens a token account at sign-up: the one place where signals are used, since accounts/ knows nothing of billing."""
+"""Opens a token account at sign-up: by signals, since accounts/ knows nothing of billing."""
 
 from functools import partial
 from typing import Any

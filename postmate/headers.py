@@ -1,4 +1,4 @@
-"""A security header that neither Django nor django-csp sets, and a header that some addresses do not heed."""
+"""Security headers that neither Django nor django-csp sets, and a header that some addresses do not heed."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -57,4 +57,28 @@ def permissions_policy_middleware(get_response: Callable[[HttpRequest], Any]) ->
 
 def _with_policy(response: HttpResponse) -> HttpResponse:
     response["Permissions-Policy"] = PERMISSIONS_POLICY
+    return response
+
+
+@sync_and_async_middleware
+def no_store_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
+    """Whatever is answered to somebody who may be signed in, or shows a key, is kept by no browser and no proxy: after
+    signing out, Back shows nothing. Pages, parts of pages, files and refusals alike; static files are served before."""
+    if iscoroutinefunction(get_response):
+
+        async def answer_async(request: HttpRequest) -> HttpResponse:
+            return _not_stored(request, await cast(Awaitable[HttpResponse], get_response(request)))
+
+        return answer_async
+
+    def answer(request: HttpRequest) -> HttpResponse:
+        return _not_stored(request, cast(HttpResponse, get_response(request)))
+
+    return answer
+
+
+def _not_stored(request: HttpRequest, response: HttpResponse) -> HttpResponse:
+    session = settings.SESSION_COOKIE_NAME
+    if session in request.COOKIES or session in response.cookies or "Authorization" in request.headers:
+        response["Cache-Control"] = "no-store, private"
     return response

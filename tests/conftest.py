@@ -9,10 +9,12 @@ import hypothesis
 import pgtrigger
 import pytest
 import time_machine
+from allauth.account.models import EmailAddress
 from django.contrib.auth.hashers import Argon2PasswordHasher, make_password
 from django.core.cache import cache
 from django.db import IntegrityError, OperationalError, connection, transaction
 from django.test import Client, TransactionTestCase
+from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
@@ -118,6 +120,16 @@ def make_user(seeded: None) -> MakeUser:
         return user
 
     return make
+
+
+def prove_address(user: User) -> None:
+    """The address is confirmed."""
+    EmailAddress.objects.create(user=user, email=user.email, verified=True, primary=True)
+
+
+def show_password(client: Client) -> None:
+    """The client's person, who is signed in, has just given their password again."""
+    client.post(reverse("account_reauthenticate"), {"password": PASSWORD})
 
 
 @pytest.fixture

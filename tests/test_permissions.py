@@ -50,7 +50,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "accounts/2fa/totp/activate/": ("login 302 302 302 302 login", "login 302 302 302 302 login"),
     "accounts/2fa/totp/deactivate/": ("login 404 404 404 404 login", "login 404 404 404 404 login"),
     "accounts/anonymise/": ("login 302 302 302 302 login", "login 302 302 302 302 login"),
-    "accounts/api-keys/": ("login 200 200 200 200 login", "login 200 200 200 200 login"),
+    "accounts/api-keys/": ("login 200 200 200 200 login", "login 302 302 302 302 login"),
     "accounts/api-keys/<int:pk>/revoke/": ("405 405 405 405 405 405", "login 302 404 404 404 login"),
     "accounts/confirm-email/": ("200 200 200 200 200 200", "405 405 405 405 405 405"),
     "accounts/confirm-email/(?P<key>[-:\\w]+)/$": ("200 200 200 200 200 200", "404 404 404 404 404 404"),

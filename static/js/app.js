@@ -60,6 +60,12 @@
   });
 
   window.addEventListener("pageshow", (event) => {
+    // A browser that kept the page all the same asks whether its reader is still signed in, before it shows anything.
+    if (event.persisted && document.querySelector('[action="/accounts/logout/"]')) {
+      document.documentElement.hidden = true;
+      location.reload();
+      return;
+    }
     if (event.persisted) {
       document.querySelectorAll("form[data-submitting]").forEach((form) => {
         setBusy(form, false);

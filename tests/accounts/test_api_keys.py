@@ -14,8 +14,9 @@ from django.utils import timezone
 
 from accounts import api_keys
 from accounts.models import ApiKey, User
+from tests.conftest import show_password
 
-pytestmark = pytest.mark.django_db
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("fresh_limits")]
 
 PAGE = "/accounts/api-keys/"
 NEW = {"name": "My notebook", "scopes": ["balance:read", "usage:read"], "valid_days": "90"}
@@ -24,6 +25,7 @@ NEW = {"name": "My notebook", "scopes": ["balance:read", "usage:read"], "valid_d
 @pytest.fixture
 def alices(client: Client, alice: User) -> Client:
     client.force_login(alice)
+    show_password(client)
     return client
 
 

@@ -122,3 +122,16 @@ def test_change_from_outside_appears_in_every_tab(alice: User, susan: User, open
     for tab in tabs:
         expect(tab.locator("#balance .balance-number")).to_have_text("977")
         expect(tab.locator("#balance .balance")).to_have_class(re.compile("tone-warn"))
+
+
+def test_back_after_signing_out_shows_nothing(alice: User, page: Page) -> None:
+    """Neither a whole page nor one that a link inside it had changed."""
+    sign_in(page, "alice")
+    for path in ("/tokens/history/", "/studio/chats/"):
+        page.goto(path)
+    page.locator("details.menu summary").click()
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_role("link", name="Sign in").first).to_be_visible()
+    for _ in range(2):
+        page.go_back()
+        expect(page.get_by_role("heading", level=1)).to_have_text("Sign in")

@@ -1,11 +1,18 @@
 """Making an API key, using it, revoking it."""
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Page, expect
 
 from accounts.models import User
+from tests.conftest import PASSWORD
 from tests.journeys.conftest import OpenContext, shoot, sign_in
 from tests.servers import Server
+
+
+def confirm_password(page: Page) -> None:
+    expect(page.get_by_role("heading", level=1)).to_have_text("Confirm that it is you")
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_role("button", name="Confirm").click()
 
 
 @pytest.mark.parametrize("java_script", [True, False])
@@ -21,6 +28,7 @@ def test_key_from_making_to_revoking(alice: User, web: Server, open_context: Ope
     page.get_by_label("Packages and prices").uncheck()
     page.get_by_label("Valid for").select_option("A year")
     page.get_by_role("button", name="Make a key").click()
+    confirm_password(page)
     notice = page.locator("#new-key")
     expect(notice).to_contain_text("not shown again")
     token = notice.locator("[data-token]").inner_text()
@@ -65,6 +73,7 @@ def test_key_that_may_read_nothing(alice: User, open_context: OpenContext) -> No
     for label in ("Balance", "Transactions", "Usage", "Packages and prices"):
         page.get_by_label(label, exact=True).uncheck()
     page.get_by_role("button", name="Make a key").click()
+    confirm_password(page)
     expect(page.locator(".field-error")).to_contain_text("Choose at least one")
     expect(page.get_by_label("Name")).to_have_value("My notebook")
     shoot(page, "api-keys-error")

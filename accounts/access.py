@@ -1,0 +1,95 @@
+"""What opens an account besides its password, and how all of it is ended."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from allauth.account.internal.flows.login import record_authentication
+from allauth.account.models import EmailAddress
+from allauth.account.signals import authentication_step_completed, user_signed_up
+from allauth.mfa.models import Authenticator
+from allauth.mfa.signals import authenticator_added
+from allauth.usersessions.models import UserSession
+from django.contrib.auth import update_session_auth_hash
+from django.contrib.sessions.models import Session
+from django.db import transaction
+from django.db.models import F
+from django.dispatch import receiver
+from django.http import HttpRequest
+from django.utils.crypto import constant_time_compare
+
+from accounts import api_keys, audit
+from accounts.models import User
+
+PASSWORD_KNOWN = "password_known"  # noqa: S105 – in a session: the password that was given in it
+
+
+@contextmanager
+def lock(user_id: int) -> Iterator[User]:
+    """The person, to be changed by nobody else until the transaction, which this opens, has ended."""
+    with transaction.atomic():
+        yield User.objects.select_for_update().get(pk=user_id)
+
+
+# --- Sessions -------------------------------------------------------------------------------------------------------
+
+
+def end_sessions(user: User, *, but: HttpRequest | None = None) -> None:
+    """Sign the person out everywhere, except in the session of the request `but`. Twice is once.
+
+    The mark that every session carries stops fitting, so no session is left out, whoever made it.
+    """
+    with transaction.atomic():
+        User.objects.filter(pk=user.pk).update(session_epoch=F("session_epoch") + 1)
+        user.refresh_from_db(fields=["session_epoch"])
+        sessions = UserSession.objects.filter(user=user)
+        Session.objects.filter(session_key__in=sessions.values("session_key")).delete()
+        sessions.delete()
+    if but is not None:
+        update_session_auth_hash(but, user)
+        UserSession.objects.create_from_request(but)
+
+
+@receiver(authenticator_added)
+def trust_no_older_session(request: HttpRequest, user: User, authenticator: Authenticator, **kwargs: Any) -> None:
+    """A session that never showed the new factor ends. The one that set it up has shown a code of it."""
+    if authenticator.type == Authenticator.Type.RECOVERY_CODES:
+        return
+    end_sessions(user, but=request)
+    record_authentication(request, user, "mfa", id=authenticator.pk, type=authenticator.type)
+
+
+# --- Whose account it is --------------------------------------------------------------------------------------------
+
+
+def knows_password(request: HttpRequest, user: User) -> bool:
+    """Whether the password that the account has now was given in this session, at sign-up or at a sign-in."""
+    return constant_time_compare(request.session.get(PASSWORD_KNOWN, ""), user.get_session_auth_hash())
+
+
+@receiver(user_signed_up)
+def note_password_of_sign_up(request: HttpRequest, user: User, **kwargs: Any) -> None:
+    request.session[PASSWORD_KNOWN] = user.get_session_auth_hash()
+
+
+@receiver(authentication_step_completed)
+def note_password_of_sign_in(request: HttpRequest, user: User, method: str, **kwargs: Any) -> None:
+    if method == "password":
+        request.session[PASSWORD_KNOWN] = user.get_session_auth_hash()
+
+
+def hand_over(user: User, *, proven: EmailAddress) -> None:
+    """Take away all that a stranger may have set before the address was proven: password, sessions, keys, second
+    factors, other addresses. In the caller's transaction, with the person's row locked."""
+    user.set_unusable_password()
+    user.save(update_fields=["password"])
+    end_sessions(user)
+    EmailAddress.objects.filter(user=user).exclude(pk=proven.pk).delete()
+    Authenticator.objects.filter(user=user).delete()
+    api_keys.revoke_all(user_id=user.pk)
+    audit.write(
+        action=audit.Action.PERSON_CHANGED,
+        summary="Handed over to who proved the address: password, sessions, keys and second factors of before ended",
+        actor=None,
+        subject_id=user.pk,
+    )
