@@ -1,10 +1,12 @@
 from collections.abc import Iterable
 from typing import Any, cast
 
+from allauth.account.models import EmailAddress
 from allauth.mfa.models import Authenticator
 from allauth.usersessions.models import UserSession
 from django import forms
 from django.contrib import admin, messages
+from django.contrib.auth.models import Group
 from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
 from django.db import models, transaction
@@ -12,8 +14,8 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect
 from django.utils.functional import cached_property
 
-from accounts import audit, roles
-from accounts.models import ApiKey, AuditEntry, User, UserKept, Workspace
+from accounts import access, audit, roles
+from accounts.models import ApiKey, AuditEntry, ChangeRequest, User, UserKept, Workspace
 
 
 class BoundedPaginator(Paginator):
@@ -43,16 +45,31 @@ class ReadOnlyAdmin(admin.ModelAdmin):
         return False
 
 
+class UserForm(forms.ModelForm):
+    def clean_is_active(self) -> bool:
+        """Else somebody who had a role is switched on again by one person, past the rule for roles."""
+        is_active: bool = self.cleaned_data["is_active"]
+        if is_active and not self.instance.is_active and self.instance.role != User.Role.USER:
+            raise forms.ValidationError("Take the role away first: another superadmin approves giving it back.")
+        return is_active
+
+
 @admin.register(User)
 class UserAdmin(admin.ModelAdmin):
+    """People sign up by themselves, and change their address by themselves: it is what opens the account."""
+
+    form = UserForm
     list_display = ("email", "name", "role", "is_active", "date_joined", "last_login")
     list_filter = ("role", "is_active")
     search_fields = ("email", "name")
     fields = ("email", "name", "role", "time_zone", "is_active", "date_joined", "last_login", "anonymised_at")
-    readonly_fields = ("date_joined", "last_login", "anonymised_at")
+    readonly_fields = ("email", "date_joined", "last_login", "anonymised_at")
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return False
 
     def get_readonly_fields(self, request: HttpRequest, obj: User | None = None) -> tuple[str, ...]:
-        """Nobody gives themselves a role; a new person begins as a user."""
+        """Nobody gives themselves a role."""
         has_fixed_role = obj is None or obj.pk == request.user.pk
         return (*self.readonly_fields, "role") if has_fixed_role else self.readonly_fields
 
@@ -60,17 +77,18 @@ class UserAdmin(admin.ModelAdmin):
         """Kept in the audit log, by the names of the fields: who somebody was must not stand in it for ever."""
         superadmin = cast(User, request.user)
         with transaction.atomic():
-            if "role" in form.changed_data:
-                roles.change_role(user_id=obj.pk, role=obj.role, changed_by=superadmin)
-            super().save_model(request, obj, form, change)
-            if others := [name for name in form.changed_data if name != "role"]:
+            others = [name for name in form.changed_data if name != "role"]
+            if others:
+                obj.save(update_fields=others)
                 audit.write(
                     action=audit.Action.PERSON_CHANGED,
-                    summary=f"{'Edited' if change else 'Made'} in Django admin: {', '.join(others)}",
+                    summary=f"Edited in Django admin: {', '.join(others)}",
                     actor=superadmin,
                     subject_id=obj.pk,
                     after={"is_active": obj.is_active} if "is_active" in others else None,
                 )
+            if "role" in form.changed_data and roles.change_role(user_id=obj.pk, role=obj.role, changed_by=superadmin):
+                messages.warning(request, "The role is given when another superadmin approves it, under Requests.")
 
     def has_delete_permission(self, request: HttpRequest, obj: User | None = None) -> bool:
         """People with a ledger are never deleted: the rows must keep naming who paid."""
@@ -85,14 +103,22 @@ class UserAdmin(admin.ModelAdmin):
 
 
 @admin.register(Workspace)
-class WorkspaceAdmin(admin.ModelAdmin):
-    list_display = ("name", "owner", "created_at")
-    search_fields = ("name", "owner__email")
-    autocomplete_fields = ("owner",)
+class WorkspaceAdmin(ReadOnlyAdmin):
+    """To be looked at: its owner's rows name it."""
 
-    def has_delete_permission(self, request: HttpRequest, obj: Workspace | None = None) -> bool:
-        """What its people made would go with it."""
-        return False
+    list_display = ("name", "owner", "created_at")
+    list_select_related = ("owner",)
+    search_fields = ("name", "owner__email")
+
+
+@admin.register(ChangeRequest)
+class ChangeRequestAdmin(ReadOnlyAdmin):
+    """Decided on the dashboard, never here."""
+
+    list_display = ("created_at", "kind", "subject", "__str__", "state", "requested_by", "decided_by", "decided_at")
+    list_filter = ("state", "kind")
+    list_select_related = ("subject", "requested_by", "decided_by")
+    search_fields = ("subject__email", "requested_by__email")
 
 
 @admin.register(ApiKey)
@@ -118,8 +144,9 @@ class AuditEntryAdmin(ReadOnlyAdmin):
     date_hierarchy = "created_at"
 
 
-# allauth's own pages show what opens somebody's account: the secret of an authenticator app, the key of a session.
-admin.site.unregister([Authenticator, UserSession])
+# allauth's own pages show what opens somebody's account: the secret of an authenticator app, the key of a session; a
+# verified address added to somebody's account opens it, too. Rights follow from roles: there are no groups.
+admin.site.unregister([Authenticator, EmailAddress, Group, UserSession])
 
 
 @admin.register(Authenticator)
@@ -152,6 +179,7 @@ class AuthenticatorAdmin(ReadOnlyAdmin):
                     subject_id=each.user_id,
                 )
                 each.delete()
+                access.end_sessions(each.user)
 
 
 @admin.register(UserSession)

@@ -41,6 +41,7 @@ class Action(models.TextChoices):
     DRIFT_RESOLVED = "drift_resolved", "Difference with Stripe resolved"
     EVENT_SETTLED = "event_settled", "Event of Stripe dealt with"
     BULK_JOB = "bulk_job", "Bulk action"
+    CONTENT_READ = "content_read", "Content of a person read"
     ACCESS = "access", "Page opened"  # refused, always
 
 

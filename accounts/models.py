@@ -238,6 +238,65 @@ class ApiKey(models.Model):
         return self.revoked_at is None and not self.has_expired
 
 
+class ChangeRequest(models.Model):
+    """A change that needs two superadmins, and what became of it. Written by accounts/two_persons.py."""
+
+    class Kind(models.TextChoices):
+        ROLE = "role", "Role"
+        SETTINGS = "settings", "Settings"
+
+    class State(models.TextChoices):
+        REQUESTED = "requested", "Waits for another superadmin"
+        DONE = "done", "Done"
+        DECLINED = "declined", "Declined"
+        LAPSED = "lapsed", "Replaced by another"
+
+    kind = models.CharField(max_length=10, choices=Kind)
+    subject = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )  # whose role
+    changes = models.JSONField()  # names to new values
+    reason = models.CharField(max_length=500, blank=True, db_default="")
+    requested_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+", db_index=False
+    )
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+    expires_at = models.DateTimeField()
+    state = models.CharField(max_length=10, choices=State, db_default=State.REQUESTED, default=State.REQUESTED)
+    decided_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )  # nobody: whoever has the server
+    decided_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        ordering = ("-id",)
+        indexes = [
+            models.Index(fields=["id"], condition=models.Q(state="requested"), name="change_request_open"),
+        ]
+        constraints = [
+            models.UniqueConstraint(
+                fields=["kind", "subject"], condition=models.Q(state="requested"), name="change_request_one_open"
+            ),
+            models.UniqueConstraint(
+                fields=["kind"],
+                condition=models.Q(state="requested", subject=None),
+                name="change_request_one_open_of_nobody",
+            ),
+            models.CheckConstraint(
+                condition=~models.Q(state="done")
+                | models.Q(decided_by=None)
+                | ~models.Q(decided_by=models.F("requested_by"))
+                & (models.Q(subject=None) | ~models.Q(decided_by=models.F("subject"))),
+                name="change_request_approved_by_others",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{name.replace('_', ' ')}: {'none' if value is None else value}" for name, value in self.changes.items()
+        )
+
+
 class AuditEntry(models.Model):
     """Who did what, to whom or what, from which state to which: one row, never changed, never deleted.
 

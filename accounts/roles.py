@@ -1,10 +1,14 @@
 """Who is admin and superadmin: changed here, and every change is in the audit log."""
 
+from typing import cast
+
 from django.db import connection, transaction
 
 from accounts import audit
-from accounts.models import ROLE_CHANGE_IS_WRITTEN, User
+from accounts.models import ROLE_CHANGE_IS_WRITTEN, ChangeRequest, User
 from accounts.refusal import Refusal
+
+RANKS = (User.Role.USER, User.Role.ADMIN, User.Role.SUPERADMIN)
 
 
 class RoleNotChanged(Refusal):
@@ -18,8 +22,11 @@ def find_superadmin(user_id: int) -> User | None:
     return User.objects.filter(pk=user_id, role=User.Role.SUPERADMIN, is_active=True).first()
 
 
-def change_role(*, user_id: int, role: str, changed_by: User, reason: str = "") -> User:
-    """Give somebody a role. Nobody changes their own, so the last superadmin stays one. Raises RoleNotChanged."""
+def change_role(*, user_id: int, role: str, changed_by: User, reason: str = "") -> ChangeRequest | None:
+    """Take a role away at once, or ask for a higher one, which another superadmin approves: that request is returned.
+
+    Nobody changes their own, so the last superadmin stays one. Raises RoleNotChanged.
+    """
     superadmin = find_superadmin(changed_by.pk)
     if superadmin is None or superadmin.pk == user_id:
         audit.write_refusal(
@@ -32,22 +39,40 @@ def change_role(*, user_id: int, role: str, changed_by: User, reason: str = "") 
         raise RoleNotChanged(words)
     with transaction.atomic():
         user = User.objects.select_for_update().get(pk=user_id)
-        before, user.role = user.role, User.Role(role)
-        if before == user.role:
-            return user
-        _role_change_is_written("yes")
-        user.save(update_fields=["role"])
-        _role_change_is_written("")
-        audit.write(
-            action=audit.Action.ROLE_CHANGED,
-            summary=f"Role changed from {before} to {user.role}",
-            actor=superadmin,
-            subject_id=user.pk,
-            before={"role": before},
-            after={"role": user.role},
-            reason=reason,
-        )
-    return user
+        if RANKS.index(User.Role(role)) > RANKS.index(User.Role(user.role)):
+            from accounts import two_persons  # which asks this module who is a superadmin
+
+            return two_persons.ask(
+                kind=ChangeRequest.Kind.ROLE, subject_id=user_id, changes={"role": role}, by=superadmin, reason=reason
+            )
+        _set_role(user, role, by=superadmin, reason=reason)
+    return None
+
+
+def carry_out(request: ChangeRequest) -> None:
+    """Give the role that was asked for and approved. In the caller's transaction. Raises RoleNotChanged."""
+    user = User.objects.select_for_update().get(pk=cast(int, request.subject_id))
+    if not user.is_active:
+        raise RoleNotChanged("This account is switched off: it gets no role.")
+    _set_role(user, request.changes["role"], by=request.requested_by, reason=request.reason)
+
+
+def _set_role(user: User, role: str, *, by: User, reason: str) -> None:
+    before, user.role = user.role, User.Role(role)
+    if before == user.role:
+        return
+    _role_change_is_written("yes")
+    user.save(update_fields=["role"])
+    _role_change_is_written("")
+    audit.write(
+        action=audit.Action.ROLE_CHANGED,
+        summary=f"Role changed from {before} to {user.role}",
+        actor=by,
+        subject_id=user.pk,
+        before={"role": before},
+        after={"role": user.role},
+        reason=reason,
+    )
 
 
 def _role_change_is_written(value: str) -> None:

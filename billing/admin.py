@@ -495,4 +495,9 @@ class SystemSettingsAdmin(admin.ModelAdmin):
     def save_model(self, request: HttpRequest, obj: SystemSettings, form: forms.ModelForm, change: bool) -> None:
         changes = {name: form.cleaned_data[name] for name in form.changed_data}
         if changes:
-            system_settings.update_system_settings(changes=changes, changed_by_id=cast(int, request.user.pk))
+            by = cast(int, request.user.pk)
+            saved = system_settings.update_system_settings(changes=changes, changed_by_id=by)
+            if any(getattr(saved, name) != value for name, value in changes.items()):
+                messages.warning(
+                    request, "What lets one person grant more waits for another superadmin, under Requests."
+                )

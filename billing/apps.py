@@ -5,4 +5,8 @@ class BillingConfig(AppConfig):
     name = "billing"
 
     def ready(self) -> None:
-        from billing import signup  # noqa: F401  (connects the receivers that open accounts)
+        from accounts import audit, two_persons
+        from accounts.models import ChangeRequest
+        from billing import signup, system_settings  # noqa: F401  (the first connects the receivers that open accounts)
+
+        two_persons.register(ChangeRequest.Kind.SETTINGS, audit.Action.SETTING_CHANGED, system_settings.carry_out)

@@ -2,9 +2,10 @@
 
 A superadmin's is carried out at once. An admin's grant waits for a superadmin, unless it is within what the settings
 let admins grant by themselves; an admin's deduction always waits, and so does anything for oneself. Above a number of
-tokens in the settings it takes two superadmins. Nobody approves what they asked for.
+tokens in the settings it takes two superadmins; what one person's word moved in a day counts together. Nobody approves
+what they asked for.
 
-Locks are taken in one order: the request, then (in the ledger) the account.
+Locks are taken in one order: the request, whose word it is, for whom it is, then (in the ledger) the account.
 """
 
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ def preview(*, admin: User, user_id: int, tokens: int, kind: str = Kind.GRANT) -
     if kind == Kind.DEDUCTION:
         _require_available(account, tokens)
     settings = system_settings.get_system_settings()
-    needs_two = _needs_two(settings, tokens)
-    if _is_at_once(admin, kind, user_id=user_id, tokens=tokens, settings=settings):
+    needs_two = _needs_two(settings, kind, tokens, account=account, by=admin)
+    if _is_at_once(admin, kind, user_id=user_id, tokens=tokens, settings=settings, needs_two=needs_two):
         approvals_needed = 0
     else:
         counts_as_first = admin.is_superadmin and admin.pk != user_id
@@ -113,10 +114,9 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
         raise GrantNotAllowed("Only admins give or take tokens.")
     account = _get_account(user_id)
     with transaction.atomic():
-        if asker.role == User.Role.ADMIN:
-            _one_at_a_time(asker)  # two grants at once must not both count the same rest of the limit
         settings = system_settings.get_system_settings()
-        needs_two = _needs_two(settings, tokens)
+        _one_at_a_time(settings, asker, account)
+        needs_two = _needs_two(settings, kind, tokens, account=account, by=asker)
         try:
             with transaction.atomic():
                 request = GrantRequest.objects.create(
@@ -136,7 +136,7 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
         except IntegrityError:
             # Law 8: the unique key of the form. Who was first has committed by now.
             return _sent_before(kind, asker, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
-        if _is_at_once(asker, kind, user_id=user_id, tokens=tokens, settings=settings):
+        if _is_at_once(asker, kind, user_id=user_id, tokens=tokens, settings=settings, needs_two=needs_two):
             return _carry_out(request, by=asker, action=Action(kind))
         if asker.is_superadmin and needs_two and asker.pk != user_id:
             _approve_first(request, by=asker)
@@ -146,9 +146,11 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
     return request
 
 
-def _is_at_once(asker: User, kind: str, *, user_id: int, tokens: int, settings: SystemSettings) -> bool:
-    """Whether it needs nobody else's approval. For an admin, call it under `_one_at_a_time`."""
-    if asker.pk == user_id or _needs_two(settings, tokens):
+def _is_at_once(
+    asker: User, kind: str, *, user_id: int, tokens: int, settings: SystemSettings, needs_two: bool
+) -> bool:
+    """Whether it needs nobody else's approval. Call it under `_one_at_a_time`."""
+    if asker.pk == user_id or needs_two:
         return False
     if asker.is_superadmin:
         return True
@@ -165,12 +167,28 @@ def _is_at_once(asker: User, kind: str, *, user_id: int, tokens: int, settings: 
     return int(granted_tokens) + tokens <= settings.admin_grant_limit_tokens
 
 
-def _needs_two(settings: SystemSettings, tokens: int) -> bool:
-    return settings.grant_approval_tokens is not None and tokens > settings.grant_approval_tokens
+def _needs_two(settings: SystemSettings, kind: str, tokens: int, *, account: TokenAccount, by: User) -> bool:
+    """Whether so many tokens need two superadmins, together with what one person's word moved in a day: the word of
+    `by`, whoever got it, and anybody's for this account. Else the limit is passed in small pieces. Call it under
+    `_one_at_a_time`."""
+    limit_tokens = settings.grant_approval_tokens
+    if limit_tokens is None or tokens > limit_tokens:
+        return limit_tokens is not None
+    on_one_word = GrantRequest.objects.filter(
+        kind=kind, needs_two=False, state=State.DONE, decided_at__gt=Now() - LIMIT_SPAN
+    )
+    return any(
+        tokens + int(moved.aggregate(tokens=Sum("tokens", default=0))["tokens"]) > limit_tokens
+        for moved in (on_one_word.filter(decided_by=by), on_one_word.filter(account=account))
+    )
 
 
-def _one_at_a_time(asker: User) -> None:
-    lock_until_commit(f"grants-of-{asker.pk}")
+def _one_at_a_time(settings: SystemSettings, by: User, account: TokenAccount) -> None:
+    """Two grants at once must not both count the same rest of a limit. Locked in this order, by everybody."""
+    if by.role == User.Role.ADMIN or settings.grant_approval_tokens is not None:
+        lock_until_commit(f"grants-of-{by.pk}")
+    if settings.grant_approval_tokens is not None:
+        lock_until_commit(f"grants-for-{account.pk}")
 
 
 def _sent_before(kind: str, asker: User, *, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
@@ -196,6 +214,10 @@ def approve_request(*, superadmin: User, request_id: int) -> GrantRequest:
         if request.state == State.DONE and request.decided_by_id == approver.pk:
             return request
         _require_open(request)
+        settings = system_settings.get_system_settings()
+        _one_at_a_time(settings, approver, request.account)
+        if not request.needs_two:  # by now it may: what else the approver let through in this day counts
+            request.needs_two = _needs_two(settings, request.kind, request.tokens, account=request.account, by=approver)
         if request.needs_two and request.approved_by_id is None:
             _approve_first(request, by=approver)
             _write(request, Action.GRANT_APPROVED, by=approver, words="approved first", outcome=audit.Outcome.REQUESTED)
@@ -317,7 +339,7 @@ def _approve_first(request: GrantRequest, *, by: User) -> None:
     request.state = State.APPROVED
     request.approved_by = by
     request.approved_at = timezone.now()
-    request.save(update_fields=["state", "approved_by", "approved_at"])
+    request.save(update_fields=["state", "needs_two", "approved_by", "approved_at"])
 
 
 def _close(request: GrantRequest, state: State, *, by: User, decision_reason: str = "") -> None:

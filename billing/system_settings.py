@@ -8,8 +8,8 @@ from typing import Any
 from django.core.exceptions import ValidationError
 from django.db import transaction
 
-from accounts import audit
-from accounts.models import User
+from accounts import audit, two_persons
+from accounts.models import ChangeRequest, User
 from billing.models import SettingChange, SystemSettings
 
 EDITABLE_FIELDS = tuple(
@@ -31,28 +31,54 @@ def initialize_default_settings() -> SystemSettings:
 def update_system_settings(*, changes: Mapping[str, Any], changed_by_id: int) -> SystemSettings:
     """Change settings and keep who changed what, from which value to which. Running operations keep their prices.
 
-    Raises ValidationError naming each wrong field; then nothing is changed.
+    What would let one person grant more waits for another superadmin (`accounts/two_persons.py`): in the settings that
+    are returned it is as it was. Raises ValidationError naming each wrong field; then nothing is changed.
     """
     initialize_default_settings()
     with transaction.atomic():
         current = SystemSettings.objects.select_for_update().get(key="global")
-        before = {name: getattr(current, name) for name in set(changes).intersection(EDITABLE_FIELDS)}
-        settings = with_changes(current, changes)
-        settings.save()
-        changed = {name: (before[name], getattr(settings, name)) for name in changes}
-        changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
-        SettingChange.objects.bulk_create(
-            SettingChange(field=name, old_value=_as_text(old), new_value=_as_text(new), changed_by_id=changed_by_id)
-            for name, (old, new) in changed.items()
+        with_changes(current, changes)  # all of it is right, also what waits
+        waiting = {name: value for name, value in changes.items() if _loosens(name, getattr(current, name), value)}
+        if waiting:
+            by = User.objects.get(pk=changed_by_id)
+            two_persons.ask(kind=ChangeRequest.Kind.SETTINGS, subject_id=None, changes=waiting, by=by)
+        at_once = {name: value for name, value in changes.items() if name not in waiting}
+        return _save(current, at_once, changed_by_id)
+
+
+def carry_out(request: ChangeRequest) -> None:
+    """Make the change that was asked for and approved. In the caller's transaction. Raises ValidationError."""
+    current = SystemSettings.objects.select_for_update().get(key="global")
+    _save(current, request.changes, request.requested_by_id)
+
+
+def _loosens(name: str, old: int | None, new: int | None) -> bool:
+    """Whether the setting guards what one person may grant, and would let them grant more."""
+    if name == "admin_grant_limit_tokens":
+        return (new or 0) > (old or 0)
+    if name == "grant_approval_tokens":  # none: there is no such limit
+        return old is not None and (new is None or new > old)
+    return False
+
+
+def _save(current: SystemSettings, changes: Mapping[str, Any], changed_by_id: int) -> SystemSettings:
+    before = {name: getattr(current, name) for name in changes}
+    settings = with_changes(current, changes)
+    settings.save()
+    changed = {name: (before[name], getattr(settings, name)) for name in changes}
+    changed = {name: (old, new) for name, (old, new) in changed.items() if old != new}
+    SettingChange.objects.bulk_create(
+        SettingChange(field=name, old_value=_as_text(old), new_value=_as_text(new), changed_by_id=changed_by_id)
+        for name, (old, new) in changed.items()
+    )
+    if changed:
+        audit.write(
+            action=audit.Action.SETTING_CHANGED,
+            summary=f"Settings changed: {', '.join(changed)}",
+            actor=User.objects.get(pk=changed_by_id),
+            before={name: _as_text(old) for name, (old, _) in changed.items()},
+            after={name: _as_text(new) for name, (_, new) in changed.items()},
         )
-        if changed:
-            audit.write(
-                action=audit.Action.SETTING_CHANGED,
-                summary=f"Settings changed: {', '.join(changed)}",
-                actor=User.objects.get(pk=changed_by_id),
-                before={name: _as_text(old) for name, (old, _) in changed.items()},
-                after={name: _as_text(new) for name, (_, new) in changed.items()},
-            )
     return settings
 
 

@@ -2,6 +2,7 @@ from allauth.account.views import SignupView
 from django.conf import settings
 from django.contrib import admin
 from django.urls import include, path, re_path
+from django.views.generic import RedirectView
 
 import accounts.views
 import ai_ops.own_data_views
@@ -27,6 +28,8 @@ from postmate.api import api_urls, docs_urlpatterns
 # Django admin has no sign-in of its own, which would know neither the limit on guesses nor the second factor.
 admin.site.login = superadmin_required(admin.site.login)  # type: ignore[method-assign]
 admin.site.has_permission = may_enter_django_admin  # type: ignore[method-assign]
+# Nor a page for a new password, which would send no notice and end no keys.
+admin.site.password_change = RedirectView.as_view(pattern_name="account_change_password")  # type: ignore[assignment, method-assign]
 admin.site.site_header = admin.site.site_title = "Postmate token billing"
 if settings.REHEARSAL:
     admin.site.site_header += ", a rehearsal: no real money moves here"
@@ -92,6 +95,7 @@ dashboard_urls = [
     path("bulk/<int:pk>.csv", dashboard_bulk.job_export, name="bulk-job-export"),
     path("requests/", dashboard_accounts.request_list, name="requests"),
     path("requests/<int:pk>/", dashboard_accounts.decide_request, name="decide-request"),
+    path("requests/changes/<int:pk>/", dashboard_accounts.decide_change, name="decide-change"),
     path("audit/", dashboard_accounts.audit_log, name="audit"),
     path("settings/", dashboard_accounts.settings, name="settings"),
     path("finance/", dashboard_finance.home, name="finance"),

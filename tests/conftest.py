@@ -17,8 +17,9 @@ from django.test import Client, TransactionTestCase
 from django.urls import reverse
 from pytest_django.fixtures import Settings
 
+from accounts import two_persons
 from accounts.models import User
-from billing import catalogue, gateway, ledger, packages
+from billing import catalogue, gateway, ledger, packages, system_settings
 from billing.models import Purchase
 from billing.pricing import TokenPools
 from tests import databases, servers
@@ -130,6 +131,13 @@ def prove_address(user: User) -> None:
 def show_password(client: Client) -> None:
     """The client's person, who is signed in, has just given their password again."""
     client.post(reverse("account_reauthenticate"), {"password": PASSWORD})
+
+
+def change_settings(by: User, **changes: Any) -> None:
+    """Also those that two superadmins change."""
+    system_settings.update_system_settings(changes=changes, changed_by_id=by.pk)
+    for request in two_persons.list_open():
+        two_persons.approve(request_id=request.pk, by=None)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ an empty body): 400 and 422 say that it was let in and read.
 import json
 import re
 from collections.abc import Iterator
-from datetime import date
+from datetime import date, timedelta
 from http.cookies import SimpleCookie
 from typing import Any
 
@@ -24,9 +24,10 @@ from django.db import connection, transaction
 from django.http import HttpResponseBase
 from django.test import Client
 from django.urls import URLPattern, URLResolver, get_resolver, reverse
+from django.utils import timezone
 
 from accounts import api_keys
-from accounts.models import ApiKey, User
+from accounts.models import ApiKey, ChangeRequest, User
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
 from billing import grants, ledger
 from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenUsage
@@ -89,6 +90,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "admin/tokens/grants/new/": ("login 403 403 200 200 login", "login 403 403 404 404 login"),
     "admin/tokens/purchases/<int:pk>/": ("login 403 403 200 200 login", "login 403 403 403 400 login"),
     "admin/tokens/requests/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
+    "admin/tokens/requests/changes/<int:pk>/": ("405 405 405 405 405 405", "login 403 403 403 400 login"),
     "admin/tokens/requests/<int:pk>/": ("405 405 405 405 405 405", "login 403 403 403 400 login"),
     "admin/tokens/sections/<slug:name>.csv": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/sections/<slug:name>.pdf": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
@@ -210,6 +212,10 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
     assert TokenUsage.objects.get().pk == posting.usage_id
     asker = User.objects.create(email="asker@example.com", role="admin")
     wish = grants.grant_tokens(admin=asker, user_id=alice.pk, tokens=5, reason=text, request_key="wish")
+    change = ChangeRequest.objects.create(
+        kind="role", subject=alice, changes={"role": "admin"}, reason=text, requested_by=asker,
+        expires_at=timezone.now() + timedelta(days=1),
+    )  # fmt: skip
     job = BulkJob.objects.create(kind="export", filters={}, requested_by=asker, request_key="job")
     own: dict[str, dict[str, Any]] = {
         "studio/projects/": {"pk": project.pk},
@@ -228,6 +234,7 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         "admin/tokens/purchases/": {"pk": purchase.pk},
         "admin/tokens/sections/": {"name": "system"},
         "admin/tokens/requests/": {"pk": wish.pk},
+        "admin/tokens/requests/changes/": {"pk": change.pk},
         "admin/tokens/finance/": {"day": "2000-01-01"},
         "admin/tokens/bulk/": {"pk": job.pk},
         "admin/tokens/drifts/": {"pk": drift.pk},

@@ -65,6 +65,10 @@ class GrantRequest(models.Model):
         ordering = ("-id",)
         indexes = [
             models.Index(fields=["requested_by", "created_at"], name="grant_request_by_requester"),
+            # What one person's word moved in a day.
+            models.Index(
+                fields=["decided_by", "decided_at"], condition=Q(state="done"), name="grant_request_by_decider"
+            ),
             models.Index(fields=["id"], condition=Q(state__in=["requested", "approved"]), name="grant_request_open"),
         ]
         constraints = [

@@ -35,7 +35,7 @@ class SystemSettings(models.Model):
         null=True,
         blank=True,
         default=None,
-        help_text="Grants and deductions of more tokens need two superadmins. Empty: one is enough.",
+        help_text="More tokens in 24 hours, by one superadmin or for one person, need two. Empty: one is enough.",
     )
     updated_at = models.DateTimeField(auto_now=True)
 

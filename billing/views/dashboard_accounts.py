@@ -14,9 +14,10 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.utils.crypto import salted_hmac
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from accounts import audit
-from accounts.models import AuditEntry
+from accounts import audit, two_persons
+from accounts.models import AuditEntry, ChangeRequest
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
+from accounts.refusal import Refusal
 from accounts.text import read_id
 from billing import accounts, grants, history, periods, settings_preview, system_settings
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
@@ -290,8 +291,32 @@ def decide_request(request: SignedInRequest, pk: int) -> HttpResponse:
     return redirect("dashboard:requests")
 
 
+@require_POST
+@superadmin_required
+def decide_change(request: SignedInRequest, pk: int) -> HttpResponse:
+    """Approve a role, or a setting that guards grants, that another superadmin asked for; or decline it."""
+    get_object_or_404(ChangeRequest, pk=pk)
+    try:
+        if request.POST.get("decision") == "approve":
+            decided = two_persons.approve(request_id=pk, by=request.user)
+        elif request.POST.get("decision") == "decline":
+            decided = two_persons.decline(request_id=pk, by=request.user)
+        else:
+            return _render_requests(request, change_refused="Choose whether to approve or to decline.", status=400)
+    except Refusal as error:
+        return _render_requests(request, change_refused=error.message, status=error.http_status)
+    except ValidationError as error:
+        return _render_requests(request, change_refused=" ".join(error.messages), status=400)
+    messages.success(request, f"{decided.get_state_display()}: {decided}.")
+    return redirect("dashboard:requests")
+
+
 def _render_requests(
-    request: SignedInRequest, *, refused: dict[str, Any] | None = None, status: int = 200
+    request: SignedInRequest,
+    *,
+    refused: dict[str, Any] | None = None,
+    change_refused: str = "",
+    status: int = 200,
 ) -> HttpResponse:
     before_id, only_id = read_id(request.GET.get("before", "")), read_id(request.GET.get("request", ""))
     closed = GrantRequest.objects.exclude(state__in=GrantRequest.OPEN_STATES)
@@ -313,6 +338,8 @@ def _render_requests(
     ]
     context = {
         "waiting": waiting,
+        "changes": [(each, two_persons.may_decide(each, request.user)) for each in two_persons.list_open()],
+        "change_refused": change_refused,
         "refused": refused,
         "is_refused_shown": refused is not None and refused["pk"] in [each.pk for each in open_requests],
         "closed": rows[:ROWS_PER_PAGE],
@@ -411,8 +438,13 @@ def _change_settings(request: SignedInRequest) -> HttpResponse:
     fingerprint = _fingerprint(current, changes)
     try:
         if "save" in request.POST and request.POST.get("previewed") == fingerprint:
-            system_settings.update_system_settings(changes=changes, changed_by_id=request.user.pk)
-            messages.success(request, "Saved. Operations that are running keep their prices.")
+            saved = system_settings.update_system_settings(changes=changes, changed_by_id=request.user.pk)
+            if any(getattr(saved, name) != value for name, value in changes.items()):
+                messages.warning(
+                    request, "What lets one person grant more waits for another superadmin, under Requests."
+                )
+            else:
+                messages.success(request, "Saved. Operations that are running keep their prices.")
             return redirect("dashboard:settings")
         preview = settings_preview.preview_settings(changes)
     except ValidationError as error:

@@ -1,20 +1,22 @@
 """The audit log: who did what to whom, kept for ever, and what people were refused."""
 
 from datetime import timedelta
+from io import StringIO
 from typing import Any
 
 import pgtrigger
 import pytest
+from django.core.management import CommandError, call_command
 from django.db import DatabaseError, connection, transaction
 from django.test import Client, RequestFactory
 from django.urls import reverse
 from django.utils import timezone
 
-from accounts import audit, roles
+from accounts import audit, roles, two_persons
 from accounts.audit import Action
-from accounts.models import AuditEntry, User
+from accounts.models import AuditEntry, ChangeRequest, User
 from billing import catalogue, packages, system_settings
-from billing.models import Drift, ModelPrice, StripeEvent, TokenPricing
+from billing.models import Drift, ModelPrice, SettingChange, StripeEvent, TokenPricing
 from tests.conftest import PASSWORD, MakeUser
 
 pytestmark = pytest.mark.django_db
@@ -27,8 +29,8 @@ def write(actor: User | None, **fields: Any) -> AuditEntry:
     return audit.write(**({"action": Action.EXPORT, "summary": "Test", "actor": actor} | fields))
 
 
-def newest() -> AuditEntry:
-    return AuditEntry.objects.latest("pk")
+def newest(before: int = 0) -> AuditEntry:
+    return AuditEntry.objects.order_by("-pk")[before]
 
 
 def is_refused_by_the_database(sql: str) -> bool:
@@ -160,15 +162,94 @@ def test_an_address_of_any_kind_is_refused_all_the_same(alice: User) -> None:
 # --- Roles ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_role_is_given_by_a_superadmin(susan: User, alice: User) -> None:
-    count = AuditEntry.objects.count()
-    assert roles.change_role(user_id=alice.pk, role="admin", changed_by=susan, reason="Support").role == "admin"
-    entry = newest()
-    assert AuditEntry.objects.count() == count + 1  # the database's own entry is not written beside it
+def test_a_role_is_given_by_two_superadmins(make_user: MakeUser, susan: User, alice: User, adam: User) -> None:
+    """One asks, another one approves: neither who asked nor whom it is for."""
+    sandra = make_user("sandra", role="superadmin")
+    request = roles.change_role(user_id=alice.pk, role="superadmin", changed_by=susan, reason="Support")
+    assert request
+    assert (newest().action, newest().outcome) == ("role_changed", "requested")
+    assert roles.change_role(user_id=alice.pk, role="superadmin", changed_by=susan, reason="Support") == request
+    for who in (susan, adam, alice):
+        with pytest.raises(two_persons.ChangeNotDecided):
+            two_persons.approve(request_id=request.pk, by=who)
+        assert (newest().actor, newest().outcome) == (who, "refused")
+    alice.refresh_from_db()
+    assert alice.role == "user"
+    two_persons.approve(request_id=request.pk, by=sandra)
+    alice.refresh_from_db()
+    assert alice.role == "superadmin"
+    entry = newest()  # the database's own entry is not written beside it
     assert (entry.action, entry.actor, entry.subject) == ("role_changed", susan, alice)
-    assert (entry.before, entry.after, entry.reason) == ({"role": "user"}, {"role": "admin"}, "Support")
-    roles.change_role(user_id=alice.pk, role="admin", changed_by=susan)
-    assert AuditEntry.objects.count() == count + 1
+    assert (entry.before, entry.after, entry.reason) == ({"role": "user"}, {"role": "superadmin"}, "Support")
+    assert (ChangeRequest.objects.get().decided_by, newest(1).actor) == (sandra, sandra)
+    with pytest.raises(two_persons.ChangeAlreadyDecided):
+        two_persons.approve(request_id=request.pk, by=sandra)
+    # Taking a role away is done at once, and giving it back is not.
+    assert roles.change_role(user_id=alice.pk, role="admin", changed_by=susan) is None
+    alice.refresh_from_db()
+    assert alice.role == "admin"
+    again = roles.change_role(user_id=alice.pk, role="superadmin", changed_by=susan)
+    assert again
+    two_persons.decline(request_id=again.pk, by=susan)  # taken back
+    with pytest.raises(two_persons.ChangeAlreadyDecided):
+        two_persons.approve(request_id=again.pk, by=sandra)
+    # What nobody decided in time is closed, by the database's clock; who was switched off gets no role.
+    late = roles.change_role(user_id=alice.pk, role="superadmin", changed_by=susan)
+    assert late
+    ChangeRequest.objects.filter(pk=late.pk).update(expires_at=timezone.now())
+    with pytest.raises(two_persons.ChangeAlreadyDecided):
+        two_persons.approve(request_id=late.pk, by=sandra)
+    off = roles.change_role(user_id=adam.pk, role="superadmin", changed_by=susan)
+    assert off
+    User.objects.filter(pk=adam.pk).update(is_active=False)
+    with pytest.raises(roles.RoleNotChanged):
+        two_persons.approve(request_id=off.pk, by=sandra)
+
+
+def test_settings_that_guard_grants_are_loosened_by_two(client: Client, susan: User, make_user: MakeUser) -> None:
+    """Tightened by one; also through the pages, with what else was changed at once; and on the server where there is
+    one superadmin alone."""
+    sandra = make_user("sandra", role="superadmin")
+
+    def now() -> tuple[int, int | None, int]:
+        found = system_settings.get_system_settings()
+        return found.admin_grant_limit_tokens, found.grant_approval_tokens, found.low_balance_tokens
+
+    def change(**changes: Any) -> None:
+        system_settings.update_system_settings(changes=changes, changed_by_id=susan.pk)
+
+    change(grant_approval_tokens=500, admin_grant_limit_tokens=90, low_balance_tokens=700)
+    assert now() == (0, 500, 700)
+    (limit,) = two_persons.list_open()
+    two_persons.approve(request_id=limit.pk, by=sandra)
+    assert now() == (90, 500, 700)
+    change(grant_approval_tokens=None)
+    change(grant_approval_tokens=501)  # in its place
+    change(admin_grant_limit_tokens=80)
+    assert now() == (80, 500, 700)
+    (waiting,) = two_persons.list_open()
+    with pytest.raises(two_persons.ChangeNotDecided):
+        two_persons.approve(request_id=waiting.pk, by=susan)
+    client.force_login(susan)
+    address = reverse("dashboard:decide-change", args=[waiting.pk])
+    assert "grant approval tokens: 501" in client.get(reverse("dashboard:requests")).content.decode()
+    assert client.post(address, {"decision": "approve"}).status_code == 403
+    assert now() == (80, 500, 700)
+    client.force_login(sandra)
+    assert client.post(address, {"decision": "approve"}).status_code == 302
+    assert now() == (80, 501, 700)
+    assert SettingChange.objects.latest("pk").changed_by == susan
+    assert client.post(address, {"decision": "approve"}).status_code == 409
+
+    change(grant_approval_tokens=9_000)
+    output = StringIO()
+    call_command("approve_change", stdout=output)
+    (waiting,) = two_persons.list_open()
+    assert output.getvalue().startswith(f"{waiting.pk}  Settings: grant approval tokens: 9000, by susan@")
+    call_command("approve_change", str(waiting.pk), stdout=output)
+    assert now() == (80, 9_000, 700)
+    with pytest.raises(CommandError, match="closed already"):
+        call_command("approve_change", str(waiting.pk))
 
 
 @pytest.mark.parametrize("who", ["alice", "adam", "susan"])
@@ -207,13 +288,18 @@ def test_a_role_in_django_admin(client: Client, susan: User, alice: User) -> Non
     client.force_login(susan)
     address = reverse("admin:accounts_user_change", args=[alice.pk])
     fields = {"email": alice.email, "name": "Alice B.", "time_zone": "", "is_active": "on"}
-    assert client.post(address, fields | {"role": "admin"}).status_code == 302
+    assert client.post(address, fields | {"role": "admin", "email": "thief@example.com"}).status_code == 302
     alice.refresh_from_db()
-    assert (alice.role, alice.name) == ("admin", "Alice B.")
-    edited, promoted = AuditEntry.objects.order_by("-pk")[:2]
+    assert (alice.role, alice.name, alice.email) == ("user", "Alice B.", "alice@example.com")
+    promoted, edited = AuditEntry.objects.order_by("-pk")[:2]
     assert (promoted.action, promoted.actor, promoted.subject) == ("role_changed", susan, alice)
+    assert promoted.outcome == "requested"
     assert (edited.action, edited.actor, edited.subject) == ("person_changed", susan, alice)
     assert "Alice" not in edited.summary  # no names in a log that is kept for ever
+    # Who had a role and was switched off does not come back with it by one person's word.
+    User.objects.filter(pk=alice.pk).update(role="superadmin", is_active=False)
+    answer = client.post(address, fields | {"role": "superadmin"})
+    assert "Take the role away first" in answer.content.decode()
     # Nobody's own role: the field is not read.
     own = reverse("admin:accounts_user_change", args=[susan.pk])
     client.post(own, {"email": susan.email, "name": "S", "time_zone": "", "is_active": "on", "role": "user"})

@@ -8,9 +8,9 @@ from django.db.models import Sum
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import grants, ledger, notifications, system_settings, verification
+from billing import grants, ledger, notifications, verification
 from billing.models import GrantRequest, Notification, TokenAccount, TokenTransaction
-from tests.conftest import MakeUser
+from tests.conftest import MakeUser, change_settings
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]
 
@@ -27,10 +27,6 @@ def sandra(make_user: MakeUser) -> User:
 def sven(make_user: MakeUser) -> User:
     """A third one."""
     return make_user("sven", role="superadmin")
-
-
-def settings_are(by: User, **changes: Any) -> None:
-    system_settings.update_system_settings(changes=changes, changed_by_id=by.pk)
 
 
 def grant(admin: User, user: User, tokens: Any = 500, **fields: Any) -> GrantRequest:
@@ -200,7 +196,7 @@ def test_a_request_is_declined_with_a_reason(adam: User, susan: User, sandra: Us
 
 
 def test_within_the_limit_an_admin_grants_at_once(adam: User, susan: User, alice: User, bob: User) -> None:
-    settings_are(susan, admin_grant_limit_tokens=1_000)
+    change_settings(susan, admin_grant_limit_tokens=1_000)
     assert grant(adam, alice, 600).state == "done"
     assert TokenTransaction.objects.get(type="admin_grant").admin == adam
     # Row 64: the limit is for a day, not to be passed in pieces.
@@ -214,15 +210,15 @@ def test_within_the_limit_an_admin_grants_at_once(adam: User, susan: User, alice
 
 def test_what_was_right_stays_right(adam: User, susan: User, sandra: User, alice: User) -> None:
     """A later demotion or a lower limit breaks no books: `books_stay_in_order` looks at the end."""
-    settings_are(susan, admin_grant_limit_tokens=1_000)
+    change_settings(susan, admin_grant_limit_tokens=1_000)
     grant(adam, alice, 1_000)
     grant(sandra, alice, 5_000)
-    settings_are(susan, admin_grant_limit_tokens=0)
+    change_settings(susan, admin_grant_limit_tokens=0)
     User.objects.filter(pk__in=(adam.pk, sandra.pk)).update(role="user")
 
 
 def test_an_admins_deduction_always_waits(adam: User, susan: User, alice: User) -> None:
-    settings_are(susan, admin_grant_limit_tokens=1_000)
+    change_settings(susan, admin_grant_limit_tokens=1_000)
     request = deduct(adam, alice, 10_000)
     assert (request.state, nothing_moved(alice)) == ("requested", True)
     with pytest.raises(grants.GrantNotPossible):
@@ -294,7 +290,7 @@ def test_what_is_for_oneself_waits_for_another_superadmin(
     request: pytest.FixtureRequest, susan: User, sandra: User, who: str
 ) -> None:
     asker = request.getfixturevalue(who)
-    settings_are(susan, admin_grant_limit_tokens=1_000)
+    change_settings(susan, admin_grant_limit_tokens=1_000)
     wish = grant(asker, asker)
     assert (wish.state, nothing_moved(asker)) == ("requested", True)
     with pytest.raises(grants.GrantNotAllowed):
@@ -311,7 +307,7 @@ def test_nobody_approves_what_is_for_themselves(adam: User, susan: User) -> None
 
 
 def test_many_tokens_need_two_superadmins(susan: User, sandra: User, alice: User) -> None:
-    settings_are(susan, grant_approval_tokens=1_000)
+    change_settings(susan, grant_approval_tokens=1_000)
     assert grant(susan, alice, 1_000).state == "done"
     wish = grant(susan, alice, 1_001)
     assert (wish.state, wish.approved_by, balance(alice)) == ("approved", susan, 11_000)
@@ -321,16 +317,41 @@ def test_many_tokens_need_two_superadmins(susan: User, sandra: User, alice: User
     assert balance(alice) == 12_001
 
 
+@pytest.mark.parametrize("kind", ["grant", "deduction"])
+def test_many_tokens_in_pieces_need_two_superadmins(
+    kind: str, adam: User, susan: User, sandra: User, alice: User, bob: User
+) -> None:
+    """What one person's word moved in a day counts together, for whomever, also what an admin asked them for; and so
+    does what one person got, from whomever."""
+    act = grant if kind == "grant" else deduct
+    change_settings(susan, grant_approval_tokens=1_000)
+    assert act(susan, alice, 600).state == "done"
+    assert grants.preview(admin=susan, user_id=bob.pk, tokens=401, kind=kind).approvals_needed == 1
+    assert act(susan, bob, 401).state == "approved"
+    assert act(sandra, alice, 401).state == "approved"
+    wish = act(adam, bob, 401)
+    assert grants.approve_request(superadmin=susan, request_id=wish.pk).state == "approved"
+    wish.refresh_from_db()
+    assert (wish.needs_two, wish.approved_by) == (True, susan)
+    assert grants.approve_request(superadmin=sandra, request_id=wish.pk).state == "done"
+    # What two have approved uses up nobody's word, and a day later all begins anew.
+    assert act(sandra, bob, 1_000).state == "done"
+    assert act(susan, alice, 400).state == "done"
+    assert act(susan, alice, 1).state == "approved"
+    GrantRequest.objects.filter(state="done").update(decided_at=timezone.now() - grants.LIMIT_SPAN)
+    assert act(susan, alice, 1_000).state == "done"
+
+
 def test_an_admins_wish_for_many_tokens_needs_two_superadmins(
     adam: User, susan: User, sandra: User, alice: User
 ) -> None:
-    settings_are(susan, grant_approval_tokens=1_000, admin_grant_limit_tokens=5_000)
+    change_settings(susan, grant_approval_tokens=1_000, admin_grant_limit_tokens=5_000)
     wish = grant(adam, alice, 1_001)
     assert wish.state == "requested"  # the limit for admins is no way round
     assert grants.approve_request(superadmin=susan, request_id=wish.pk).state == "approved"
     assert grants.approve_request(superadmin=susan, request_id=wish.pk).state == "approved"  # is still one
     assert nothing_moved(alice)
-    settings_are(susan, grant_approval_tokens=None)  # law 11: what was asked for under the rule keeps it
+    change_settings(susan, grant_approval_tokens=None)  # law 11: what was asked for under the rule keeps it
     assert grants.approve_request(superadmin=sandra, request_id=wish.pk).state == "done"
     assert balance(alice) == 11_001
 
@@ -353,7 +374,7 @@ def test_the_preview_says_what_would_happen(adam: User, susan: User, alice: User
         outcome = grants.preview(admin=admin, user_id=user.pk, tokens=tokens, kind=kind)
         return outcome.new_balance_tokens, outcome.approvals_needed
 
-    settings_are(susan, grant_approval_tokens=1_000, admin_grant_limit_tokens=10)
+    change_settings(susan, grant_approval_tokens=1_000, admin_grant_limit_tokens=10)
     assert preview(susan, 1_000) == (11_000, 0)
     assert preview(susan, 1_001) == (11_001, 1)
     assert preview(susan, 5, user=susan) == (10_005, 1)

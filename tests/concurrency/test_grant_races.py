@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 from django.db.models import Sum
+from django.utils import timezone
 
 from accounts import audit
 from accounts.models import AuditEntry, User
-from billing import bulk, grants, system_settings
+from billing import bulk, grants
 from billing.accounts import AccountFilter
 from billing.models import GrantRequest, TokenAccount, TokenTransaction
 from tests.concurrency.test_ledger_races import all_at_once, kinds, verify_ledger
-from tests.conftest import MakeUser
+from tests.conftest import MakeUser, change_settings
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -94,8 +95,7 @@ def test_without_the_lock_more_than_one_decision_counts(
 
 
 def test_two_superadmins_are_two(adam: User, alice: User, superadmins: list[User]) -> None:
-    changes = {"grant_approval_tokens": 100}
-    system_settings.update_system_settings(changes=changes, changed_by_id=superadmins[0].pk)
+    change_settings(superadmins[0], grant_approval_tokens=100)
     request = ask(adam, alice)
     outcomes = all_at_once([partial(grants.approve_request, superadmin=superadmins[0], request_id=request.pk)] * RACERS)
     assert kinds(outcomes) == {"GrantRequest": RACERS}
@@ -109,7 +109,7 @@ def test_two_superadmins_are_two(adam: User, alice: User, superadmins: list[User
 
 def test_an_admins_limit_holds_for_all_grants_at_once(adam: User, susan: User, alice: User) -> None:
     """Row 64: the rest of the limit is counted by one at a time."""
-    system_settings.update_system_settings(changes={"admin_grant_limit_tokens": 1_000}, changed_by_id=susan.pk)
+    change_settings(susan, admin_grant_limit_tokens=1_000)
     outcomes = all_at_once([partial(ask, adam, alice, 400, f"form-{number}") for number in range(RACERS)])
     assert kinds(outcomes) == {"GrantRequest": RACERS}
     assert granted(alice) == 800
@@ -120,7 +120,7 @@ def test_without_the_lock_the_limit_is_passed(
     adam: User, susan: User, alice: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the one above."""
-    system_settings.update_system_settings(changes={"admin_grant_limit_tokens": 1_000}, changed_by_id=susan.pk)
+    change_settings(susan, admin_grant_limit_tokens=1_000)
     barrier, is_at_once = Barrier(RACERS), grants._is_at_once
 
     def look_together(*args: Any, **kwargs: Any) -> bool:
@@ -128,10 +128,38 @@ def test_without_the_lock_the_limit_is_passed(
         barrier.wait(timeout=20)
         return answer
 
-    monkeypatch.setattr(grants, "_one_at_a_time", lambda asker: None)
+    monkeypatch.setattr(grants, "_one_at_a_time", lambda *args: None)
     monkeypatch.setattr(grants, "_is_at_once", look_together)
     all_at_once([partial(ask, adam, alice, 400, f"form-{number}") for number in range(RACERS)])
     assert granted(alice) > 1_000
+
+
+@pytest.mark.parametrize("with_lock", [True, False])
+def test_the_rule_of_two_holds_for_all_grants_at_once(
+    alice: User, bob: User, superadmins: list[User], monkeypatch: pytest.MonkeyPatch, with_lock: bool
+) -> None:
+    """One person's word for two people, and two persons' words for one, are counted by one at a time. Without the
+    lock both are passed: the control."""
+    change_settings(superadmins[0], grant_approval_tokens=1_000)
+    if not with_lock:
+        barrier, needs_two = Barrier(RACERS), grants._needs_two
+
+        def look_together(*args: Any, **kwargs: Any) -> bool:
+            answer = needs_two(*args, **kwargs)
+            with suppress(BrokenBarrierError):
+                barrier.wait(timeout=20)
+            return answer
+
+        monkeypatch.setattr(grants, "_one_at_a_time", lambda *args: None)
+        monkeypatch.setattr(grants, "_needs_two", look_together)
+    by_one = [partial(ask, superadmins[0], who, 400, f"one-{n}") for n, who in enumerate([alice, bob] * (RACERS // 2))]
+    all_at_once(by_one)
+    GrantRequest.objects.filter(state="done").update(decided_at=timezone.now() - grants.LIMIT_SPAN)
+    assert (granted(alice) + granted(bob) == 800) == with_lock
+    before = granted(alice)
+    all_at_once([partial(ask, superadmins[n % 2], alice, 400, f"many-{n}") for n in range(RACERS)])
+    assert (granted(alice) - before == 800) == with_lock
+    verify_ledger()
 
 
 def test_refusals_are_bounded_in_parallel(alice: User) -> None:

@@ -68,6 +68,7 @@ PLACEHOLDERS = {
     "1000000": "200",
     "evt_…": "evt_unknown",
     "DAY": "2026-11-01",
+    "ID": "1",
 }
 # What a person would be asked, and what keeps a run short.
 ALSO = {
@@ -79,6 +80,7 @@ ALSO = {
 }
 # Run by a test of their own, since they need more than a database: their options alone are checked here.
 OWN_TESTS = {
+    "approve_change": "tests/accounts/test_audit.py",
     "check": "tests/test_checks.py",
     "doctor": "tests/test_doctor.py",
     "restore": "tests/test_backup.py",
