@@ -29,6 +29,8 @@ logger = structlog.get_logger(__name__)
 # Whoever knows an address can have these sent to it; all others tell of what its owner did.
 SENT_TO_ANY_ADDRESS = (
     "account/email/account_already_exists",
+    "account/email/email_confirmation",
+    "account/email/email_confirmation_signup",
     "account/email/password_reset_key",
     "account/email/prove_address",
     "account/email/unknown_account",
@@ -85,6 +87,11 @@ class AccountAdapter(DefaultAccountAdapter):
                 transaction.set_rollback(True)
             elif is_handed_over:
                 request.handed_over = user.pk  # type: ignore[attr-defined]
+            elif is_proven:
+                added = {"added_email": email_address.email}
+                transaction.on_commit(
+                    lambda: self.send_notification_mail("account/email/address_added", user, added, user.email)
+                )
             return is_confirmed
 
     def get_email_verification_redirect_url(self, email_address: EmailAddress) -> str:

@@ -1,6 +1,8 @@
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, cast
 
+from allauth.account.adapter import get_adapter
 from allauth.account.models import EmailAddress
 from allauth.mfa.models import Authenticator
 from allauth.usersessions.models import UserSession
@@ -180,6 +182,9 @@ class AuthenticatorAdmin(ReadOnlyAdmin):
                 )
                 each.delete()
                 access.end_sessions(each.user)
+                if each.type == Authenticator.Type.TOTP:
+                    tell = partial(get_adapter().send_notification_mail, "mfa/email/totp_deactivated", each.user)
+                    transaction.on_commit(tell)
 
 
 @admin.register(UserSession)

@@ -27,7 +27,8 @@ RATES = {
     "network": "30/5m/ip",  # one address of the internet, whoever is tried
     "everywhere": "20/5m/key",  # one person, from unknown browsers of all the world; above it:
     "slowed": "1/5m/key",  # one address of the internet, one person
-    "mail": "5/m/key",  # to one address
+    "mail": "5/m/key",  # to one address, asked for by one address of the internet
+    "mails": "20/5m/key",  # to one address, asked for from everywhere
 }
 
 
@@ -63,8 +64,9 @@ def forget(request: HttpRequest, address: str) -> None:
 
 
 def may_send_mail(request: HttpRequest, address: str) -> bool:
-    """Count a mail that anybody can have sent to the address."""
-    return _consume(request, "mail", address.lower()) is not None
+    """Count a mail that anybody can have sent to the address. Who asks for many leaves some for who asks elsewhere."""
+    name = f"mail {address.lower()}"
+    return all(_consume(request, *each) for each in (("mail", _of_origin(request, name)), ("mails", name)))
 
 
 def remember_device(request: HttpRequest, response: HttpResponse, user: AbstractBaseUser) -> None:

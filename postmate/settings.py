@@ -296,7 +296,7 @@ ACCOUNT_FORMS = {
 }
 MFA_FORMS = {"authenticate": "accounts.forms.AuthenticateForm", "reauthenticate": "accounts.forms.ReauthenticateForm"}
 # Guesses, and mails to one address, are counted by accounts/guesses.py: by who asks, so that nobody locks others out.
-ACCOUNT_RATE_LIMITS = {"login": None, "login_failed": None, "reset_password": "20/m/ip"}
+ACCOUNT_RATE_LIMITS = {"login": None, "login_failed": None, "confirm_email": None, "reset_password": "20/m/ip"}
 ACCOUNT_SIGNUP_FIELDS = ["email*", "password1*"]
 ACCOUNT_EMAIL_VERIFICATION = EMAIL_VERIFICATION
 ACCOUNT_EMAIL_SUBJECT_PREFIX = ""
