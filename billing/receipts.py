@@ -3,11 +3,12 @@
 from django.utils import timezone
 
 from billing.models import Purchase
-from billing.pdf import Document
 
 
 def render_receipt(purchase: Purchase) -> bytes:
     """The receipt of a paid purchase: who paid, when, what for, how much."""
+    from billing.pdf import Document  # half a second, for those alone who print
+
     paid_at = timezone.localtime(purchase.paid_at or purchase.created_at)
     title = f"Receipt {purchase.pk}"
     pdf = Document(title=title, subtitle=title, written_at=paid_at)

@@ -6,6 +6,7 @@ statement, and one month ends with the balance that the next begins with.
 
 from dataclasses import dataclass, replace
 from datetime import date, datetime, timedelta
+from typing import TYPE_CHECKING
 
 from django.db import connection
 from django.db.models import Count, Max, Sum
@@ -16,8 +17,10 @@ from django.utils.formats import date_format
 from accounts.models import User
 from billing import history, ledger
 from billing.models import TokenTransaction
-from billing.pdf import GREY, RULE, Document
 from billing.periods import add_months, midnight
+
+if TYPE_CHECKING:
+    from billing.pdf import Document
 
 Type = TokenTransaction.Type
 
@@ -191,6 +194,8 @@ def _daily_lines(selection: history.Selection) -> list[Line]:
 
 def render_statement(statement: Statement, *, user: User, written_at: datetime) -> bytes:
     """The statement as a PDF."""
+    from billing.pdf import GREY, Document  # half a second, for those alone who print
+
     zone = timezone.get_current_timezone_name()
     pdf = Document(title=statement.title, subtitle=statement.title, written_at=written_at)
     pdf.fact("Account", f"{user.name}, {user.email}" if user.name else user.email)
@@ -221,7 +226,9 @@ def render_statement(statement: Statement, *, user: User, written_at: datetime) 
     return bytes(pdf.output())
 
 
-def _render_lines(pdf: Document, statement: Statement) -> None:
+def _render_lines(pdf: "Document", statement: Statement) -> None:
+    from billing.pdf import RULE
+
     pdf.set_font("DejaVu", "", 9)
     pdf.set_draw_color(*RULE)
     balance_tokens = statement.opening_tokens

@@ -2,20 +2,25 @@
 
 import re
 from html import unescape
+from typing import TYPE_CHECKING
 
 from django.template.loader import render_to_string
 from django.utils import timezone
 
 from billing import dashboard_stats
 from billing.charts import Table
-from billing.pdf import GREY, Document
 from billing.views.dashboard_content import Content
+
+if TYPE_CHECKING:
+    from billing.pdf import Document
 
 MAX_PRINTED_COLUMNS = 10  # of numbers side by side; the others follow below
 
 
 def render_report(*, name: str, title: str, about: str, content: Content) -> bytes:
     """The section `name` as a PDF, in the time zone that is current now. `about` is its period in words."""
+    from billing.pdf import GREY, Document  # half a second, for those alone who print
+
     written_at = timezone.localtime()
     title = f"Dashboard: {title}"
     pdf = Document(title=title, subtitle=title, written_at=written_at, orientation="landscape")
@@ -48,7 +53,7 @@ def render_report(*, name: str, title: str, about: str, content: Content) -> byt
     return bytes(pdf.output())
 
 
-def _print_table(pdf: Document, table: Table) -> None:
+def _print_table(pdf: "Document", table: Table) -> None:
     """Below each other what is too wide for the paper, each part with the names of the rows."""
     for first in range(1, max(len(table.headers), 2), MAX_PRINTED_COLUMNS):
         part = slice(first, first + MAX_PRINTED_COLUMNS)
