@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from io import StringIO
 from pathlib import Path
 
@@ -234,6 +235,12 @@ def _pytest(words: list[str]) -> None:
             assert all(f"def {name}(" in file.read_text() for name in names)
 
 
+@cache
+def _help_of(*program: str) -> str:
+    command = [sys.executable, *program, "--help"]
+    return subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+
+
 def _celery(words: list[str]) -> None:
     """Workers are started by other tests; the options are those that the program knows, and so are the tasks."""
     action = next(word for word in words[1:] if word in {"worker", "beat", "inspect", "call"})
@@ -241,20 +248,14 @@ def _celery(words: list[str]) -> None:
         app.loader.import_default_modules()
         assert words[-1] in app.tasks
         return
-    told = subprocess.run(
-        [sys.executable, "-m", "celery", "-A", "postmate", action, "--help"],
-        cwd=PROJECT,
-        capture_output=True,
-        text=True,
-    ).stdout
+    told = _help_of("-m", "celery", "-A", "postmate", action)
     after = words[words.index(action) :]
     assert all(word.partition("=")[0] in told for word in after if word.startswith("--"))
 
 
 def _serving(words: list[str]) -> None:
     """The servers of production are run by tests/production; the options are those that they know."""
-    program = [sys.executable, *words[1:4], "--help"]
-    told = subprocess.run(program, cwd=PROJECT, capture_output=True, text=True, check=True).stdout
+    told = _help_of(*words[1:4])
     assert all(word in told for word in words if word.startswith("--"))
 
 
