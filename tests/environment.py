@@ -44,6 +44,7 @@ embedded.configure_environment()
 os.environ["REDIS_URL"] = redis_database(os.environ["REDIS_URL"], 1 + worker)
 
 STRIPE_PORT, AI_PORT, WEB_PORT = free_port(), free_port(), free_port()
+SITE_URL = f"http://127.0.0.1:{WEB_PORT}"
 WEBHOOK_SECRET = "whsec_tests"  # noqa: S105 – of the tests alone
 BILLING_SECRET = "tests-billing-secret-0123456789abcdef0123456789abcdef"  # noqa: S105 – of the tests alone
 
@@ -56,7 +57,7 @@ os.environ |= {
     "MEDIA_ROOT": MEDIA_ROOT,
     "SECRET_KEY": "tests",
     "PORT": str(WEB_PORT),
-    "SITE_URL": f"http://127.0.0.1:{WEB_PORT}",
+    "SITE_URL": SITE_URL,
     "ALLOWED_HOSTS": "127.0.0.1,localhost,testserver",
     "DATABASE_POOL_SIZE": "40",
     "BILLING_SECRET": BILLING_SECRET,

@@ -17,8 +17,7 @@ def confirm_password(page: Page) -> None:
 
 @pytest.mark.parametrize("java_script", [True, False])
 def test_key_from_making_to_revoking(alice: User, web: Server, open_context: OpenContext, java_script: bool) -> None:
-    page = sign_in(open_context(java_script_enabled=java_script).new_page(), "alice")
-    page.goto("/accounts/email/")
+    page = sign_in(open_context(java_script_enabled=java_script).new_page(), "alice", "/accounts/email/")
     page.get_by_role("link", name="API keys").click()
     expect(page.get_by_role("heading", level=1)).to_have_text("API keys")
     if java_script:
@@ -57,8 +56,7 @@ def test_key_from_making_to_revoking(alice: User, web: Server, open_context: Ope
 
 def test_page_that_describes_the_api(alice: User, open_context: OpenContext) -> None:
     """Under the policy that forbids scripts of the page and of other hosts."""
-    page = sign_in(open_context().new_page(), "alice")
-    page.goto("/accounts/api-keys/")
+    page = sign_in(open_context().new_page(), "alice", "/accounts/api-keys/")
     page.get_by_role("link", name="How to call the API").click()
     for path in ("/api/v1/me/transactions", "/api/v1/reservations/{usage_id}/settle"):
         expect(page.locator(f'[data-path="{path}"]')).to_be_visible()
@@ -67,8 +65,7 @@ def test_page_that_describes_the_api(alice: User, open_context: OpenContext) -> 
 
 def test_key_that_may_read_nothing(alice: User, open_context: OpenContext) -> None:
     """The error stands at the field, and what was filled in stays."""
-    page = sign_in(open_context().new_page(), "alice")
-    page.goto("/accounts/api-keys/")
+    page = sign_in(open_context().new_page(), "alice", "/accounts/api-keys/")
     page.get_by_label("Name").fill("My notebook")
     for label in ("Balance", "Transactions", "Usage", "Packages and prices"):
         page.get_by_label(label, exact=True).uncheck()

@@ -21,8 +21,7 @@ EARLIER = "This fits what you said before about brew green tea"  # the stand-in 
 
 
 def open_chat(page: Page, name: str = "alice") -> Page:
-    sign_in(page, name)
-    page.goto("/studio/chats/")
+    sign_in(page, name, "/studio/chats/")
     return page
 
 
@@ -234,8 +233,7 @@ def test_long_chat_and_hostile_texts(alice: User, page: Page) -> None:
     )
     html = "<script>document.title = 'owned'</script><img src=x onerror=alert(1)>"
     ChatTurn.objects.create(chat=chat, question=html, answer=html, state="ready")
-    sign_in(page, "alice")
-    page.goto(chat.get_absolute_url())
+    sign_in(page, "alice", chat.get_absolute_url())
     expect(answered(page)).to_have_count(100)
     expect(answered(page).last.locator(".turn-answer .turn-text")).to_have_text(html)
     expect(page.get_by_label("Your message")).to_be_in_viewport()

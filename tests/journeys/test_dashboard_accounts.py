@@ -31,8 +31,7 @@ def test_finding_an_account_and_giving_tokens(
     blocked = make_user("a-rather-long-address-of-somebody-who-likes-long-addresses", tokens=20)
     accounts.block_account(superadmin=susan, user_id=blocked.pk, reason="Stolen cards")
 
-    sign_in(page, "susan")
-    page.goto("/admin/tokens/accounts/")
+    sign_in(page, "susan", "/admin/tokens/accounts/")
     page.get_by_role("link", name="Next").click()
     expect(page.get_by_role("link", name="First page")).to_be_visible()
     shoot(page, "dashboard-accounts-page-2")
@@ -85,8 +84,7 @@ def test_an_admin_asks_and_a_superadmin_decides(
     open_context: OpenContext, adam: User, susan: User, alice: User, bob: User
 ) -> None:
     """Without scripts, as far as the admin is concerned."""
-    asking = sign_in(open_context(java_script_enabled=False).new_page(), "adam")
-    asking.goto("/admin/tokens/grants/new/")
+    asking = sign_in(open_context(java_script_enabled=False).new_page(), "adam", "/admin/tokens/grants/new/")
     asking.get_by_label("Whose balance?").fill("alice")
     asking.get_by_role("button", name="Search").click()
     asking.get_by_role("link", name="Choose alice@example.com").click()
@@ -98,8 +96,7 @@ def test_an_admin_asks_and_a_superadmin_decides(
     expect(asking.get_by_text("No token moves until a superadmin has approved it.")).to_be_visible()
     grants.grant_tokens(admin=adam, user_id=bob.pk, tokens=9_000, reason="Second prize", request_key="adams-second")
 
-    page = sign_in(open_context().new_page(), "susan")
-    page.goto("/admin/tokens/requests/")
+    page = sign_in(open_context().new_page(), "susan", "/admin/tokens/requests/")
     expect(page.get_by_text("First prize of <b>June</b>")).to_be_visible()
     bobs = page.get_by_role("listitem").filter(has_text="bob@example.com")
     bobs.get_by_role("button", name="Decline").click()
@@ -122,8 +119,7 @@ def test_an_admin_asks_and_a_superadmin_decides(
 
 
 def test_changing_the_settings(page: Page, open_context: OpenContext, adam: User, susan: User) -> None:
-    sign_in(page, "susan")
-    page.goto("/admin/tokens/settings/")
+    sign_in(page, "susan", "/admin/tokens/settings/")
     page.get_by_label("Multiplier").fill("0")
     page.get_by_label("Welcome bonus", exact=True).fill("12000")
     page.get_by_role("button", name="Preview the change").click()
@@ -141,16 +137,14 @@ def test_changing_the_settings(page: Page, open_context: OpenContext, adam: User
     shoot(page, "dashboard-settings")
     assert system_settings.get_system_settings().welcome_bonus_tokens == 12_000
 
-    looking = sign_in(open_context().new_page(), "adam")
-    looking.goto("/admin/tokens/settings/")
+    looking = sign_in(open_context().new_page(), "adam", "/admin/tokens/settings/")
     expect(looking.get_by_text("Superadmins change these settings.")).to_be_visible()
     expect(looking.get_by_role("textbox")).to_have_count(0)
     shoot(looking, "dashboard-settings-admin")
 
 
 def test_giving_tokens_to_many(page: Page, susan: User, alice: User, bob: User) -> None:
-    sign_in(page, "susan")
-    page.goto("/admin/tokens/accounts/?search=example")
+    sign_in(page, "susan", "/admin/tokens/accounts/?search=example")
     page.get_by_role("link", name="Grant to, suspend or export all that were found").click()
     page.get_by_label("Grant tokens").check()
     page.get_by_role("button", name="Go on").click()
@@ -200,8 +194,7 @@ def test_reading_all_about_an_account(
         user_id=alice.pk, operation_type="chat", provider="openai", model="gpt-6-luna", input_tokens=0,
         output_tokens=0, success=False, error_message="The provider is overloaded", idempotency_key="failed",
     )  # fmt: skip
-    sign_in(page, "adam")
-    page.goto(f"/admin/tokens/accounts/{alice.pk}/")
+    sign_in(page, "adam", f"/admin/tokens/accounts/{alice.pk}/")
     shoot(page, "dashboard-account-admin")
     operations = page.locator("#usage")
     operations.get_by_role("link", name="Next").click()

@@ -78,8 +78,7 @@ def test_admin_reads_the_figures(admin: User, page: Page, tmp_path: Path) -> Non
 
 
 def test_accountant_takes_the_books_of_a_day(admin: User, page: Page, tmp_path: Path) -> None:
-    sign_in(page, "adam")
-    page.goto("/admin/tokens/")
+    sign_in(page, "adam", "/admin/tokens/")
     page.get_by_role("navigation", name="Dashboard").get_by_role("link", name="Finance").click()
     expect(page.get_by_text("No day has been written yet.")).to_be_visible()
     shoot(page, "dashboard-finance-empty")
@@ -109,10 +108,10 @@ def test_accountant_takes_the_books_of_a_day(admin: User, page: Page, tmp_path: 
     shutil.rmtree(finance.folder())
 
 
-def test_live_figures_follow_what_happens(admin: User, page: Page, make_user: MakeUser) -> None:
+def test_live_figures_follow_what_happens(admin: User, open_context: OpenContext, make_user: MakeUser) -> None:
+    page = open_context().new_page()
     page.clock.install()
-    sign_in(page, "adam")
-    page.goto("/admin/tokens/")
+    sign_in(page, "adam", "/admin/tokens/")
     accounts = page.locator("#figures-live dl > div").filter(has=page.get_by_text("Accounts", exact=True)).locator("dd")
     before = int(accounts.inner_text().replace(",", ""))
     page.get_by_role("region", name="Now", exact=True).locator("#figures-live-reckoned").click()
@@ -125,8 +124,7 @@ def test_live_figures_follow_what_happens(admin: User, page: Page, make_user: Ma
 
 def test_figures_without_scripts(admin: User, open_context: OpenContext) -> None:
     page = open_context(java_script_enabled=False).new_page()
-    sign_in(page, "adam")
-    page.goto("/admin/tokens/?period=12m")
+    sign_in(page, "adam", "/admin/tokens/?period=12m")
     page.get_by_role("link", name="Show them on one plain page").click()
     expect(page.get_by_role("region", name="Customers", exact=True)).to_contain_text("Conversion")
     page.get_by_role("link", name="Last 7 days").click()
@@ -140,8 +138,7 @@ def test_figures_without_scripts(admin: User, open_context: OpenContext) -> None
 def test_figures_of_an_empty_business_on_a_phone(page: Page, make_user: MakeUser) -> None:
     make_user("adam", role="admin")
     page.set_viewport_size(PHONE)
-    sign_in(page, "adam")
-    page.goto("/admin/tokens/")
+    sign_in(page, "adam", "/admin/tokens/")
     expect(page.locator("[aria-busy]")).to_have_count(0)
     expect(page.get_by_text("No operation ended in this period.").first).to_be_visible()
     shoot(page, "dashboard-figures-empty")
@@ -153,8 +150,7 @@ def test_figures_of_an_empty_business_on_a_phone(page: Page, make_user: MakeUser
 
 def test_figures_are_accessible(admin: User, open_context: OpenContext) -> None:
     page = open_context(bypass_csp=True, reduced_motion="reduce").new_page()
-    sign_in(page, "adam")
-    page.goto("/admin/tokens/?period=12m")
+    sign_in(page, "adam", "/admin/tokens/?period=12m")
     expect(page.locator("[aria-busy]")).to_have_count(0)
     page.locator("#figures-system-reckoned").click()
     assert find_violations(page, widths=(390, 1440)) == []

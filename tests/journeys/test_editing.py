@@ -27,8 +27,7 @@ def make_piece(user: User, *, title: str = "Green tea", body: str = BODY) -> Con
 
 
 def open_piece(page: Page, piece: ContentPiece) -> Page:
-    sign_in(page, User.objects.get(pk=piece.author_id).email.partition("@")[0])
-    page.goto(piece.get_absolute_url())
+    sign_in(page, User.objects.get(pk=piece.author_id).email.partition("@")[0], piece.get_absolute_url())
     return page
 
 
@@ -339,9 +338,10 @@ def test_text_typed_before_a_sign_in_is_put_back(alice: User, page: Page) -> Non
     assert page.evaluate("sessionStorage.length") == 0
 
 
-def test_page_of_a_piece_that_is_gone_asks_no_more(alice: User, page: Page) -> None:
+def test_page_of_a_piece_that_is_gone_asks_no_more(alice: User, open_context: OpenContext) -> None:
     piece = make_piece(alice, body="")
     ContentPiece.objects.update(state="writing")
+    page = open_context().new_page()
     page.clock.install()
     open_piece(page, piece)
     ContentPiece.objects.all().delete()

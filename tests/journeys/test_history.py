@@ -40,8 +40,7 @@ def fill_ledger(user: User, susan: User) -> None:
 
 def test_filters_sorts_and_pages(alice: User, susan: User, page: Page) -> None:
     fill_ledger(alice, susan)
-    sign_in(page, "alice")
-    page.goto("/tokens/")
+    sign_in(page, "alice", "/tokens/")
     expect(page.locator("#transactions tbody tr")).to_have_count(8)
     page.get_by_role("link", name="All entries").click()
     page.wait_for_url("**/tokens/history/")
@@ -90,8 +89,7 @@ def test_filters_sorts_and_pages(alice: User, susan: User, page: Page) -> None:
 
 
 def test_dates_that_are_none(alice: User, page: Page) -> None:
-    sign_in(page, "alice")
-    page.goto("/tokens/history/")
+    sign_in(page, "alice", "/tokens/history/")
     page.get_by_label("From", exact=True).fill("2026-11-30")
     page.get_by_label("To", exact=True).fill("2026-11-01")
     page.get_by_role("button", name="Show").click()
@@ -105,8 +103,7 @@ def test_dates_that_are_none(alice: User, page: Page) -> None:
 
 def test_export_has_what_is_selected(alice: User, susan: User, page: Page) -> None:
     fill_ledger(alice, susan)
-    sign_in(page, "alice")
-    page.goto("/tokens/history/?type=admin_grant")
+    sign_in(page, "alice", "/tokens/history/?type=admin_grant")
     page.get_by_text("Export 9 entries").click()
     shoot(page, "history-export")
     with page.expect_download() as download:
@@ -118,8 +115,7 @@ def test_export_has_what_is_selected(alice: User, susan: User, page: Page) -> No
 
 def test_history_on_paper(alice: User, susan: User, page: Page) -> None:
     fill_ledger(alice, susan)
-    sign_in(page, "alice")
-    page.goto("/tokens/history/")
+    sign_in(page, "alice", "/tokens/history/")
     page.emulate_media(media="print")
     expect(page.get_by_text("alice@example.com. All time")).to_be_visible()
     expect(page.get_by_role("navigation", name="Tokens")).to_be_hidden()
@@ -129,8 +125,7 @@ def test_history_on_paper(alice: User, susan: User, page: Page) -> None:
 
 def test_nothing_of_that_kind(make_user: MakeUser, page: Page) -> None:
     make_user("nina")
-    sign_in(page, "nina")
-    page.goto("/tokens/history/?type=purchase")
+    sign_in(page, "nina", "/tokens/history/?type=purchase")
     expect(page.get_by_role("heading", name="Nothing matches")).to_be_visible()
     page.goto("/tokens/statements/")
     expect(page.get_by_role("table")).to_contain_text("so far")
@@ -139,8 +134,7 @@ def test_nothing_of_that_kind(make_user: MakeUser, page: Page) -> None:
 
 def test_without_javascript(alice: User, susan: User, open_context: OpenContext) -> None:
     fill_ledger(alice, susan)
-    page = sign_in(open_context(java_script_enabled=False).new_page(), "alice")
-    page.goto("/tokens/history/")
+    page = sign_in(open_context(java_script_enabled=False).new_page(), "alice", "/tokens/history/")
     entries = page.locator("#entries tbody tr")
     page.get_by_role("link", name="Next").click()
     page.wait_for_url("**page=after-36*")

@@ -19,8 +19,7 @@ GOOGLE = "google:gemini-3.1-flash-image"
 
 
 def open_images(page: Page, name: str = "alice") -> Page:
-    sign_in(page, name)
-    page.goto("/studio/images/")
+    sign_in(page, name, "/studio/images/")
     return page
 
 

@@ -16,8 +16,7 @@ def test_refunding_a_purchase(page: Page, stripe: StripeStandIn, client: Client,
     purchase = buy(stripe, client)
     deliver(event_of(stripe, "checkout.session.completed"))
 
-    sign_in(page, "susan")
-    page.goto(f"/admin/tokens/purchases/{purchase.pk}/")
+    sign_in(page, "susan", f"/admin/tokens/purchases/{purchase.pk}/")
     expect(page.get_by_text("$15.00 of it can go back")).to_be_visible()
     page.get_by_label("Another amount").check()
     page.get_by_label("Amount in USD").fill("15.01")
@@ -47,8 +46,7 @@ def test_resolving_a_drift(page: Page, stripe: StripeStandIn, susan: User) -> No
         Drift.objects.create(
             kind="unknown_payment", stripe_id=f"pi_3TestDriftNumber{number}Abcdefgh", description=description
         )
-    sign_in(page, "susan")
-    page.goto("/admin/tokens/drifts/")
+    sign_in(page, "susan", "/admin/tokens/drifts/")
     page.get_by_label("What was done about pi_3TestDriftNumber0Abcdefgh").fill("Refunded by hand")
     page.get_by_role("row", name="A customer of ours").get_by_role("button", name="Resolve").click()
     expect(page.get_by_text("Noted as resolved.")).to_be_visible()
@@ -67,8 +65,7 @@ def test_dealing_with_events_of_stripe(page: Page, stripe: StripeStandIn, susan:
             event_id=f"evt_3TestEventNumber{number}Abcdefgh", type="radar.early_fraud_warning.created",
             livemode=False, payload={}, state=state, message=message, attempts=1 + number,
         )  # fmt: skip
-    sign_in(page, "susan")
-    page.goto("/admin/tokens/")
+    sign_in(page, "susan", "/admin/tokens/")
     expect(page.locator("[aria-busy]")).to_have_count(0)
     page.get_by_role("link", name="Stripe events set aside: 1").click()
     expect(page.get_by_role("row")).to_have_count(1 + 1)

@@ -47,8 +47,7 @@ def test_every_settings_page_is_in_the_list(alice: User, page: Page) -> None:
 @pytest.mark.parametrize("with_scripts", [True, False])
 def test_time_zone_and_name(alice: User, open_context: OpenContext, with_scripts: bool) -> None:
     page = open_context(java_script_enabled=with_scripts, timezone_id="Asia/Tokyo").new_page()
-    sign_in(page, "alice")
-    page.goto("/accounts/settings/")
+    sign_in(page, "alice", "/accounts/settings/")
     page.goto("/accounts/settings/")  # the browser's zone is known from the second page on
     expect(page.locator("main")).to_contain_text("(Asia/Tokyo)" if with_scripts else "(UTC)")
     page.get_by_label("Name").fill("Alice Liddell")
@@ -68,8 +67,7 @@ def test_time_zone_and_name(alice: User, open_context: OpenContext, with_scripts
 def test_other_sessions_are_ended(alice: User, open_context: OpenContext) -> None:
     here, there = open_context().new_page(), open_context().new_page()
     sign_in(there, "alice")
-    sign_in(here, "alice")
-    here.goto("/accounts/sessions/")
+    sign_in(here, "alice", "/accounts/sessions/")
     expect(here.locator(".session")).to_have_count(2)
     expect(here.locator(".session").filter(has_text="This one")).to_have_count(1)
     shoot(here, "settings-two-sessions")
@@ -80,8 +78,7 @@ def test_other_sessions_are_ended(alice: User, open_context: OpenContext) -> Non
 
 
 def test_data_is_downloaded(alice: User, page: Page) -> None:
-    sign_in(page, "alice")
-    page.goto("/accounts/data/")
+    sign_in(page, "alice", "/accounts/data/")
     page.get_by_role("link", name="Download my data").click()
     shoot(page, "settings-confirm-password")
     confirm_password(page)
@@ -98,8 +95,7 @@ def test_data_is_downloaded(alice: User, page: Page) -> None:
 def test_account_is_anonymised(alice: User, open_context: OpenContext, with_scripts: bool) -> None:
     """Row 70."""
     page = open_context(java_script_enabled=with_scripts).new_page()
-    sign_in(page, "alice")
-    page.goto("/accounts/data/")
+    sign_in(page, "alice", "/accounts/data/")
     page.get_by_role("link", name="Anonymise my account").click()
     confirm_password(page)
     expect(page.get_by_role("heading", level=1)).to_have_text("Anonymise my account")
@@ -127,8 +123,7 @@ def test_account_is_anonymised(alice: User, open_context: OpenContext, with_scri
 
 def test_two_factor_is_set_up(alice: User, page: Page) -> None:
     EmailAddress.objects.create(user=alice, email=alice.email, verified=True, primary=True)
-    sign_in(page, "alice")
-    page.goto("/accounts/2fa/")
+    sign_in(page, "alice", "/accounts/2fa/")
     page.get_by_role("link", name="Set up an app").click()
     confirm_password(page)
     secret = page.get_by_label("Authenticator secret").input_value()

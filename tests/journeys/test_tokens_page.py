@@ -25,8 +25,7 @@ def use(user: User, operation_type: str, tokens: int, *, times: int = 3) -> None
 
 
 def test_overview_and_what_a_package_is_worth(alice: User, page: Page) -> None:
-    sign_in(page, "alice")
-    page.goto("/tokens/")
+    sign_in(page, "alice", "/tokens/")
     expect(page.get_by_text("Nothing used in 30 days")).to_be_visible()
     expect(page.get_by_text("with typical costs, until there are averages of your own")).to_be_visible()
     shoot(page, "tokens-fresh")
@@ -46,8 +45,7 @@ def test_overview_and_what_a_package_is_worth(alice: User, page: Page) -> None:
 
 @pytest.mark.parametrize("scripts", [True, False])
 def test_own_amount(alice: User, open_context: OpenContext, stripe: StripeStandIn, scripts: bool) -> None:
-    page = sign_in(open_context(java_script_enabled=scripts).new_page(), "alice")
-    page.goto("/tokens/")
+    page = sign_in(open_context(java_script_enabled=scripts).new_page(), "alice", "/tokens/")
     amount = page.get_by_label("Amount in US dollars")
     if scripts:
         amount.press_sequentially("4.99")

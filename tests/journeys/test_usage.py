@@ -88,8 +88,7 @@ def expect_painted(page: Page, theme: str) -> None:
 
 
 def test_nothing_used_yet(alice: User, page: Page) -> None:
-    sign_in(page, "alice")
-    page.goto("/tokens/")
+    sign_in(page, "alice", "/tokens/")
     page.get_by_role("link", name="Usage", exact=True).click()
     expect(page.get_by_role("heading", name="Nothing used yet")).to_be_visible()
     shoot(page, "usage-empty")
@@ -121,8 +120,7 @@ def test_from_one_draft_to_its_price_and_back(alice: User, page: Page) -> None:
 
 
 def test_charts_follow_period_bucket_split_and_theme(vera: User, page: Page) -> None:
-    sign_in(page, "vera")
-    page.goto("/tokens/usage/")
+    sign_in(page, "vera", "/tokens/usage/")
     expect_painted(page, "light")
     shoot(page, "usage-many")
 
@@ -164,8 +162,7 @@ def test_charts_follow_period_bucket_split_and_theme(vera: User, page: Page) -> 
 
 
 def test_usage_without_scripts(vera: User, open_context: OpenContext) -> None:
-    page = sign_in(open_context(java_script_enabled=False).new_page(), "vera")
-    page.goto("/tokens/usage/")
+    page = sign_in(open_context(java_script_enabled=False).new_page(), "vera", "/tokens/usage/")
     page.get_by_role("link", name="Last 12 months").click()
     page.wait_for_url("**/tokens/usage/?period=12m")
     page.get_by_role("link", name="Months", exact=True).click()
@@ -184,8 +181,7 @@ def test_usage_without_scripts(vera: User, open_context: OpenContext) -> None:
 
 
 def test_log_pages_and_filters(vera: User, page: Page) -> None:
-    sign_in(page, "vera")
-    page.goto("/tokens/usage/log/?period=all")
+    sign_in(page, "vera", "/tokens/usage/log/?period=all")
     rows = page.locator("#usage-log tbody tr")
     expect(rows).to_have_count(25)
     newest = rows.first.get_by_role("link").get_attribute("href") or ""
