@@ -138,7 +138,8 @@ def sign_in(page: Page, name: str, path: str = "/studio/") -> Page:
     """The page at `path`, signed in by the form as test_account.py does, without looking at it."""
     page.request.get("/accounts/login/")
     (token,) = (cookie["value"] for cookie in page.context.cookies() if cookie["name"] == "csrftoken")
-    form = {"login": f"{name}@example.com", "password": PASSWORD, "csrfmiddlewaretoken": token}
+    form: dict[str, str | float | bool] = {"login": f"{name}@example.com", "password": PASSWORD}
+    form["csrfmiddlewaretoken"] = token
     assert page.request.post("/accounts/login/", form=form, max_redirects=0).status == 302
     page.goto(path)
     return page
