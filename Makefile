@@ -7,7 +7,7 @@ UPGRADE := --upgrade
 RERUN := -rR --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded' \
 	--only-rerun 'It did not happen in time' --only-rerun 'ReadTimeout'
 
-.PHONY: help installed-local installed-dev run run-production restart-production manage-production manage stop test test-dates screenshots audit audit-dependencies css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
+.PHONY: help installed-local installed-dev run run-production restart-production manage-production manage stop test test-dates screenshots audit audit-dependencies reference css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ audit: installed-dev tests/audit/node_modules/.package-lock.json ## Measure page
 
 audit-dependencies: installed-dev ## Look for known vulnerabilities in what production installs (needs the internet)
 	@$(BIN)/python -m tests.audit.dependencies
+
+reference: installed-dev ## Write docs/REFERENCE.md, the public functions, out of the sources
+	@$(BIN)/python -m tests.docs.reference
 
 css: installed-local ## Take from Tabler the rules that the pages use, into static/css/tabler.css
 	@$(BIN)/python -m postmate.stylesheet

@@ -288,6 +288,7 @@ EXPORTED_FIELDS = (
 
 
 def progress(job: BulkJob) -> Progress:
+    """How far the job is."""
     return progress_of([job])[job.pk]
 
 

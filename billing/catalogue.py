@@ -242,6 +242,7 @@ def _today() -> date:
 
 
 def list_active_models(kind: str) -> list[ModelPrice]:
+    """The models on offer today of a kind, `text` or `image`, in their order on the page."""
     return list(_active().filter(kind=kind))
 
 

@@ -44,6 +44,7 @@ class _Line:
 
 
 def csv_lines(rows: Iterable[Iterable[Cell]]) -> Iterator[str]:
+    """The lines of a CSV file, with a byte order mark for Excel and no cell that it would take for a formula."""
     writer = csv.writer(_Line())
     yield BYTE_ORDER_MARK
     for row in rows:

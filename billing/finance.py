@@ -51,10 +51,12 @@ class File:
 
 
 def folder() -> Path:
+    """Where the finance export of each day lies."""
     return Path(settings.MEDIA_ROOT) / "finance"
 
 
 def path_of(day: date) -> Path:
+    """The finance export of a day, whether or not it was written."""
     return folder() / f"postmate-{day.isoformat()}.zip"
 
 

@@ -66,6 +66,7 @@ class Offer:
 
 
 def list_active_packages() -> list[TokenPricing]:
+    """Those on sale in any currency, in their order on the page."""
     return list(TokenPricing.objects.filter(is_active=True))
 
 
@@ -99,6 +100,7 @@ def list_currencies() -> list[str]:
 
 
 def get_package_by_id(package_id: int) -> TokenPricing | None:
+    """The package, on sale or not; None when there is no such one."""
     return TokenPricing.objects.filter(pk=package_id).first()
 
 

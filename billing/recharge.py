@@ -153,6 +153,7 @@ class Overview:
 
 
 def get_overview(account: TokenAccount, *, attempts: int = 10) -> Overview:
+    """What the page of auto-recharge shows: its state, and the newest attempts."""
     newest = list(
         Purchase.objects.filter(account=account, kind=Purchase.Kind.AUTO_RECHARGE).order_by("-created_at", "-id")[
             :attempts

@@ -246,10 +246,12 @@ def _render_lines(pdf: "Document", statement: Statement) -> None:
 
 
 def signed(tokens: int) -> str:
+    """ "+1,500", "−20"."""
     return f"{tokens:+,}".replace("-", "−")
 
 
 def count_of(count: int, noun: str) -> str:
+    """ "1 entry", "2,000 entries"."""
     plural = f"{noun.removesuffix('y')}ies" if noun.endswith("y") else f"{noun}s"
     return f"{count:,} {noun if count == 1 else plural}"
 

@@ -147,6 +147,7 @@ def _roll_up_checks() -> list[Check]:
 
 
 def checks() -> list[Check]:
+    """Every law as a question to the database; each row that one finds breaks that law."""
     return [
         # --- The account and its rows ---
         _total_check("Each balance is the sum of its ledger rows", "balance", "sum(amount)"),

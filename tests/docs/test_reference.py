@@ -1,4 +1,4 @@
-"""The reference of the public functions: each is where it says, takes what it says, and does what its example shows.
+"""The reference of the public functions is what the sources say, and the examples do what they show.
 
 Also the tables of variables and commands of the set-up page, which list what there is: no more, no less.
 """
@@ -6,11 +6,8 @@ Also the tables of variables and commands of the set-up page, which list what th
 import ast
 import doctest
 import importlib
-import inspect
 import re
-import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,12 @@ from pytest_django.fixtures import Settings
 from accounts.models import User
 from billing.models import Purchase
 from tests.conftest import MakeUser
+from tests.docs import reference
 from tests.docs.pages import PROJECT, blocks, pages, table_rows
 from tests.payments import verify_books
 from tests.servers import Server, StripeStandIn
 
-SETUP, USAGE = "docs/TOKEN_BILLING_SETUP.md", "docs/TOKEN_BILLING_USAGE.md"
+SETUP, USAGE, EXAMPLES = "docs/TOKEN_BILLING_SETUP.md", "docs/TOKEN_BILLING_USAGE.md", "docs/EXAMPLES.md"
 
 # The public vocabulary: names that other code of the platform counts on.
 VOCABULARY = """
@@ -40,63 +38,27 @@ VOCABULARY = """
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A function as the reference describes it."""
-
-    name: str
-    module: str
-    text: str
-
-    @property
-    def function(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.name)
+def public_functions() -> dict[str, str]:
+    """Name → module, of all that docs/REFERENCE.md lists."""
+    modules = [module for room in reference.ROOMS.values() for module in room]
+    return {function.name: module for module in modules for function in reference.functions_of(module)}
 
 
-def entries() -> list[Entry]:
-    text = pages()[USAGE].split("\n## Reference: the public functions\n", 1)[1]
-    found = []
-    for part in re.split(r"^#### ", text, flags=re.MULTILINE)[1:]:
-        heading, _, body = part.partition("\n")
-        path = re.match(r"\n`([\w/]+)\.py`\n", body)
-        assert path, f"{heading} does not say where it lives"
-        found.append(Entry(heading.strip("`"), path[1].replace("/", "."), re.split(r"^### ", body, flags=re.M)[0]))
-    return found
+def test_reference_is_what_the_sources_say() -> None:
+    assert pages()[reference.PAGE] == reference.page(), "make reference"
 
 
-ENTRIES = entries()
-
-
-def definition(code: str) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    """The function that the code defines, behind its decorators."""
-    (function,) = ast.parse(textwrap.dedent(code)).body
-    assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-    return function
-
-
-def signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """In one way of writing."""
-    result = ast.unparse(function.returns) if function.returns else ""
-    return f"{type(function).__name__} ({ast.unparse(function.args)}) -> {result}"
-
-
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
-def test_signatures(entry: Entry) -> None:
-    """What is documented is the source's own line, Python sees the same parameters, and an example stands beside it."""
-    function = inspect.unwrap(entry.function)
-    assert function.__module__ == entry.module
-    (text,) = re.findall(r"```python\n((?:async )?def .*?)```", entry.text, re.DOTALL)
-    documented = definition(text)
-    assert signature(documented) == signature(definition(inspect.getsource(function)))
-    arguments = documented.args
-    named = [*arguments.posonlyargs, *arguments.args, arguments.vararg, *arguments.kwonlyargs, arguments.kwarg]
-    assert [each.arg for each in named if each] == list(inspect.signature(entry.function).parameters)
-    assert ">>>" in entry.text
+def test_every_public_function_says_what_it_does() -> None:
+    modules = [module for room in reference.ROOMS.values() for module in room]
+    assert [f.name for module in modules for f in reference.functions_of(module) if not f.text] == []
 
 
 def test_vocabulary() -> None:
-    """Every name of the public vocabulary is there."""
-    assert set(VOCABULARY.split()) - {entry.name for entry in ENTRIES} == set()
+    """Every name of the public vocabulary is there, and is called in an example."""
+    called = "".join(block.text for block in blocks("python") if block.page == EXAMPLES)
+    for name in VOCABULARY.split():
+        assert name in public_functions()
+        assert f"{name}(" in called, name
 
 
 def _module(cell: str) -> str:
@@ -104,13 +66,15 @@ def _module(cell: str) -> str:
 
 
 def test_index() -> None:
-    """The table in front of the reference lists the same functions with the same modules."""
+    """The table of the functions that are wanted most names them where they are."""
     listed = {
         (name, _module(module))
         for names, module in table_rows(USAGE, "### Where each function lives")[1:]
         for name in re.findall(r"`(\w+)`", names)
     }
-    assert listed == {(entry.name, entry.module) for entry in ENTRIES}
+    there = {(name, _module(module)) for name, module in public_functions().items()}
+    assert {name for name, _ in listed} >= set(VOCABULARY.split())
+    assert listed - there == set()
 
 
 def test_errors() -> None:
@@ -158,8 +122,8 @@ def test_examples(
     parser = doctest.DocTestParser()
     told: list[str] = []
     for block in blocks("python"):
-        if block.page == USAGE and ">>>" in block.text:
-            test = parser.get_doctest(block.text, known, f"{USAGE}:{block.line}", USAGE, block.line)
+        if block.page == EXAMPLES and ">>>" in block.text:
+            test = parser.get_doctest(block.text, known, f"{EXAMPLES}:{block.line}", EXAMPLES, block.line)
             runner.run(test, out=told.append, clear_globs=False)
             known = test.globs
     assert runner.failures == 0, "".join(told)
