@@ -1,6 +1,7 @@
 """Row 79: which models the Studio offers, on any day."""
 
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import time_machine
@@ -19,7 +20,8 @@ def test_the_model_that_a_form_begins_with_is_never_a_retired_one(client: Client
     client.force_login(alice)
     with time_machine.travel(f"{day}T12:00:00Z", tick=False):
         for path, form in PAGES.items():
-            (_, *_), *_ = choices = list(form().fields["model"].choices)
+            field: Any = form().fields["model"]
+            (_, *_), *_ = choices = list(field.choices)
             gone = ModelPrice.objects.filter(retired_on__lte=timezone.now().date()).values_list("provider", "model")
             assert not {f"{provider}:{model}" for provider, model in gone}.intersection(dict(choices)), path
 
