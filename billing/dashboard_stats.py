@@ -496,8 +496,7 @@ def get_token_stats(*, since: datetime, until: datetime) -> TokenStats:
     # Without a purchase they are of another product on the same Stripe account.
     reversals = PaymentReversal.objects.filter(purchase__isnull=False, created_at__gte=since, created_at__lt=until)
     taken = {
-        kind: reversals.filter(kind=kind, status__in=statuses).count()
-        for kind, statuses in PaymentReversal.TAKING_STATUSES.items()
+        kind: reversals.filter(PaymentReversal.which_take_money(), kind=kind).count() for kind in PaymentReversal.Kind
     }
 
     def tokens(*types: str) -> int:

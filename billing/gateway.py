@@ -4,7 +4,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -48,6 +49,36 @@ class GatewayBroken(GatewayError):
 
 class GatewayRefused(GatewayError):
     """Stripe understood and said no. It did not happen."""
+
+
+class GatewayMissing(GatewayRefused):
+    """Stripe does not know an id that we named: deleted there, or of the other mode. `parameter` named it; it is "id"
+    for the thing that was asked for itself."""
+
+    def __init__(self, message: str, *, parameter: str) -> None:
+        super().__init__(message)
+        self.parameter = parameter
+
+
+class GatewayKeyConflict(GatewayError):
+    """The idempotency key was used for another request. This one did not happen; one of ours before it may have."""
+
+    http_status = 503
+
+
+class AskAgain(Exception):
+    """What Stripe says contradicts what we know of the thing `stripe_id`, which was `held` by our row: how it stands
+    must be asked for anew, outside the transaction. Nothing was written."""
+
+    def __init__(self, stripe_id: str, held: "Held") -> None:
+        super().__init__(f"What is told of {stripe_id} contradicts what is known of it.")
+        self.stripe_id = stripe_id
+        self.held = held
+
+
+# What our row knew when Stripe was asked, by the thing's id: while it is the same, Stripe's answer is the newer word.
+Held = tuple[object, ...]
+Asked = Mapping[str, Held]
 
 
 class CardDeclined(GatewayError):
@@ -145,6 +176,8 @@ class Dispute:
     currency: str
     status: str  # needs_response, under_review, won, lost, warning_…, prevented
     reason: str
+    # What Stripe has taken for it and not given back, in the dispute's currency; None: it does not say yet.
+    withdrawn_cents: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +214,7 @@ class Event:
     account: str  # a connected account's; empty for our own
     object: Mapping[str, Any]
     payload: Mapping[str, Any]
+    asked: Asked = field(default_factory=dict)  # `object` is how the thing stood after this was known
 
 
 @cache
@@ -215,6 +249,12 @@ def _call(request: Callable[[], Result]) -> Result:
         if error.http_status == 409:  # the key is in use by a call that still runs: the other half of a double click
             raise GatewayUnavailable("Stripe is still at work on this. Try again in a moment.") from error
         raise GatewayBroken("Stripe has a problem just now. Try again in a moment.") from error
+    except stripe.IdempotencyError as error:
+        raise GatewayKeyConflict("Stripe took this for another request. Try again in a moment.") from error
+    except stripe.InvalidRequestError as error:
+        if error.code == "resource_missing":
+            raise GatewayMissing("Stripe refused this.", parameter=error.param or "id") from error
+        raise GatewayRefused("Stripe refused this.") from error
     except stripe.StripeError as error:
         raise GatewayRefused("Stripe refused this.") from error
 
@@ -270,11 +310,8 @@ def delete_customer(customer_id: str) -> None:
 
     Raises GatewayError.
     """
-    try:
+    with suppress(GatewayMissing):
         _call(lambda: _client().v1.customers.delete(customer_id))
-    except GatewayRefused as error:
-        if getattr(error.__cause__, "code", "") != "resource_missing":
-            raise
 
 
 def create_checkout_session(
@@ -465,7 +502,10 @@ def list_payment_intents(*, since: datetime) -> Iterator[PaymentIntent]:
 def list_refunds(*, since: datetime) -> Iterator[Refund]:
     """All refunds made since, newest first. Raises GatewayError while it is read."""
     not_before = int(since.timestamp())
-    return _listed(lambda: _client().v1.refunds.list({"created": {"gte": not_before}, "limit": 100}), read_refund)
+    return _listed(
+        lambda: _client().v1.refunds.list({"created": {"gte": not_before}, "limit": 100}),
+        lambda refund: read_refund(_with_payment(refund)),
+    )
 
 
 def list_refunds_of(payment_intent_id: str) -> Iterator[Refund]:
@@ -479,18 +519,21 @@ def _listed_refunds_of(payment_intent_id: str, *, read: Callable[[Mapping[str, A
 
 def retrieve_refund(refund_id: str) -> Refund:
     """Ask Stripe how a refund stands. Raises GatewayError."""
-    return read_refund(_call(lambda: _client().v1.refunds.retrieve(refund_id)).to_dict())
+    return read_refund(_with_payment(_call(lambda: _client().v1.refunds.retrieve(refund_id)).to_dict()))
 
 
 def retrieve_dispute(dispute_id: str) -> Dispute:
     """Ask Stripe how a dispute stands. Raises GatewayError."""
-    return read_dispute(_call(lambda: _client().v1.disputes.retrieve(dispute_id)).to_dict())
+    return read_dispute(_with_payment(_call(lambda: _client().v1.disputes.retrieve(dispute_id)).to_dict()))
 
 
 def list_disputes(*, since: datetime) -> Iterator[Dispute]:
     """All disputes opened since, newest first. Raises GatewayError while it is read."""
     not_before = int(since.timestamp())
-    return _listed(lambda: _client().v1.disputes.list({"created": {"gte": not_before}, "limit": 100}), read_dispute)
+    return _listed(
+        lambda: _client().v1.disputes.list({"created": {"gte": not_before}, "limit": 100}),
+        lambda dispute: read_dispute(_with_payment(dispute)),
+    )
 
 
 def _listed(request: Callable[[], Any], read: Callable[[Mapping[str, Any]], Result]) -> Iterator[Result]:
@@ -502,6 +545,7 @@ def _listed(request: Callable[[], Any], read: Callable[[Mapping[str, Any]], Resu
 _RETRIEVE: Mapping[str, Callable[[str], stripe.StripeObject]] = {
     "checkout.session": lambda session_id: _client().v1.checkout.sessions.retrieve(session_id),
     "payment_intent": lambda payment_intent_id: _client().v1.payment_intents.retrieve(payment_intent_id),
+    "payment_method": lambda payment_method_id: _client().v1.payment_methods.retrieve(payment_method_id),
     "charge": lambda charge_id: _client().v1.charges.retrieve(charge_id),
     "refund": lambda refund_id: _client().v1.refunds.retrieve(refund_id),
     "dispute": lambda dispute_id: _client().v1.disputes.retrieve(dispute_id),
@@ -514,11 +558,32 @@ def in_our_version(event: Event) -> Event:
 
     An object of a kind that we do not ask for stays as it is, with its version. Raises GatewayError.
     """
+    return event if event.api_version == API_VERSION else as_it_stands(event)
+
+
+def as_it_stands(event: Event) -> Event:
+    """The event with its object as Stripe has it now, in our API version. Raises GatewayError."""
     retrieve = _RETRIEVE.get(event.object.get("object", ""))
-    if event.api_version == API_VERSION or retrieve is None:
+    if retrieve is None:
         return event
     current = _call(lambda: retrieve(event.object["id"]))
     return replace(event, api_version=API_VERSION, object=current.to_dict())
+
+
+def with_payment(event: Event) -> Event:
+    """The event of a refund, dispute or warning with its payment intent, which its charge names where it does not.
+
+    Raises GatewayError.
+    """
+    return replace(event, object=_with_payment(event.object))
+
+
+def _with_payment(object: Mapping[str, Any]) -> Mapping[str, Any]:
+    charge_id = _id_of(object.get("charge"))
+    if object.get("payment_intent") or not charge_id:
+        return object
+    charge = _call(lambda: _client().v1.charges.retrieve(charge_id)).to_dict()
+    return {**object, "payment_intent": _id_of(charge.get("payment_intent"))}
 
 
 def with_refunds(event: Event) -> Event:
@@ -604,7 +669,21 @@ def read_dispute(dispute: Mapping[str, Any]) -> Dispute:
         currency=dispute["currency"],
         status=dispute["status"],
         reason=dispute.get("reason") or "",
+        withdrawn_cents=_withdrawn_cents(dispute),
     )
+
+
+def _withdrawn_cents(dispute: Mapping[str, Any]) -> int | None:
+    """What the lines of our balance at Stripe come to, without fees; None where there is no line yet."""
+    lines = [line for line in dispute.get("balance_transactions") or () if isinstance(line, Mapping)]
+    if not lines:
+        return None
+    withdrawn = -sum(line["amount"] for line in lines)
+    taken = -sum(line["amount"] for line in lines if line["amount"] < 0)
+    if any(line.get("currency", dispute["currency"]) != dispute["currency"] for line in lines) and taken:
+        # Booked in the currency that we are paid out in: the same part of what is disputed, rounded up.
+        withdrawn = -(-dispute["amount"] * withdrawn // taken)
+    return max(0, withdrawn)
 
 
 def read_fraud_warning(warning: Mapping[str, Any]) -> FraudWarning:

@@ -302,7 +302,7 @@ def dispute_opened(reversal: PaymentReversal, *, tokens: int) -> None:
     _notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.DISPUTE_OPENED,
-        key=str(reversal.pk),
+        key=f"{reversal.pk}-{reversal.status}",
         title=f"Your payment of {amount} is disputed",
         body=(
             f"Your bank told us that this payment is disputed. Until it has decided, {taken} and auto-recharge is off. "
@@ -328,7 +328,7 @@ def dispute_closed(reversal: PaymentReversal, *, tokens: int) -> None:
     _notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.DISPUTE_CLOSED,
-        key=str(reversal.pk),
+        key=f"{reversal.pk}-{reversal.status}",
         title=f"The dispute about {amount} is closed",
         body=outcome + _debt_sentence(balance_tokens),
         link=_tokens_page("transactions"),

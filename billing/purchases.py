@@ -20,7 +20,7 @@ from accounts.refusal import Refusal
 from billing import database, gateway, ledger, notifications, packages, refunds, system_settings
 from billing.background import enqueue_on_commit
 from billing.database import repeated_after_conflicts
-from billing.gateway import CheckoutSession, PaymentIntent
+from billing.gateway import AskAgain, Asked, CheckoutSession, PaymentIntent
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.models.fields import Currency
 from billing.pricing import display_price, tokens_for_cents
@@ -309,10 +309,11 @@ def _open_session(purchase: Purchase) -> None:
 
 
 @repeated_after_conflicts
-def apply_checkout_session(session: CheckoutSession) -> Purchase:
+def apply_checkout_session(session: CheckoutSession, *, asked: Asked | None = None) -> Purchase:
     """Bring our purchase up to what Stripe says of its session: credit it, fail it, or note that it runs.
 
-    Raises PurchaseNotFound when no purchase of ours is behind it.
+    Raises PurchaseNotFound when no purchase of ours is behind it; AskAgain when an event (`asked`: what Stripe was
+    asked about since) closes the page of a purchase whose payment is under way.
     """
     with transaction.atomic():
         purchase = _locked_purchase_of(session)
@@ -326,6 +327,8 @@ def apply_checkout_session(session: CheckoutSession) -> Purchase:
                 discount_cents=session.discount_cents,
             )
         elif session.status == "expired" and purchase.may_be_paid:
+            if purchase.state == State.PROCESSING:
+                require_asked(purchase, session.id, asked)
             if purchase.is_pending:
                 set_state(purchase, State.EXPIRED, "The payment page was not used in time.")
             purchase.expires_at = database.now()  # its page is closed, perhaps before its time
@@ -417,6 +420,14 @@ def _ask_stripe(session_id: str) -> Purchase:
     if is_delayed and gateway.retrieve_payment_intent(str(session.payment_intent_id)).has_failed:
         return apply_payment_failure(session)
     return apply_checkout_session(session)
+
+
+def require_asked(purchase: Purchase, stripe_id: str, asked: Asked | None) -> None:
+    """Raises AskAgain for what an event tells, until Stripe was asked while the purchase stood as it does. `asked` is
+    None for what Stripe has just answered."""
+    held = (purchase.state,)
+    if asked is not None and asked.get(stripe_id) != held:
+        raise AskAgain(stripe_id, held)
 
 
 def _locked_purchase_of(session: CheckoutSession) -> Purchase:

@@ -21,7 +21,16 @@ from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 from billing import database, gateway, notifications, packages, purchases
 from billing.background import enqueue_on_commit
 from billing.database import repeated_after_conflicts
-from billing.gateway import CardDeclined, GatewayBroken, GatewayError, GatewayRefused, GatewayUnavailable, PaymentIntent
+from billing.gateway import (
+    Asked,
+    CardDeclined,
+    GatewayBroken,
+    GatewayError,
+    GatewayKeyConflict,
+    GatewayRefused,
+    GatewayUnavailable,
+    PaymentIntent,
+)
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.pricing import display_price
 from billing.purchases import claim, set_state
@@ -318,7 +327,8 @@ def _charge(purchase: Purchase) -> None:
             _end(purchase, partial(_fail, code=error.code, message=error.message))
     except GatewayUnavailable as error:
         logger.warning("An auto-recharge has no answer yet", **purchases.log_ids(purchase), error=error.__cause__)
-    except GatewayBroken as error:
+    except (GatewayBroken, GatewayKeyConflict) as error:
+        # Under the key there is another answer for good. What became of the attempt, only Stripe's list tells.
         logger.error("An auto-recharge met a fault of Stripe's", **purchases.log_ids(purchase), error=error.__cause__)
         _look_up(purchase, or_else=_close_uncharged)
     except GatewayRefused as error:
@@ -362,11 +372,12 @@ def _end(purchase: Purchase, close: Callable[[Purchase], None]) -> None:
 
 
 @repeated_after_conflicts
-def apply_payment_intent(payment: PaymentIntent) -> Purchase:
+def apply_payment_intent(payment: PaymentIntent, *, asked: Asked | None = None) -> Purchase:
     """Bring the attempt behind a payment up to what Stripe says: credit it, fail it, or note what it waits for.
 
     A purchase by Checkout is credited too, but never failed: its page lets the buyer try again. Raises
-    PurchaseNotFound when no purchase of ours is behind the payment.
+    PurchaseNotFound when no purchase of ours is behind the payment; AskAgain when an event (`asked`: what Stripe was
+    asked about since) would end an attempt that its owner may have taken up again.
     """
     with transaction.atomic():
         purchase = purchases.apply_payment_intent(payment)
@@ -375,6 +386,8 @@ def apply_payment_intent(payment: PaymentIntent) -> Purchase:
         if purchase.stripe_payment_intent_id is None:
             purchase.stripe_payment_intent_id = payment.id
             purchase.save(update_fields=["stripe_payment_intent_id"])
+        if payment.status == "requires_payment_method" and purchase.state != State.CREATED:
+            purchases.require_asked(purchase, payment.id, asked)
         if payment.needs_authentication:
             _await_confirmation(purchase)
         elif payment.status == "processing":

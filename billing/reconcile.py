@@ -6,7 +6,7 @@ the second time. Each finding is one `Drift` row, however often it is found.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 import structlog
@@ -27,6 +27,9 @@ logger = structlog.get_logger(__name__)
 State = Purchase.State
 
 AMOUNT_DIFFERS = "amount_differs"
+
+# Networks let a buyer dispute a payment for about four months, after an inquiry or in a second round, too.
+DISPUTES_OPEN_AGAIN_WITHIN = timedelta(days=180)
 
 HEALED = "Found at Stripe and applied."
 GONE = "Looked at again: it does not differ any more."
@@ -78,10 +81,16 @@ class _Walk:
             self.refund(refund)
         for dispute in gateway.list_disputes(since=self.since):
             self.dispute(dispute)
-        # Stripe lists them by when they began. An older one that was open when we last heard of it may have ended.
-        pending = PaymentReversal.objects.exclude(
-            Q(status__in=(*PaymentReversal.FINAL_STATUSES, "succeeded", "")) | Q(stripe_id__in=self.seen)
-        ).exclude(stripe_id__startswith=PaymentReversal.REQUEST_PREFIX)
+        # Stripe lists them by when they began. An older one that was open when we last heard of it may have ended, and
+        # a dispute that ended in its buyer's disfavour may have been opened again.
+        is_over = Q(status__in=(*PaymentReversal.FINAL_STATUSES, "succeeded", ""))
+        may_open = Q(
+            status__in=("warning_closed", "prevented", "won"),
+            created_at__gt=timezone.now() - DISPUTES_OPEN_AGAIN_WITHIN,
+        )
+        pending = PaymentReversal.objects.filter(~is_over | may_open).exclude(
+            Q(stripe_id__in=self.seen) | Q(stripe_id__startswith=PaymentReversal.REQUEST_PREFIX)
+        )
         for reversal in pending.filter(purchase__isnull=False).order_by("pk"):
             try:
                 if reversal.kind == PaymentReversal.Kind.REFUND:
@@ -111,6 +120,9 @@ class _Walk:
             reversal = refunds.apply_refund(picture) if isinstance(picture, Refund) else refunds.apply_dispute(picture)
         except refunds.ReversalNotUnderstood as error:
             self.differs(f"{kind}_not_understood", picture.id, str(error))
+            return
+        except refunds.TakenForReview as error:
+            self.differs(f"{kind}_in_another_currency", picture.id, str(error))
             return
         if before != _picture_of(picture.id):
             amount = display_price(picture.amount_cents, picture.currency)

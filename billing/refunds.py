@@ -9,7 +9,9 @@ A picture that comes before the credit is parked: it has no purchase until `appl
 the order purchase, payment, account.
 """
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import structlog
 from django.db import transaction
@@ -23,28 +25,32 @@ from accounts.refusal import Refusal
 from accounts.text import read_id
 from billing import database, gateway, ledger, notifications
 from billing.database import repeated_after_conflicts
-from billing.gateway import Dispute, Refund
+from billing.gateway import AskAgain, Asked, Dispute, Held, Refund
 from billing.models import PaymentReversal, Purchase, TokenAccount, TokenTransaction
 
 logger = structlog.get_logger(__name__)
 
 Kind = PaymentReversal.Kind
+Picture = TypeVar("Picture", Refund, Dispute)
 REQUESTED, REFUSED = PaymentReversal.REQUESTED, PaymentReversal.REFUSED
 
-# Stripe's events come in any order: a status never gives way to an earlier one.
+# Stripe's events come in any order: a status never gives way to an earlier one. What was over may begin anew (an
+# inquiry that was closed becomes a dispute): what contradicts the end of a thing is neither believed nor passed over,
+# Stripe is asked how it stands.
 RANKS = {
     Kind.REFUND: {"pending": 0, "requires_action": 0, "succeeded": 1, "failed": 2, "canceled": 2},
     Kind.DISPUTE: {
         "warning_needs_response": 0,
         "warning_under_review": 1,
-        "needs_response": 2,
-        "under_review": 3,
-        "warning_closed": 4,
-        "prevented": 4,
-        "won": 4,
-        "lost": 4,
+        "warning_closed": 2,
+        "needs_response": 3,
+        "under_review": 4,
+        "prevented": 5,
+        "won": 5,
+        "lost": 5,
     },
 }
+ASK_TRIES = 4  # while others change the same row
 
 # The process that asked Stripe gets this long before the sweep asks with the same key.
 RESUME_AFTER = timedelta(minutes=1)
@@ -90,20 +96,53 @@ class ReversalNotUnderstood(Exception):
     """A status, an amount or a currency that we cannot turn into tokens. Nothing was written; a person decides."""
 
 
+class TakenForReview(Exception):
+    """A dispute in another currency than its purchase was paid in: all of the purchase's tokens were taken, and a
+    person decides what is right."""
+
+
 # --- What Stripe says -----------------------------------------------------------------------------------------------
 
 
-def apply_refund(refund: Refund) -> PaymentReversal:
-    """Keep what Stripe says of a refund, and take or give back what follows from it. Any order, any number of times.
+def apply_reversal(picture: Refund | Dispute, *, asked: Asked) -> PaymentReversal:
+    """Keep what Stripe says of a refund or dispute, and take or give back what follows from it. Any order, any number
+    of times. A dispute that takes money also switches auto-recharge off.
 
-    Raises NotOurReversal, ReversalNotUnderstood.
+    Raises AskAgain when the picture contradicts what is known, unless it is Stripe's answer to having been `asked`;
+    NotOurReversal, ReversalNotUnderstood; TakenForReview, after the tokens were taken.
     """
-    return _apply(Kind.REFUND, refund, request_id=refund.reversal_id)
+    reversal = _apply(picture, asked.get(picture.id))
+    purchase = reversal.purchase
+    if purchase is not None and reversal.takes_money and reversal.currency != purchase.currency:
+        raise TakenForReview(
+            f"{picture.id} is about {reversal.amount_display}, but purchase {purchase.pk} was paid in "
+            f"{purchase.currency}. All of its tokens were taken back: give back what is too much."
+        )
+    return reversal
+
+
+def apply_refund(refund: Refund) -> PaymentReversal:
+    """`apply_reversal` for what Stripe has answered: it is asked again for what contradicts what is known.
+
+    Calls Stripe: never inside a transaction (law 7). Raises GatewayError, NotOurReversal, ReversalNotUnderstood.
+    """
+    return _apply_asking(refund, gateway.retrieve_refund)
 
 
 def apply_dispute(dispute: Dispute) -> PaymentReversal:
-    """The same of a dispute. One that takes money also switches auto-recharge off. Raises as `apply_refund`."""
-    return _apply(Kind.DISPUTE, dispute)
+    """The same of a dispute. Raises as `apply_refund`, and TakenForReview."""
+    return _apply_asking(dispute, gateway.retrieve_dispute)
+
+
+def _apply_asking(picture: Picture, retrieve: Callable[[str], Picture]) -> PaymentReversal:
+    asked: dict[str, Held] = {}
+    for _ in range(ASK_TRIES):
+        try:
+            return apply_reversal(picture, asked=asked)
+        except AskAgain as question:
+            asked[picture.id] = question.held
+            picture = retrieve(picture.id)
+    return apply_reversal(picture, asked=asked)
 
 
 def apply_parked(purchase: Purchase) -> None:
@@ -123,29 +162,34 @@ def apply_parked(purchase: Purchase) -> None:
                 user_id=purchase.user_id,
                 account_id=purchase.account_id,
             )
-            continue
+            if reversal.kind == Kind.REFUND:
+                continue
         reversal.purchase = purchase
         reversal.save(update_fields=["purchase", "updated_at"])
         _settle(purchase, reversal, was_taking=False)
 
 
 @repeated_after_conflicts
-def _apply(kind: str, picture: Refund | Dispute, *, request_id: str = "") -> PaymentReversal:
+def _apply(picture: Refund | Dispute, asked_of: Held | None) -> PaymentReversal:
+    kind, request_id = (Kind.REFUND, picture.reversal_id) if isinstance(picture, Refund) else (Kind.DISPUTE, "")
     if not picture.payment_intent_id:
         raise NotOurReversal(f"{picture.id} names no payment intent; all our payments have one.")
-    if picture.status not in RANKS[Kind(kind)]:
+    if picture.status not in RANKS[kind]:
         raise ReversalNotUnderstood(f"{picture.id} has the status {picture.status!r}, which we do not know.")
     if picture.amount_cents <= 0:
         raise ReversalNotUnderstood(f"{picture.id} is about an amount of {picture.amount_cents}.")
     with transaction.atomic():
         purchase = _locked_paid_purchase(picture.payment_intent_id)
-        if purchase is not None and picture.currency != purchase.currency:
+        if purchase is not None and kind == Kind.REFUND and picture.currency != purchase.currency:
             raise ReversalNotUnderstood(
                 f"{picture.id} is in {picture.currency}, but purchase {purchase.pk} was paid in {purchase.currency}."
             )
         reversal = _locked_reversal(kind, picture, request_id)
         was_taking = reversal.takes_money and reversal.purchase_id is not None
-        is_news = _advance(reversal, picture)
+        is_current = asked_of == _held(reversal)
+        if not is_current and _contradicts(reversal, picture):
+            raise AskAgain(picture.id, _held(reversal))
+        is_news = _advance(reversal, picture, is_current=is_current)
         is_found = purchase is not None and reversal.purchase_id is None
         if is_found:
             reversal.purchase = purchase
@@ -206,16 +250,35 @@ def _locked_reversal(kind: str, picture: Refund | Dispute, request_id: str) -> P
     return rows.get(stripe_id=picture.id)
 
 
-def _advance(reversal: PaymentReversal, picture: Refund | Dispute) -> bool:
+def _held(reversal: PaymentReversal) -> Held:
+    return (reversal.status, reversal.amount_cents, reversal.withdrawn_cents)
+
+
+def _seen(picture: Refund | Dispute) -> tuple[str, int, int | None]:
+    return (picture.status, picture.amount_cents, picture.withdrawn_cents if isinstance(picture, Dispute) else None)
+
+
+def _contradicts(reversal: PaymentReversal, picture: Refund | Dispute) -> bool:
+    """Whether the picture may be older or newer than our row, and only Stripe knows: it changes what was over, or the
+    money in one and the same state."""
+    shown = PaymentReversal(kind=reversal.kind)
+    shown.status, shown.amount_cents, shown.withdrawn_cents = _seen(picture)
+    is_same_state = shown.status == reversal.status
+    if is_same_state and (shown.amount_cents, shown.taken_cents) == (reversal.amount_cents, reversal.taken_cents):
+        return False
+    return is_same_state or reversal.status in PaymentReversal.FINAL_STATUSES
+
+
+def _advance(reversal: PaymentReversal, picture: Refund | Dispute, *, is_current: bool) -> bool:
     """Bring our row up to the picture, unless it is older than what we know. Returns whether anything changed."""
-    before = (reversal.status, reversal.amount_cents)
+    before = _held(reversal)
     ranks = RANKS[Kind(reversal.kind)]
-    is_final = reversal.status in PaymentReversal.FINAL_STATUSES
     is_older = ranks[picture.status] < ranks.get(reversal.status, -1)
-    if not is_older and not (is_final and picture.status != reversal.status):
-        reversal.status = picture.status
-        reversal.amount_cents = picture.amount_cents
-    return before != (reversal.status, reversal.amount_cents)
+    says_less = picture.status == reversal.status and _seen(picture)[-1] is None
+    if is_current or not (is_older or says_less):
+        reversal.status, reversal.amount_cents, reversal.withdrawn_cents = _seen(picture)
+        reversal.currency = picture.currency
+    return before != _held(reversal)
 
 
 # --- What follows for the balance -----------------------------------------------------------------------------------
@@ -273,8 +336,16 @@ def _settle_reversals(purchase: Purchase, cause: PaymentReversal) -> int:
 
 
 def _returned_cents(purchase: Purchase) -> int:
-    taken_cents = sum(each.amount_cents for each in purchase.reversals.all() if each.takes_money)
+    taken_cents = sum(_taken_cents(purchase, each) for each in purchase.reversals.all())
     return min(taken_cents, purchase.paid_total_cents)
+
+
+def _taken_cents(purchase: Purchase, reversal: PaymentReversal) -> int:
+    """What of a purchase's money is gone by a reversal. Of one in another currency nobody knows the part: all of it,
+    until a person has looked at it."""
+    if reversal.currency == purchase.currency:
+        return reversal.taken_cents
+    return purchase.paid_total_cents if reversal.takes_money else 0
 
 
 def _description(purchase: Purchase, cause: PaymentReversal) -> str:
@@ -300,7 +371,8 @@ def refundable_cents(purchase: Purchase) -> int:
     if purchase.state != Purchase.State.PAID or not purchase.stripe_payment_intent_id:
         return 0
     gone_cents = sum(
-        each.amount_cents for each in purchase.reversals.all() if each.takes_money or each.status == REQUESTED
+        each.amount_cents if each.status == REQUESTED else _taken_cents(purchase, each)
+        for each in purchase.reversals.all()
     )
     return max(0, purchase.paid_total_cents - gone_cents)
 
@@ -450,7 +522,7 @@ def _send_request(reversal: PaymentReversal) -> PaymentReversal:
         )
     except gateway.GatewayRefused as error:
         raise _refuse(reversal, f"Stripe refused the refund: {error.__cause__}") from error
-    except gateway.GatewayBroken as error:
+    except (gateway.GatewayBroken, gateway.GatewayKeyConflict) as error:
         # Stripe gives this answer again under this key; whether it refunded, only its list tells.
         logger.warning(
             "A refund met a fault of Stripe's",

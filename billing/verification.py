@@ -82,12 +82,13 @@ def _constraint_names() -> str:
     return ", ".join(f"('{constraint.name}')" for model in models for constraint in model._meta.constraints)
 
 
-def _takes_money() -> str:
-    """SQL: whether the money of a refund or dispute is, or may be, gone from us."""
-    return " OR ".join(
-        f"kind = '{kind.value}' AND status IN ({', '.join(repr(status) for status in statuses)})"
+def _taken_cents() -> str:
+    """SQL: what of a payment is, or may be, gone from us by a refund or dispute."""
+    by_status = " OR ".join(
+        f"reversal.kind = '{kind.value}' AND reversal.status IN ({', '.join(repr(status) for status in statuses)})"
         for kind, statuses in PaymentReversal.TAKING_STATUSES.items()
     )
+    return f"coalesce(reversal.withdrawn_cents, CASE WHEN {by_status} THEN reversal.amount_cents ELSE 0 END)"
 
 
 def _roll_up_check(name: str, table: str, keys: str, sums: Sequence[str], raw_sql: str) -> Check:
@@ -309,11 +310,17 @@ def checks() -> list[Check]:
             f"""SELECT purchase.id AS purchase, due.tokens AS due, coalesce(taken.tokens, 0) AS taken_back
                   FROM billing_purchase AS purchase
                   LEFT JOIN (
-                    SELECT stripe_payment_intent_id, currency, sum(amount_cents) AS cents
-                      FROM billing_paymentreversal WHERE {_takes_money()}
-                     GROUP BY stripe_payment_intent_id, currency
+                    SELECT stripe_payment_intent_id, sum(cents) FILTER (WHERE of_purchase) AS cents,
+                           bool_or(NOT of_purchase AND kind = 'dispute' AND cents > 0) AS is_all
+                      FROM (
+                        SELECT reversal.stripe_payment_intent_id, reversal.kind, {_taken_cents()} AS cents,
+                               reversal.currency = owner.currency AS of_purchase
+                          FROM billing_paymentreversal AS reversal
+                          JOIN billing_purchase AS owner
+                            ON owner.stripe_payment_intent_id = reversal.stripe_payment_intent_id
+                      ) AS each
+                     GROUP BY stripe_payment_intent_id
                   ) AS returned ON returned.stripe_payment_intent_id = purchase.stripe_payment_intent_id
-                    AND returned.currency = purchase.currency
                   LEFT JOIN (
                     SELECT purchase_id, -sum(amount) AS tokens
                       FROM billing_tokentransaction WHERE type = 'refund' GROUP BY purchase_id
@@ -322,9 +329,10 @@ def checks() -> list[Check]:
                     SELECT coalesce(purchase.charged_cents, purchase.amount_cents) AS cents
                   ) AS paid
                  CROSS JOIN LATERAL (
-                    SELECT CASE purchase.state WHEN 'paid' THEN
-                           div(purchase.tokens * least(coalesce(returned.cents, 0), paid.cents), paid.cents)
-                           ELSE 0 END AS tokens
+                    SELECT CASE WHEN purchase.state <> 'paid' THEN 0
+                           WHEN returned.is_all THEN purchase.tokens
+                           ELSE div(purchase.tokens * least(coalesce(returned.cents, 0), paid.cents), paid.cents)
+                           END AS tokens
                   ) AS due
                  WHERE due.tokens <> coalesce(taken.tokens, 0)""",  # noqa: S608 – our own names and constants, no input
         ),

@@ -5,7 +5,7 @@ event again; a crash after the commit makes that second delivery find it done (r
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
 
 import structlog
 from django.db import transaction
@@ -16,13 +16,13 @@ from accounts import audit
 from accounts.models import User
 from billing import gateway, purchases, recharge, refunds
 from billing.database import DATABASE_AWAY, repeated_after_conflicts
-from billing.gateway import Event
+from billing.gateway import AskAgain, Event, GatewayMissing, GatewayRefused
 from billing.models import Purchase, StripeEvent
 
 logger = structlog.get_logger(__name__)
 
 State = StripeEvent.State
-DONE = (State.PROCESSED, State.IGNORED, State.ASIDE)
+DONE = (State.PROCESSED, State.IGNORED)  # what was kept aside is handled when it comes again, perhaps readable now
 OPEN = (State.RECEIVED, State.FAILED, State.ASIDE)  # what a person, or `replay_stripe_events`, handles again
 
 
@@ -34,53 +34,59 @@ class NeedsPerson(Exception):
     """Nothing to do by ourselves: the event is kept aside with this message."""
 
 
-def _on_session(object: Mapping[str, Any]) -> None:
-    purchases.apply_checkout_session(gateway.read_checkout_session(object))
+def _on_session(event: Event) -> None:
+    purchases.apply_checkout_session(gateway.read_checkout_session(event.object), asked=event.asked)
 
 
-def _on_session_payment_failed(object: Mapping[str, Any]) -> None:
-    purchases.apply_payment_failure(gateway.read_checkout_session(object))
+def _on_session_payment_failed(event: Event) -> None:
+    purchases.apply_payment_failure(gateway.read_checkout_session(event.object))
 
 
-def _on_payment_intent(object: Mapping[str, Any]) -> None:
-    recharge.apply_payment_intent(gateway.read_payment_intent(object))
+def _on_payment_intent(event: Event) -> None:
+    recharge.apply_payment_intent(gateway.read_payment_intent(event.object), asked=event.asked)
 
 
-def _on_card_detached(object: Mapping[str, Any]) -> None:
-    recharge.forget_card(payment_method_id=object["id"])
+def _on_card_detached(event: Event) -> None:
+    recharge.forget_card(payment_method_id=event.object["id"])
 
 
-def _on_card_updated(object: Mapping[str, Any]) -> None:
-    recharge.update_card(gateway.read_saved_card(object))
+def _on_card_updated(event: Event) -> None:
+    recharge.update_card(gateway.read_saved_card(event.object))
 
 
-def _on_customer_updated(object: Mapping[str, Any]) -> None:
-    recharge.refresh_card_of(customer_id=object["id"])
+def _on_customer_updated(event: Event) -> None:
+    recharge.refresh_card_of(customer_id=event.object["id"])
 
 
-def _on_customer_deleted(object: Mapping[str, Any]) -> None:
-    recharge.forget_customer(customer_id=object["id"])
+def _on_customer_deleted(event: Event) -> None:
+    recharge.forget_customer(customer_id=event.object["id"])
 
 
-def _on_refund(object: Mapping[str, Any]) -> None:
-    refunds.apply_refund(gateway.read_refund(object))
+def _on_refund(event: Event) -> None:
+    refunds.apply_reversal(gateway.read_refund(event.object), asked=event.asked)
 
 
-def _on_charge_refunded(charge: Mapping[str, Any]) -> None:
+def _on_charge_refunded(event: Event) -> None:
     # The sum that the charge tells is not read: each refund is applied by its own id, once, whoever tells of it.
-    for refund in (charge.get("refunds") or {}).get("data", []):
-        _on_refund(refund)
+    for refund in (event.object.get("refunds") or {}).get("data", []):
+        refunds.apply_reversal(gateway.read_refund(refund), asked=event.asked)
 
 
-def _on_dispute(object: Mapping[str, Any]) -> None:
-    refunds.apply_dispute(gateway.read_dispute(object))
+def _on_dispute(event: Event) -> None:
+    refunds.apply_reversal(gateway.read_dispute(event.object), asked=event.asked)
 
 
-def _on_fraud_warning(object: Mapping[str, Any]) -> None:
-    warning = gateway.read_fraud_warning(object)
+def _on_fraud_warning(event: Event) -> None:
+    warning = gateway.read_fraud_warning(event.object)
     purchase = Purchase.objects.filter(stripe_payment_intent_id=warning.payment_intent_id).first()
     if purchase is None and warning.payment_intent_id:
         raise purchases.NotOurPayment(f"No purchase of ours was paid by {warning.payment_intent_id}.")
+    if purchase is not None:
+        recharge.switch_off(
+            account_id=purchase.account_id,
+            reason="Your bank reported a payment as made without your consent.",
+            key=warning.id,
+        )
     paid_what = f"{purchase.price_display} of purchase {purchase.pk}" if purchase else "a payment"
     raise NeedsPerson(
         f"The card's bank warns of fraud ({warning.fraud_type or 'no reason given'}) in {paid_what}. "
@@ -88,7 +94,7 @@ def _on_fraud_warning(object: Mapping[str, Any]) -> None:
     )
 
 
-HANDLERS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+HANDLERS: Mapping[str, Callable[[Event], None]] = {
     "checkout.session.completed": _on_session,
     "checkout.session.async_payment_succeeded": _on_session,
     "checkout.session.async_payment_failed": _on_session_payment_failed,
@@ -111,6 +117,13 @@ HANDLERS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
     "charge.dispute.funds_reinstated": _on_dispute,
     "radar.early_fraud_warning.created": _on_fraud_warning,
 }
+# Of these only the id is read, which is the same in every version.
+WITHOUT_VERSION = ("payment_method.detached", "customer.updated", "customer.deleted")
+# These tell what is shown of a card, and nothing says which of two is the newer one.
+ASKED_ALWAYS = ("payment_method.automatically_updated",)
+# Which of them come without a payment intent, though their charge has one.
+NAME_A_PAYMENT = (_on_refund, _on_dispute, _on_fraud_warning)
+ASK_TRIES = 10  # one for each thing that an event contradicts, and for what others change meanwhile
 
 
 def receive_event(*, payload: bytes, signature_header: str) -> StripeEvent:
@@ -120,7 +133,7 @@ def receive_event(*, payload: bytes, signature_header: str) -> StripeEvent:
     (the event is kept with the error; Stripe retries).
     """
     event = gateway.verify_event(payload, signature_header)
-    return _take_in(_row_of(event), event, done=DONE)
+    return _take_in(_row_of(event), event)
 
 
 def handle_again(row: StripeEvent, *, by: User | None = None) -> StripeEvent:
@@ -137,7 +150,7 @@ def handle_again(row: StripeEvent, *, by: User | None = None) -> StripeEvent:
             about=("stripe_event", row.pk),
             before={"state": row.state},
         )
-    return _take_in(row, gateway.read_event(row.payload), done=(State.PROCESSED, State.IGNORED))
+    return _take_in(row, gateway.read_event(row.payload))
 
 
 def settle_by_hand(row: StripeEvent, *, by: User) -> bool:
@@ -159,37 +172,71 @@ def settle_by_hand(row: StripeEvent, *, by: User) -> bool:
     return is_settled
 
 
-def _take_in(row: StripeEvent, event: Event, *, done: tuple[str, ...]) -> StripeEvent:
+def _take_in(row: StripeEvent, event: Event) -> StripeEvent:
     try:
-        if event.type in HANDLERS and not _foreign(event):
-            # Both may ask Stripe: before the transaction opens (law 7).
-            event = gateway.in_our_version(event)
-            if event.type == "charge.refunded":
-                event = gateway.with_refunds(event)
-        row = _handle_once(row, event, done=done)
+        row = _handle_asking(row, event)
         logger.info("An event came", event_id=event.id, event_type=event.type, state=row.state)
         return row
     except DATABASE_AWAY:
         raise  # nothing can be kept: Stripe is answered with a 503 and sends it again
     except Exception as error:
         logger.exception("An event was not handled", event_id=event.id, event_type=event.type)
-        _keep_failure(row, error, done=done)
+        _keep_failure(row, error)
         raise EventNotHandled from error
+
+
+def _handle_asking(row: StripeEvent, event: Event) -> StripeEvent:
+    """Handle the event; what it lacks, or contradicts, is asked for between two tries (law 7). Raises GatewayError,
+    AskAgain."""
+    if event.type not in HANDLERS or _foreign(event):
+        return _handle_once(row, event)
+    try:
+        if event.type in ASKED_ALWAYS:
+            event = gateway.as_it_stands(event)
+        elif event.type not in WITHOUT_VERSION:
+            event = gateway.in_our_version(event)
+        event = _completed(event)
+        for tries_left in reversed(range(ASK_TRIES)):
+            try:
+                return _handle_once(row, event)
+            except AskAgain as question:
+                if not tries_left:
+                    raise
+                event = _completed(gateway.as_it_stands(event))
+                event = replace(event, asked={**event.asked, question.stripe_id: question.held})
+        raise AssertionError
+    except GatewayRefused as error:
+        # It will say so each time: what a person can do about it is no use of Stripe's retries.
+        name = f"{event.object.get('object', 'object')} {event.object.get('id', '')}".strip()
+        unknown = (
+            f"Stripe does not know {name}" if isinstance(error, GatewayMissing) else f"Stripe refused to tell {name}"
+        )
+        return _handle_once(row, event, unknown=f"{unknown}: {error.__cause__}")
+
+
+def _completed(event: Event) -> Event:
+    handler = HANDLERS[event.type]
+    if handler is _on_charge_refunded:
+        return gateway.with_refunds(event)
+    return gateway.with_payment(event) if handler in NAME_A_PAYMENT else event
 
 
 @repeated_after_conflicts
 @transaction.atomic(durable=True)
-def _handle_once(row: StripeEvent, event: Event, *, done: tuple[str, ...]) -> StripeEvent:
+def _handle_once(row: StripeEvent, event: Event, *, unknown: str = "") -> StripeEvent:
     # A second delivery waits here for the first one's commit, and then finds its row.
     if row.pk is None:
         StripeEvent.objects.bulk_create([row], ignore_conflicts=True)
+    delivered = row
     row = StripeEvent.objects.select_for_update().get(event_id=event.id)
-    if row.state in done:
+    if row.state in DONE:
         return row
-    row.state, row.message = _handle(event)
+    # Sent in several versions, or changed on its way to one that can be read: this delivery counts, also for a replay.
+    row.payload, row.api_version = delivered.payload, delivered.api_version
+    row.state, row.message = _aside(event, unknown) if unknown else _handle(event)
     row.attempts += 1
     row.processed_at = timezone.now()
-    row.save(update_fields=["state", "message", "attempts", "processed_at"])
+    row.save(update_fields=["payload", "api_version", "state", "message", "attempts", "processed_at"])
     return row
 
 
@@ -199,13 +246,13 @@ def _handle(event: Event) -> tuple[str, str]:
         return State.IGNORED, ""
     if reason := _foreign(event):
         return _aside(event, reason)
-    if event.api_version != gateway.API_VERSION:
+    if event.api_version != gateway.API_VERSION and event.type not in WITHOUT_VERSION:
         return _aside(event, f"Sent in API version {event.api_version}; this release reads {gateway.API_VERSION}.")
     try:
-        handler(event.object)
+        handler(event)
     except (purchases.NotOurPayment, refunds.NotOurReversal) as error:
         return State.IGNORED, str(error)
-    except (purchases.PurchaseNotFound, refunds.ReversalNotUnderstood, NeedsPerson) as error:
+    except (purchases.PurchaseNotFound, refunds.ReversalNotUnderstood, refunds.TakenForReview, NeedsPerson) as error:
         return _aside(event, str(error))
     return State.PROCESSED, ""
 
@@ -237,9 +284,9 @@ def _row_of(event: Event) -> StripeEvent:
     )
 
 
-def _keep_failure(row: StripeEvent, error: Exception, *, done: tuple[str, ...]) -> None:
+def _keep_failure(row: StripeEvent, error: Exception) -> None:
     if row.pk is None:
         StripeEvent.objects.bulk_create([row], ignore_conflicts=True)
-    StripeEvent.objects.filter(event_id=row.event_id).exclude(state__in=done).update(
+    StripeEvent.objects.filter(event_id=row.event_id).exclude(state__in=DONE).update(
         state=State.FAILED, message=repr(error)[:2_000], attempts=F("attempts") + 1
     )

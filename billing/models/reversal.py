@@ -21,7 +21,8 @@ class PaymentReversal(models.Model):
 
     Kind = ReversalKind
 
-    # Stripe's own words for the state in which the money is, or may be, gone from us.
+    # Stripe's own words for the state in which the money is, or may be, gone from us; they count where Stripe does not
+    # say what it has moved (`withdrawn_cents`).
     TAKING_STATUSES = {
         ReversalKind.REFUND: ("pending", "requires_action", "succeeded"),
         ReversalKind.DISPUTE: ("needs_response", "under_review", "lost"),
@@ -30,7 +31,7 @@ class PaymentReversal(models.Model):
     # gives it an id, the row has one of ours.
     REQUESTED, REFUSED = "requested", "refused"
     REQUEST_PREFIX = "requested-"
-    # Nothing that Stripe sends late changes these any more.
+    # What is over, as far as anybody knows. Stripe may open it again: then it is asked how the thing stands now.
     FINAL_STATUSES = ("failed", "canceled", "won", "lost", "warning_closed", "prevented")
 
     kind = models.CharField(max_length=10, choices=Kind)
@@ -41,6 +42,9 @@ class PaymentReversal(models.Model):
         "billing.Purchase", on_delete=models.PROTECT, null=True, blank=True, related_name="reversals"
     )
     amount_cents = models.BigIntegerField()
+    withdrawn_cents = models.BigIntegerField(
+        "withdrawn by Stripe and not reinstated (cents); empty: its status tells", null=True, blank=True
+    )
     currency = models.CharField(max_length=3, choices=Currency)
     status = models.CharField("status at Stripe", max_length=30)
     reason = models.CharField(max_length=500, blank=True, default="")
@@ -56,6 +60,9 @@ class PaymentReversal(models.Model):
     class Meta:
         constraints = [
             models.CheckConstraint(condition=Q(amount_cents__gt=0), name="reversal_amount_positive"),
+            models.CheckConstraint(
+                condition=Q(withdrawn_cents=None) | Q(withdrawn_cents__gte=0), name="reversal_withdrawn_not_negative"
+            ),
             choices_constraint("kind", ReversalKind, "reversal_kind_known"),
         ]
 
@@ -71,5 +78,20 @@ class PaymentReversal(models.Model):
         return self.status.replace("_", " ").capitalize()
 
     @property
+    def taken_cents(self) -> int:
+        """What of the payment is gone from us by it, in its own currency: the money decides, not the state's name."""
+        if self.withdrawn_cents is not None:
+            return self.withdrawn_cents
+        return self.amount_cents if self.status in self.TAKING_STATUSES[ReversalKind(self.kind)] else 0
+
+    @property
     def takes_money(self) -> bool:
-        return self.status in self.TAKING_STATUSES[ReversalKind(self.kind)]
+        return self.taken_cents > 0
+
+    @classmethod
+    def which_take_money(cls) -> Q:
+        """The same as `takes_money`, for queries."""
+        by_status = Q()
+        for kind, statuses in cls.TAKING_STATUSES.items():
+            by_status |= Q(kind=kind, status__in=statuses)
+        return Q(withdrawn_cents__gt=0) | (Q(withdrawn_cents=None) & by_status)

@@ -614,7 +614,7 @@ class Account:
         for thing in things:
             found = self.store.get(thing) if isinstance(thing, str) else thing
             if found and found.get("object") in ("refund", "dispute"):  # they name their payment alone
-                found = self.store.get(found["payment_intent"])
+                found = self.store.get(found["charge"])
             if found and found.get("object") != "customer":
                 found = self.store.get(found.get("customer") or "")
             if found:
@@ -1302,8 +1302,19 @@ class Account:
             self.emit(event, refund, {"status": "succeeded"} if event.endswith("updated") else None)
         return refund
 
-    def open_dispute(self, intent_id: str, *, status: str, amount: int | None, reason: str) -> Object:
-        """The buyer disputes a payment. Inquiries (`warning_…`) and prevented ones move no money."""
+    def open_dispute(
+        self,
+        intent_id: str,
+        *,
+        status: str,
+        amount: int | None,
+        reason: str,
+        currency: str,
+        withdraws: bool,
+        bare: bool,
+    ) -> Object:
+        """The buyer disputes a payment. Inquiries (`warning_…`) move no money, prevented ones may. `bare`: it names its
+        charge alone; `currency`: the bank's, where it is another one."""
         charge = self.charge_of({"payment_intent": intent_id})
         amount = amount or charge["amount"] - charge["amount_refunded"]
         known = {dispute["status"] for dispute in self.store.find("dispute", ("charge", charge["id"]))}
@@ -1319,6 +1330,7 @@ class Account:
             "status": status,
             "evidence": {},
         }
+        common |= ({"payment_intent": None} if bare else {}) | ({"currency": currency} if currency else {})
         fields |= {"is_charge_refundable": status != "needs_response", "balance_transactions": []}
         due = {
             "due_by": now() + 7 * DAY_SECONDS,
@@ -1329,10 +1341,24 @@ class Account:
         dispute = self.new("dispute", "du_", **common, **fields, evidence_details=due, enhanced_eligibility_types=[])
         self.store.put(charge | {"disputed": True})
         self.emit("charge.dispute.created", dispute)
-        if status == "needs_response":
-            dispute["balance_transactions"].append(public(self.book("adjustment", dispute, -amount, 1_500)))
-            self.emit("charge.dispute.funds_withdrawn", self.store.put(dispute))
+        if status == "needs_response" or withdraws:
+            self.withdraw(dispute)
         return dispute
+
+    def withdraw(self, dispute: Object) -> None:
+        """Take what is disputed out of the account's balance."""
+        dispute["balance_transactions"].append(public(self.book("adjustment", dispute, -dispute["amount"], 1_500)))
+        self.emit("charge.dispute.funds_withdrawn", self.store.put(dispute))
+
+    def escalate_dispute(self, dispute: str) -> Object:
+        """An inquiry, also one that was closed, becomes a dispute under the same id."""
+        found = self.load("dispute", dispute)
+        if not found["status"].startswith("warning"):
+            raise invalid(f"This dispute is no inquiry ({found['status']}).")
+        previous, found["status"] = {"status": found["status"]}, "needs_response"
+        self.emit("charge.dispute.updated", self.store.put(found), previous)
+        self.withdraw(found)
+        return found
 
     def warn_of_fraud(self, intent_id: str) -> Object:
         """The card's bank suspects fraud. No money moves; a seller may refund before a dispute comes."""
@@ -2004,12 +2030,22 @@ class Standin:
                 choices = ("needs_response", "warning_needs_response", "prevented")
                 check_choice(status, choices, "status")
                 amount_cents = number(form, "amount", 0) or None
-                return self.account.open_dispute(intent, status=status, amount=amount_cents, reason=reason)
+                return self.account.open_dispute(
+                    intent,
+                    status=status,
+                    amount=amount_cents,
+                    reason=reason,
+                    currency=form.get("currency", ""),
+                    withdraws=bool(number(form, "withdraws", 0)),
+                    bare=bool(number(form, "bare", 0)),
+                )
             case ["payments", intent, "settle"]:
                 outcome = check_choice(form.get("outcome", "succeeded"), ("succeeded", "failed"), "outcome")
                 return self.account.settle_delayed(intent, succeeded=outcome == "succeeded")
             case ["payments", intent, "warn"]:
                 return self.account.warn_of_fraud(intent)
+            case ["disputes", dispute, "escalate"]:
+                return self.account.escalate_dispute(dispute)
             case ["disputes", dispute, "close"]:
                 outcome = check_choice(form.get("outcome", "lost"), ("won", "lost"), "outcome")
                 return self.account.close_dispute({}, dispute, outcome)

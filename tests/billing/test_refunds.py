@@ -1,6 +1,7 @@
 """Money that goes back, and the tokens with it. Numbers in docstrings are rows of FAULTS.md."""
 
 import random
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import uuid4
@@ -13,7 +14,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, refunds, tasks, webhooks
+from billing import ledger, reconcile, refunds, tasks, webhooks
 from billing.ledger import Operation
 from billing.models import (
     Notification,
@@ -56,8 +57,10 @@ def refund(stripe: StripeStandIn, amount: int | None = None) -> dict[str, Any]:
     return stripe.control(f"payments/{payment_of(stripe)}/refund", **({"amount": amount} if amount else {}))
 
 
-def dispute(stripe: StripeStandIn, status: str = "needs_response", amount: int | None = None) -> dict[str, Any]:
-    given = {"amount": amount} if amount else {}
+def dispute(
+    stripe: StripeStandIn, status: str = "needs_response", amount: int | None = None, **options: Any
+) -> dict[str, Any]:
+    given = options | ({"amount": amount} if amount else {})
     return stripe.control(f"payments/{payment_of(stripe)}/dispute", status=status, **given)
 
 
@@ -324,6 +327,117 @@ def test_inquiry_that_becomes_a_dispute(stripe: StripeStandIn, bought: Purchase)
     assert [tokens for tokens, _ in movements(bought)] == [-STARTER_TOKENS, STARTER_TOKENS]
 
 
+@pytest.mark.parametrize("closed_first", [True, False])
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+def test_what_was_over_begins_anew(
+    stripe: StripeStandIn, bought: Purchase, alice: User, *, closed_first: bool, seed: int | None
+) -> None:
+    """46: an inquiry, closed or not, becomes a dispute and is lost: taken back, whatever comes in which order, doubled
+    and late; reconciliation finds nothing more."""
+    opened = dispute(stripe, "warning_needs_response")
+    if closed_first:
+        stripe.control(f"disputes/{opened['id']}/close")
+    before = reversal_events(stripe)
+    deliver_all(before)
+    assert movements(bought) == []
+    stripe.control(f"disputes/{opened['id']}/escalate")
+    stripe.control(f"disputes/{opened['id']}/close", outcome="lost")
+    events = reversal_events(stripe)[len(before) :]
+    late = [changed(event) for event in before]
+    if seed is not None:
+        events = [*events, *late] * 2
+        random.Random(seed).shuffle(events)  # noqa: S311 – chance, no secret
+    deliver_all([*events, *late])
+    assert movements(bought) == [(-STARTER_TOKENS, -STARTER_CENTS)]
+    assert PaymentReversal.objects.get().status == "lost"
+    report = reconcile.reconcile(since=timezone.now() - timedelta(days=1))
+    assert (report.healed, report.differing) == ([], [])
+
+
+def test_an_old_closed_inquiry_is_looked_at_again(stripe: StripeStandIn, bought: Purchase) -> None:
+    """29, 46: its events were lost, and it began before reconciliation's walk."""
+    opened = dispute(stripe, "warning_needs_response")
+    stripe.control(f"disputes/{opened['id']}/close")
+    deliver_all(reversal_events(stripe))
+    stripe.control(f"disputes/{opened['id']}/escalate")
+    report = reconcile.reconcile(since=timezone.now() + timedelta(days=1))
+    assert [drift.kind for drift in report.healed] == ["dispute_needs_response"]
+    assert movements(bought) == [(-STARTER_TOKENS, -STARTER_CENTS)]
+
+
+@pytest.mark.parametrize(
+    ("status", "booked", "taken_cents"),
+    [
+        ("prevented", [-1_500], 1_500),
+        ("prevented", [-500], 500),
+        ("prevented", [], 0),
+        ("warning_closed", [-1_500], 1_500),
+        ("warning_needs_response", [], 0),
+        ("needs_response", [], 1_500),  # its booking follows
+        ("under_review", [-1_500, 1_500], 0),
+        ("won", [-1_500], 1_500),  # decided, and not given back yet
+        ("won", [-1_500, 1_500], 0),
+        ("lost", [-1_500, 500], 1_000),
+        ("of_tomorrow", [-1_500], None),
+    ],
+)
+def test_the_money_decides(
+    stripe: StripeStandIn, bought: Purchase, alice: User, status: str, booked: list[int], taken_cents: int | None
+) -> None:
+    """46: what Stripe has withdrawn and not reinstated, whatever the state is called; any of it ends auto-recharge."""
+    switch_auto_recharge_on(alice)
+    dispute(stripe, "warning_needs_response")
+    lines = [{"object": "balance_transaction", "amount": cents, "currency": "usd"} for cents in booked]
+    event = changed(
+        event_of(stripe, "charge.dispute.created"), {"status": status, "balance_transactions": lines, "id": "du_other"}
+    )
+    deliver_all([event, changed(event)])
+    assert state_of(event) == ("aside" if taken_cents is None else "processed")
+    assert sum(cents or 0 for _, cents in movements(bought)) == -(taken_cents or 0)
+    assert balance_of(alice) == BONUS_TOKENS + STARTER_TOKENS - (taken_cents or 0) * 100
+    assert TokenAccount.objects.get(user=alice).auto_recharge_enabled == (not taken_cents)
+
+
+def test_an_older_event_of_the_same_state(stripe: StripeStandIn, bought: Purchase) -> None:
+    """41, 46: it does not set an amount back, of a refund neither."""
+    opened, made = dispute(stripe, amount=700), refund(stripe, 300)
+    older = changed(event_of(stripe, "charge.dispute.created"), {"amount": 200})
+    older_refund = changed(event_of(stripe, "refund.created"), {"amount": 100})
+    deliver_all([older, older_refund])  # as far as we know, this is how they stand
+    assert sum(tokens for tokens, _ in movements(bought)) == -30_000
+    deliver_all([*reversal_events(stripe), changed(older), changed(older_refund)])
+    assert sum(tokens for tokens, _ in movements(bought)) == -100_000
+    amounts = dict(PaymentReversal.objects.values_list("stripe_id", "amount_cents"))
+    assert amounts == {opened["id"]: 700, made["id"]: 300}
+
+
+@pytest.mark.parametrize("is_credited_first", [True, False])
+def test_dispute_in_another_currency(
+    stripe: StripeStandIn, paid: Purchase, alice: User, *, is_credited_first: bool
+) -> None:
+    """46: nobody knows which part it is: all tokens go, and a person is told."""
+    dispute(stripe, currency="eur", amount=900)
+    events = [event_of(stripe, COMPLETED), *reversal_events(stripe)]
+    deliver_all(events if is_credited_first else events[::-1])
+    deliver_all([changed(event) for event in events])
+    assert sum(tokens for tokens, _ in movements(paid)) == -STARTER_TOKENS
+    assert StripeEvent.objects.filter(type="charge.dispute.created", state="aside").exists()
+    report = reconcile.reconcile(since=timezone.now() - timedelta(days=1))
+    assert [drift.kind for drift in report.differing] == ["dispute_in_another_currency"]
+
+
+def test_reversals_that_name_their_charge_alone(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
+    """41, 46: the charge tells the payment, in events and in reconciliation."""
+    dispute(stripe, bare=1, amount=500)
+    deliver_all([event_of(stripe, "charge.dispute.created")])
+    assert sum(tokens for tokens, _ in movements(bought)) == -50_000
+    refund(stripe, 400)
+    deliver_all([changed(event_of(stripe, "refund.created"), {"payment_intent": None})])
+    assert sum(tokens for tokens, _ in movements(bought)) == -90_000
+    report = reconcile.reconcile(since=timezone.now() - timedelta(days=1))
+    assert (report.disputes, report.refunds, report.healed, report.differing) == (1, 1, [], [])
+
+
 def test_dispute_and_refund_of_one_charge(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
     """47: never more than was paid; a dispute won gives back no more than the refund leaves."""
     refund(stripe, 500)
@@ -425,14 +539,18 @@ def test_refunds_that_cannot_be_read(stripe: StripeStandIn, bought: Purchase, di
 def test_refund_of_a_charge_without_payment_intent(stripe: StripeStandIn, bought: Purchase) -> None:
     """18: not one of ours."""
     refund(stripe, 500)
-    event = changed(event_of(stripe, "refund.created"), {"payment_intent": None})
-    deliver_all([event])
-    assert state_of(event) == "ignored"
+    bare = event_of(stripe, "refund.created")
+    event = changed(bare, {"payment_intent": None, "charge": None})
+    unknown = changed(bare, {"payment_intent": None, "charge": "ch_of_another"})
+    deliver_all([event, unknown])
+    assert [state_of(each) for each in (event, unknown)] == ["ignored", "aside"]
     assert movements(bought) == []
 
 
-def test_early_fraud_warning(stripe: StripeStandIn, bought: Purchase) -> None:
-    """17: kept aside for a person with what they need to know; of another product's payment, ignored."""
+def test_early_fraud_warning(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
+    """17, 46: kept aside for a person with what they need to know, and nothing more is charged by itself; of another
+    product's payment, ignored."""
+    switch_auto_recharge_on(alice)
     stripe.control(f"payments/{bought.stripe_payment_intent_id}/warn")
     event = event_of(stripe, "radar.early_fraud_warning.created")
     other = changed(event, {"payment_intent": "pi_of_another"})
@@ -442,6 +560,12 @@ def test_early_fraud_warning(stripe: StripeStandIn, bought: Purchase) -> None:
     assert "made_with_stolen_card" in message
     assert f"$15.00 of purchase {bought.pk}" in message
     assert movements(bought) == []
+    account = TokenAccount.objects.get(user=alice)
+    assert (account.auto_recharge_enabled, "without your consent" in account.auto_recharge_last_outcome) == (
+        False,
+        True,
+    )
+    assert notices(alice).count("auto_recharge_switched_off") == 1
 
 
 def test_promotion_code(stripe: StripeStandIn, buyer: Client, alice: User, settings: Settings) -> None:

@@ -12,8 +12,8 @@ from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import gateway, ledger
-from billing.models import Purchase, StripeEvent, TokenTransaction
+from billing import gateway, ledger, webhooks
+from billing.models import Purchase, StripeEvent, TokenAccount, TokenTransaction
 from tests.environment import WEBHOOK_SECRET
 from tests.payments import (
     ONE_STARTER,
@@ -308,6 +308,61 @@ def test_other_api_version_while_stripe_is_away(stripe: StripeStandIn, completed
     assert deliver(event).status_code == 200
     assert state_of(event) == "processed"
     assert credits_of(alice) == ONE_STARTER
+
+
+def test_kept_aside_is_not_the_end(
+    stripe: StripeStandIn, completed: dict[str, Any], paid: Purchase, alice: User
+) -> None:
+    """19: first in a shape that cannot be read, then as it can be: the later delivery counts, and so does a replay."""
+    unreadable = changed(completed, {"object": "checkout.session.v2"}, api_version="2030-01-01")
+    assert deliver(unreadable).status_code == 200
+    assert state_of(unreadable) == "aside"
+    assert deliver(completed | {"id": unreadable["id"]}).status_code == 200
+    assert state_of(unreadable) == "processed"
+    assert credits_of(alice) == ONE_STARTER
+    # Kept by a release that could not read it: asked for anew.
+    kept = StripeEvent.objects.get(event_id=unreadable["id"])
+    StripeEvent.objects.filter(pk=kept.pk).update(
+        state="aside", payload=changed(completed, {"amount_subtotal": 1}, api_version="2024-06-20", id=kept.event_id)
+    )
+    kept.refresh_from_db()
+    assert webhooks.handle_again(kept).state == "processed"
+    assert credits_of(alice) == ONE_STARTER
+
+
+@pytest.mark.parametrize("type", ["payment_method.detached", "customer.deleted"])
+def test_kinds_that_have_no_version(stripe: StripeStandIn, completed: dict[str, Any], alice: User, type: str) -> None:
+    """19, 37: only their id is read, so that a removed card is not used any more whatever version tells of it."""
+    assert deliver(completed).status_code == 200
+    customer_id = completed["data"]["object"]["customer"]
+    TokenAccount.objects.filter(user=alice).update(
+        stripe_customer_id=customer_id, stripe_payment_method_id="pm_old", card_last4="4242"
+    )
+    kind, id = ("payment_method", "pm_old") if type.startswith("payment") else ("customer", customer_id)
+    event = changed(completed, type=type, api_version="2020-08-27")
+    event["data"]["object"] = {"object": kind, "id": id}
+    assert deliver(event).status_code == 200
+    assert state_of(event) == "processed"
+    assert TokenAccount.objects.get(user=alice).stripe_payment_method_id == ""
+
+
+@pytest.mark.parametrize(
+    ("type", "kind"),
+    [
+        ("charge.refunded", "charge"),
+        ("charge.dispute.created", "dispute"),
+        ("refund.updated", "refund"),
+        ("payment_method.automatically_updated", "payment_method"),
+        (SUCCEEDED, "payment_intent"),
+    ],
+)
+def test_what_stripe_does_not_know(stripe: StripeStandIn, completed: dict[str, Any], type: str, kind: str) -> None:
+    """20: an object that is not there any more: aside with that reason, not an error for days."""
+    event = changed(completed, type=type, api_version="2024-06-20")
+    event["data"]["object"] = {"object": kind, "id": "xx_gone", "payment_intent": "pi_gone"}
+    assert deliver(event).status_code == 200
+    assert state_of(event) == "aside"
+    assert f"Stripe does not know {kind} xx_gone" in StripeEvent.objects.get(event_id=event["id"]).message
 
 
 def test_no_purchase_of_ours(completed: dict[str, Any], alice: User) -> None:
