@@ -188,6 +188,7 @@ def anonymize_user(*, user_id: int) -> None:
     """
     _require_plain_user(User.objects.get(pk=user_id))
     billing_data.close_open_checkouts(user_id=user_id)
+    billing_data.find_customers(user_id=user_id)
     with transaction.atomic(durable=True):
         # Under the account's lock no operation begins: the balance and what is running cannot change meanwhile.
         account = billing_data.lock_account(user_id=user_id)

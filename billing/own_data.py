@@ -8,7 +8,7 @@ from django.utils import timezone
 
 from accounts.models import User
 from accounts.refusal import Refusal
-from billing import gateway, ledger, purchases
+from billing import customers, gateway, ledger, purchases
 from billing.background import enqueue_on_commit
 from billing.models import (
     Notification,
@@ -110,11 +110,24 @@ def close_open_checkouts(*, user_id: int) -> None:
             ) from error
 
 
+def find_customers(*, user_id: int) -> None:
+    """Note which customers at Stripe are theirs, also those that no row names any more: they are deleted after the
+    commit. Calls Stripe: never inside a transaction (law 7). Raises NotNow."""
+    try:
+        customers.find_customers(TokenAccount.objects.select_related("user").get(user_id=user_id))
+    except gateway.GatewayError as error:
+        logger.warning("Customers were not looked up", user_id=user_id, error=error.__cause__ or error)
+        raise NotNow(
+            "Stripe could not be reached to look up what it keeps of you. Try again in a few minutes."
+        ) from error
+
+
 def anonymize_account(account: TokenAccount) -> None:
     """Take the person out of the locked account, and close it for ever. In the caller's transaction.
 
     The ledger stays as it is (law 3), and so does the balance: nobody can spend it any more. What Stripe knows is
-    deleted after the commit, by `erase_customer`. Raises NotNow while operations run or a payment is under way.
+    deleted after the commit, by `customers.erase_customers`. Raises NotNow while operations run or a payment is under
+    way.
     """
     if TokenUsage.objects.filter(account=account, status=TokenUsage.Status.RESERVED).exists():
         raise NotNow("An operation of yours is still running. Wait until it has ended, ten minutes at the most.")
@@ -128,6 +141,8 @@ def anonymize_account(account: TokenAccount) -> None:
         status_reason=TokenAccount.ANONYMISED,
         status_changed_at=timezone.now(),
         stripe_payment_method_id="",
+        stripe_email="",
+        stripe_name="",
         card_brand="",
         card_last4="",
         auto_recharge_enabled=False,
@@ -144,36 +159,6 @@ def anonymize_account(account: TokenAccount) -> None:
     Notification.objects.filter(user_id=account.user_id).delete()
     NotificationPreference.objects.filter(user_id=account.user_id).delete()
     enqueue_on_commit("billing.tasks.erase_customer", account.pk)
-
-
-def erase_customer(*, account_id: int) -> bool:
-    """Delete an anonymised account's customer at Stripe, their saved cards with them. Returns whether it is done.
-
-    Stripe keeps the payments themselves, without a customer. Calls Stripe; again after a failure, or twice, it
-    changes nothing more: the id stays on the account until Stripe has confirmed.
-    """
-    anonymised = TokenAccount.objects.filter(
-        pk=account_id, status=TokenAccount.Status.BLOCKED, status_reason=TokenAccount.ANONYMISED
-    )
-    customer_id = anonymised.values_list("stripe_customer_id", flat=True).first()
-    if not customer_id:
-        return True
-    try:
-        gateway.delete_customer(customer_id)
-    except gateway.GatewayError as error:
-        cause = error.__cause__ or error
-        logger.warning("A customer was not deleted at Stripe yet", account_id=account_id, error=cause)
-        return False
-    anonymised.update(stripe_customer_id=None)
-    return True
-
-
-def sweep_customers(*, limit: int = 100) -> int:
-    """Delete at Stripe what a lost task or Stripe's absence has left there. Returns how many were deleted."""
-    left = TokenAccount.objects.filter(
-        status=TokenAccount.Status.BLOCKED, status_reason=TokenAccount.ANONYMISED, stripe_customer_id__isnull=False
-    )
-    return sum(erase_customer(account_id=pk) for pk in left.values_list("pk", flat=True)[:limit])
 
 
 def lock_account(*, user_id: int) -> TokenAccount:

@@ -132,6 +132,16 @@ def update_package(package_id: int, *, changed_by_id: int | None = None, **field
     return package
 
 
+def forget_stripe_price(stripe_price_id: str) -> None:
+    """Stripe does not know the price any more: from now on the package's own is given inline. The audit log says so."""
+    for currency in Currency.values:
+        name = f"stripe_price_id_{currency}"
+        for package in TokenPricing.objects.filter(**{name: stripe_price_id}):
+            with transaction.atomic():
+                if TokenPricing.objects.filter(pk=package.pk, **{name: stripe_price_id}).update(**{name: ""}):
+                    _keep_change(package, "changed", None, before={name: stripe_price_id}, after={name: ""})
+
+
 def list_changes(package_id: int, *, before_id: int | None = None, limit: int = 50) -> audit.AuditPage:
     """A package's history, newest first: it is kept in the audit log alone."""
     return audit.find_entries(

@@ -13,15 +13,15 @@ from functools import partial
 import structlog
 from django.conf import settings
 from django.db import IntegrityError, transaction
-from django.db.models import Q
+from django.db.models import F, Q
 from django.urls import reverse
 
 from accounts.refusal import Refusal
-from billing import database, gateway, ledger, notifications, packages, refunds, system_settings
+from billing import customers, database, gateway, ledger, notifications, packages, refunds, system_settings
 from billing.background import enqueue_on_commit
 from billing.database import repeated_after_conflicts
 from billing.gateway import AskAgain, Asked, CheckoutSession, PaymentIntent
-from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
+from billing.models import Installation, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.models.fields import Currency
 from billing.pricing import display_price, tokens_for_cents
 
@@ -36,6 +36,8 @@ RETRY_WITHIN = timedelta(hours=20)
 WEBHOOK_GRACE = timedelta(minutes=2)
 ASK_AGAIN_AFTER = timedelta(minutes=10)
 PAGE_ASKS_AGAIN_AFTER = timedelta(seconds=2)
+
+OPEN_TRIES = 6  # the customer, the price and a few keys may be given up for new ones
 
 MAX_AMOUNT_CENTS = 1_000_000  # of a custom purchase
 CHECKOUTS_PER_HOUR = 60  # of one account: each is a call of Stripe's, which counts the calls of all of us together
@@ -136,7 +138,7 @@ def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) ->
     if purchase.state == State.CREATED:
         try:
             _open_session(purchase)
-        except (gateway.GatewayBroken, gateway.GatewayRefused) as error:
+        except (gateway.GatewayBroken, gateway.GatewayRefused, gateway.GatewayKeyConflict) as error:
             # Stripe would give the same answer to this purchase's key for a day; the next click gets a new one. A
             # session that we never heard of has no payer: nobody was sent to it.
             logger.error("A checkout was not opened", **log_ids(purchase), error=error.__cause__)
@@ -153,11 +155,6 @@ def require_may_buy(account: TokenAccount) -> None:
         raise AccountMayNotBuy(
             f"Your account is {account.get_status_display().lower()}: it cannot buy tokens. Please contact support."
         )
-
-
-def update_stripe_customer(*, user_id: int, stripe_customer_id: str) -> None:
-    """Remember the user's customer at Stripe. The first one stays: two checkouts begun at once share it."""
-    TokenAccount.objects.filter(user_id=user_id, stripe_customer_id=None).update(stripe_customer_id=stripe_customer_id)
 
 
 def why_currency_is_fixed(account: TokenAccount) -> str:
@@ -253,6 +250,7 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
                     amount_cents=terms.amount_cents,
                     currency=terms.currency,
                     stripe_price_id=terms.stripe_price_id,
+                    installation=Installation.read_name(),
                     # A form that is sent again after its purchase has ended begins a new one.
                     checkout_key=None if sent_before.exists() else checkout_key,
                 )
@@ -268,18 +266,54 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
 
 
 def _open_session(purchase: Purchase) -> None:
-    """Make the customer and the session at Stripe, with keys that come from our rows, and store them."""
-    account = TokenAccount.objects.select_related("user").get(pk=purchase.account_id)
-    if not account.stripe_customer_id:
-        # The key is the purchase's: one of the account's would give a fault of Stripe's again for a day.
-        customer_id = gateway.create_customer(
-            email=account.user.email, account_id=account.pk, idempotency_key=f"postmate-customer-{purchase.pk}"
+    """Make the customer and the session at Stripe, with keys that come from our rows, and store them.
+
+    An id that Stripe does not know any more is forgotten, a key that is taken is given up, and it goes on.
+    """
+    for tries_left in reversed(range(OPEN_TRIES)):
+        try:
+            _try_to_open_session(purchase)
+        except gateway.GatewayKeyConflict as error:
+            if not tries_left:
+                raise
+            logger.warning("A key at Stripe was taken", **log_ids(purchase), error=error.__cause__)
+        except gateway.GatewayMissing as error:
+            if not tries_left or not _forget_missing(purchase, error.parameter):
+                raise
+            logger.warning("Stripe has forgotten an id", **log_ids(purchase), error=error.__cause__)
+        else:
+            return
+        # Committed before Stripe is asked again: the old key would give the same answer for a day.
+        Purchase.objects.filter(pk=purchase.pk, stripe_tries=purchase.stripe_tries).update(
+            stripe_tries=F("stripe_tries") + 1, stripe_price_id=purchase.stripe_price_id
         )
-        update_stripe_customer(user_id=account.user_id, stripe_customer_id=customer_id)
-        account.refresh_from_db(fields=["stripe_customer_id"])
+        purchase.refresh_from_db()
+        if purchase.state != State.CREATED:
+            return
+
+
+def _forget_missing(purchase: Purchase, parameter: str) -> bool:
+    """Forget the id that Stripe does not know. Returns whether there is a way without it."""
+    if parameter == "customer":
+        customers.forget_customer(customer_id=purchase.metadata["customer_id"])
+        return True
+    if parameter.startswith("line_items") and purchase.stripe_price_id:
+        packages.forget_stripe_price(purchase.stripe_price_id)
+        purchase.stripe_price_id = ""  # the price is given inline, as agreed
+        return True
+    return False
+
+
+def _try_to_open_session(purchase: Purchase) -> None:
+    account = TokenAccount.objects.select_related("user").get(pk=purchase.account_id)
+    customer_id = customers.ensure_customer(account)
+    if purchase.metadata.get("customer_id") != customer_id:
+        # Who pays here, should the account have another customer by then.
+        purchase.metadata = {**purchase.metadata, "customer_id": customer_id}
+        purchase.save(update_fields=["metadata"])
     session = gateway.create_checkout_session(
         purchase_id=purchase.pk,
-        customer_id=str(account.stripe_customer_id),
+        customer_id=customer_id,
         product_name=f"{purchase.package_name}: {purchase.tokens:,} tokens",
         amount_cents=purchase.amount_cents,
         currency=purchase.currency,
@@ -287,7 +321,7 @@ def _open_session(purchase: Purchase) -> None:
         # Each line of the key's parameters is a snapshot, so that a retry sends the same and gets the same session.
         success_url=f"{settings.SITE_URL}{reverse('tokens:success', args=[purchase.pk])}",
         cancel_url=f"{settings.SITE_URL}{reverse('tokens:cancelled', args=[purchase.pk])}",
-        idempotency_key=f"postmate-checkout-{purchase.pk}",
+        idempotency_key=purchase.stripe_key("checkout"),
     )
     purchase.stripe_session_id = session.id
     purchase.checkout_url = session.url
@@ -414,12 +448,26 @@ def sweep_purchases(*, limit: int = 200) -> int:
 
 
 def _ask_stripe(session_id: str) -> Purchase:
-    session = gateway.retrieve_checkout_session(session_id)
+    try:
+        session = gateway.retrieve_checkout_session(session_id)
+    except gateway.GatewayMissing:
+        return _close_unknown(session_id)
     # A delayed payment: the session never says that it failed, only its payment does.
     is_delayed = session.status == "complete" and not session.is_paid and session.payment_intent_id is not None
     if is_delayed and gateway.retrieve_payment_intent(str(session.payment_intent_id)).has_failed:
         return apply_payment_failure(session)
     return apply_checkout_session(session)
+
+
+def _close_unknown(session_id: str) -> Purchase:
+    """A payment page that Stripe does not know, say of the other mode: nobody pays on it."""
+    with transaction.atomic():
+        purchase = Purchase.objects.select_for_update().get(stripe_session_id=session_id)
+        if purchase.is_pending:
+            set_state(purchase, State.EXPIRED, "The payment page is not there any more.")
+            purchase.expires_at = database.now()
+            purchase.save(update_fields=["expires_at"])
+    return purchase
 
 
 def require_asked(purchase: Purchase, stripe_id: str, asked: Asked | None) -> None:

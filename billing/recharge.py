@@ -18,8 +18,9 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
-from billing import database, gateway, notifications, packages, purchases
+from billing import customers, database, gateway, notifications, packages, purchases
 from billing.background import enqueue_on_commit
+from billing.customers import switch_off
 from billing.database import repeated_after_conflicts
 from billing.gateway import (
     Asked,
@@ -27,11 +28,12 @@ from billing.gateway import (
     GatewayBroken,
     GatewayError,
     GatewayKeyConflict,
+    GatewayMissing,
     GatewayRefused,
     GatewayUnavailable,
     PaymentIntent,
 )
-from billing.models import Purchase, TokenAccount, TokenPricing
+from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.pricing import display_price
 from billing.purchases import claim, set_state
 
@@ -138,18 +140,6 @@ def _setting_errors(
             f"The package costs {display_price(price_cents, account.currency)}: with a lower limit it is never bought."
         )
     return errors
-
-
-def switch_off(*, account_id: int, reason: str, key: str) -> bool:
-    """Switch auto-recharge off and tell the user why, in the caller's transaction. `key` names what caused it.
-
-    Returns whether it was on. A charge under way comes to its end.
-    """
-    account = TokenAccount.objects.select_related("user").get(pk=account_id)
-    was_on = account.switch_auto_recharge_off(reason)
-    if was_on:
-        notifications.auto_recharge_switched_off(account, reason=reason, key=key)
-    return was_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +254,7 @@ def _new_attempt(account: TokenAccount, now: datetime) -> Purchase | None:
         amount_cents=price_cents,
         currency=account.currency,
         checked_at=now,
+        installation=Installation.read_name(),
         # A retry must send what was sent the first time, also when the card has changed meanwhile.
         metadata={
             "customer_id": account.stripe_customer_id,
@@ -318,7 +309,7 @@ def _charge(purchase: Purchase) -> None:
             currency=purchase.currency,
             description=f"{purchase.package_name}: {purchase.tokens:,} tokens",
             # One key for the attempt's whole life. While Stripe may have charged, there is no other one (row 30).
-            idempotency_key=f"postmate-recharge-{purchase.pk}",
+            idempotency_key=purchase.stripe_key("recharge"),
         )
     except CardDeclined as error:
         if error.payment_intent is not None:
@@ -468,13 +459,7 @@ def start_confirmation(purchase: Purchase, *, return_url: str, confirm_key: str)
     account = TokenAccount.objects.get(pk=purchase.account_id)
     purchases.require_may_buy(account)
     try:
-        payment = gateway.confirm_payment_intent(
-            str(purchase.stripe_payment_intent_id),
-            # The owner may have saved another card since.
-            payment_method_id=account.stripe_payment_method_id or purchase.metadata["payment_method_id"],
-            return_url=return_url,
-            idempotency_key=f"postmate-confirm-{purchase.pk}-{confirm_key}",
-        )
+        payment = _confirm(purchase, account, return_url, confirm_key)
     except CardDeclined as error:
         if error.payment_intent is not None:
             apply_payment_intent(error.payment_intent)
@@ -489,6 +474,27 @@ def start_confirmation(purchase: Purchase, *, return_url: str, confirm_key: str)
         Purchase.objects.filter(pk=purchase.pk).update(checked_at=None)
     apply_payment_intent(payment)
     return payment.action_url
+
+
+def _confirm(purchase: Purchase, account: TokenAccount, return_url: str, confirm_key: str) -> PaymentIntent:
+    """Confirm with the card that is saved now. One that Stripe does not have any more makes room for the one it has."""
+    for key in (confirm_key, f"{confirm_key}-2"):
+        payment_method_id = account.stripe_payment_method_id or purchase.metadata["payment_method_id"]
+        try:
+            return gateway.confirm_payment_intent(
+                str(purchase.stripe_payment_intent_id),
+                payment_method_id=payment_method_id,
+                return_url=return_url,
+                idempotency_key=purchase.stripe_key("confirm", key),
+            )
+        except GatewayMissing as error:
+            if error.parameter != "payment_method" or key != confirm_key:
+                raise
+            refresh_card(user_id=account.user_id)
+            account.refresh_from_db()
+            if account.stripe_payment_method_id in ("", payment_method_id):
+                raise
+    raise AssertionError
 
 
 def refresh_from_stripe(purchase: Purchase) -> Purchase:
@@ -563,7 +569,11 @@ def _take_up(purchase: Purchase, now: datetime) -> None:
             _look_up(purchase, or_else=_close_uncharged)
         return
     payment_intent_id = str(purchase.stripe_payment_intent_id)
-    purchase = apply_payment_intent(gateway.retrieve_payment_intent(payment_intent_id))
+    try:
+        purchase = apply_payment_intent(gateway.retrieve_payment_intent(payment_intent_id))
+    except GatewayMissing:  # of the other mode: nothing is ever paid by it
+        _end(purchase, _close_uncharged)
+        return
     if purchase.state == State.ACTION_REQUIRED and (not is_on or purchase.created_at < now - CONFIRM_WITHIN):
         # Given up at Stripe first: what is closed here must not be paid there.
         try:
@@ -652,13 +662,14 @@ def refresh_card(*, user_id: int) -> None:
         return
     try:
         card = gateway.retrieve_saved_card(account.stripe_customer_id, preferred_id=account.stripe_payment_method_id)
-    except GatewayRefused:
-        card = None  # Stripe does not have this customer
+    except GatewayMissing:
+        customers.forget_customer(customer_id=account.stripe_customer_id)
+        return
     except GatewayError as error:
         logger.warning("A card could not be looked up", user_id=user_id, error=error.__cause__ or error)
         return
     if card is None:
-        forget_card(payment_method_id=account.stripe_payment_method_id)
+        customers.forget_card(payment_method_id=account.stripe_payment_method_id)
     else:
         _keep_card(account.pk, card)
 
@@ -671,7 +682,11 @@ def open_card_page(*, user_id: int, return_url: str) -> str:
     account = TokenAccount.objects.get(user_id=user_id)
     if not account.stripe_customer_id:
         return ""
-    return gateway.create_portal_session(customer_id=account.stripe_customer_id, return_url=return_url)
+    try:
+        return gateway.create_portal_session(customer_id=account.stripe_customer_id, return_url=return_url)
+    except GatewayMissing:
+        customers.forget_customer(customer_id=account.stripe_customer_id)
+        return ""
 
 
 def update_card(card: gateway.SavedCard) -> None:
@@ -679,30 +694,6 @@ def update_card(card: gateway.SavedCard) -> None:
     TokenAccount.objects.filter(stripe_payment_method_id=card.payment_method_id).update(
         card_brand=card.brand, card_last4=card.last4
     )
-
-
-def forget_card(*, payment_method_id: str) -> None:
-    """The card was removed: forget it, and switch auto-recharge off with a notice (row 37)."""
-    if payment_method_id:
-        _forget(TokenAccount.objects.filter(stripe_payment_method_id=payment_method_id), cause=payment_method_id)
-
-
-def forget_customer(*, customer_id: str) -> None:
-    """The customer was deleted at Stripe, their card with them. The next Checkout makes a new one."""
-    accounts = TokenAccount.objects.filter(stripe_customer_id=customer_id)
-    _forget(accounts, cause=customer_id, stripe_customer_id=None)
-
-
-@repeated_after_conflicts
-def _forget(accounts: QuerySet[TokenAccount], *, cause: str, **changes: None) -> None:
-    with transaction.atomic():
-        account = accounts.select_for_update().first()
-        if account is None:
-            return
-        TokenAccount.objects.filter(pk=account.pk).update(
-            stripe_payment_method_id="", card_brand="", card_last4="", **changes
-        )
-        switch_off(account_id=account.pk, reason="The saved card was removed.", key=cause)
 
 
 def refresh_card_of(*, customer_id: str) -> None:

@@ -26,7 +26,8 @@ from accounts.text import read_id
 from billing import database, gateway, ledger, notifications
 from billing.database import repeated_after_conflicts
 from billing.gateway import AskAgain, Asked, Dispute, Held, Refund
-from billing.models import PaymentReversal, Purchase, TokenAccount, TokenTransaction
+from billing.models import Installation, PaymentReversal, Purchase, TokenAccount, TokenTransaction
+from billing.models.installation import stripe_key
 
 logger = structlog.get_logger(__name__)
 
@@ -496,6 +497,7 @@ def _open_request(
             status=REQUESTED,
             reason=reason,
             requested_by_id=requested_by_id,
+            installation=Installation.read_name(),
         )
         audit.write(
             action=audit.Action.REFUND,
@@ -518,7 +520,7 @@ def _send_request(reversal: PaymentReversal) -> PaymentReversal:
             amount_cents=reversal.amount_cents,
             purchase_id=int(reversal.purchase_id or 0),
             reversal_id=reversal.pk,
-            idempotency_key=f"postmate-refund-{reversal.pk}",
+            idempotency_key=stripe_key(reversal.installation, "refund", reversal.pk),
         )
     except gateway.GatewayRefused as error:
         raise _refuse(reversal, f"Stripe refused the refund: {error.__cause__}") from error

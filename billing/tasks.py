@@ -7,11 +7,11 @@ from django.utils import timezone
 
 from billing import (
     bulk,
+    customers,
     finance,
     grants,
     ledger,
     notifications,
-    own_data,
     purchases,
     recharge,
     reconcile,
@@ -80,12 +80,22 @@ def remember_card(purchase_id: int) -> None:
 
 @shared_task
 def erase_customer(account_id: int) -> None:
-    own_data.erase_customer(account_id=account_id)
+    customers.erase_customers(account_id=account_id)
 
 
 @shared_task
 def sweep_customers() -> int:
-    return own_data.sweep_customers()
+    return customers.sweep_erased()
+
+
+@shared_task
+def tell_customer(account_id: int) -> None:
+    customers.tell_changes(account_id=account_id)
+
+
+@shared_task
+def tell_customers() -> int:
+    return customers.sweep_changes()
 
 
 @shared_task

@@ -14,7 +14,7 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from billing import gateway, purchases, recharge, refunds
+from billing import customers, gateway, purchases, recharge, refunds
 from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.gateway import AskAgain, Event, GatewayMissing, GatewayRefused
 from billing.models import Purchase, StripeEvent
@@ -47,7 +47,7 @@ def _on_payment_intent(event: Event) -> None:
 
 
 def _on_card_detached(event: Event) -> None:
-    recharge.forget_card(payment_method_id=event.object["id"])
+    customers.forget_card(payment_method_id=event.object["id"])
 
 
 def _on_card_updated(event: Event) -> None:
@@ -59,7 +59,7 @@ def _on_customer_updated(event: Event) -> None:
 
 
 def _on_customer_deleted(event: Event) -> None:
-    recharge.forget_customer(customer_id=event.object["id"])
+    customers.forget_customer(customer_id=event.object["id"])
 
 
 def _on_refund(event: Event) -> None:
@@ -82,7 +82,7 @@ def _on_fraud_warning(event: Event) -> None:
     if purchase is None and warning.payment_intent_id:
         raise purchases.NotOurPayment(f"No purchase of ours was paid by {warning.payment_intent_id}.")
     if purchase is not None:
-        recharge.switch_off(
+        customers.switch_off(
             account_id=purchase.account_id,
             reason="Your bank reported a payment as made without your consent.",
             key=warning.id,
@@ -119,8 +119,6 @@ HANDLERS: Mapping[str, Callable[[Event], None]] = {
 }
 # Of these only the id is read, which is the same in every version.
 WITHOUT_VERSION = ("payment_method.detached", "customer.updated", "customer.deleted")
-# These tell what is shown of a card, and nothing says which of two is the newer one.
-ASKED_ALWAYS = ("payment_method.automatically_updated",)
 # Which of them come without a payment intent, though their charge has one.
 NAME_A_PAYMENT = (_on_refund, _on_dispute, _on_fraud_warning)
 ASK_TRIES = 10  # one for each thing that an event contradicts, and for what others change meanwhile
@@ -191,9 +189,7 @@ def _handle_asking(row: StripeEvent, event: Event) -> StripeEvent:
     if event.type not in HANDLERS or _foreign(event):
         return _handle_once(row, event)
     try:
-        if event.type in ASKED_ALWAYS:
-            event = gateway.as_it_stands(event)
-        elif event.type not in WITHOUT_VERSION:
+        if event.type not in WITHOUT_VERSION:
             event = gateway.in_our_version(event)
         event = _completed(event)
         for tries_left in reversed(range(ASK_TRIES)):

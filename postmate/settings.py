@@ -370,6 +370,8 @@ CELERY_TASK_ROUTES = {
     "billing.tasks.run_bulk_job": {"queue": "slow"},
     "billing.tasks.sweep_bulk_jobs": {"queue": "slow"},
     "billing.tasks.sweep_customers": {"queue": "slow"},
+    "billing.tasks.tell_customer": {"queue": "slow"},
+    "billing.tasks.tell_customers": {"queue": "slow"},
 }
 CELERY_BEAT_SCHEDULE = {
     "expire stale reservations": {"task": "billing.tasks.expire_reservations", "schedule": 30.0},
@@ -403,6 +405,7 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": crontab(minute=53, hour=2),
     },
     "erase anonymised people at Stripe": {"task": "billing.tasks.sweep_customers", "schedule": 600.0},
+    "tell Stripe of new e-mail addresses and names": {"task": "billing.tasks.tell_customers", "schedule": 600.0},
     "erase anonymised people's work": {"task": "ai_ops.tasks.sweep_content", "schedule": 600.0},
     # One that waited for its worker longer than that has a successor.
     "send e-mails": {

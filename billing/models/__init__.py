@@ -2,6 +2,7 @@ from .account import TokenAccount
 from .bulk_job import BulkJob, BulkJobRow
 from .drift import Drift
 from .grant_request import GrantRequest
+from .installation import Installation
 from .model_price import ModelPrice, ModelPriceChange
 from .notification import Notification, NotificationPreference
 from .pricing import TokenPricing
@@ -18,6 +19,7 @@ __all__ = [
     "BulkJobRow",
     "Drift",
     "GrantRequest",
+    "Installation",
     "LedgerHour",
     "ModelPrice",
     "ModelPriceChange",

@@ -1,6 +1,6 @@
 from django.conf import settings
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import F, Q, Value
 
 from billing.pricing import display_price
 
@@ -45,6 +45,12 @@ class TokenAccount(models.Model):
     status_changed_at = models.DateTimeField(null=True, blank=True)
 
     stripe_customer_id = models.CharField(max_length=255, unique=True, null=True, blank=True)
+    # How often the key under which the customer is made was given up, and what Stripe was last told of its owner.
+    stripe_customer_tries = models.SmallIntegerField(db_default=0)
+    stripe_email = models.CharField("e-mail address that Stripe knows", max_length=254, blank=True, db_default="")
+    stripe_name = models.CharField("name that Stripe knows", max_length=150, blank=True, db_default="")
+    # All that were ever made for it, once its owner has gone and until Stripe has deleted them.
+    stripe_customers_left = models.JSONField(db_default=Value([], models.JSONField()), blank=True, default=list)
     stripe_payment_method_id = models.CharField(max_length=255, blank=True, db_default="")
     card_brand = models.CharField(max_length=30, blank=True, db_default="")
     card_last4 = models.CharField(max_length=4, blank=True, db_default="")

@@ -7,6 +7,7 @@ from billing import database
 from billing.pricing import display_price
 
 from .fields import Currency, choices_constraint, created_at_field
+from .installation import stripe_key
 
 
 class PurchaseKind(models.TextChoices):
@@ -52,6 +53,10 @@ class Purchase(models.Model):
     discount_cents = models.BigIntegerField("taken off the price by promotion codes", default=0)
     charged_cents = models.BigIntegerField("what the payment took, with tax and promotions", null=True, blank=True)
     stripe_price_id = models.CharField(max_length=255, blank=True, default="")
+
+    # Its idempotency keys at Stripe: whose row it is, and how often they were given up for new ones.
+    installation = models.CharField(max_length=20, blank=True, default="", db_default="")
+    stripe_tries = models.SmallIntegerField(default=0, db_default=0)
 
     checkout_key = models.CharField("key of the form that asked for it", max_length=200, null=True, blank=True)
     stripe_session_id = models.CharField(max_length=255, unique=True, null=True, blank=True)
@@ -106,6 +111,10 @@ class Purchase(models.Model):
 
     def __str__(self) -> str:
         return f"{self.package_name}: {self.tokens:,} tokens for {self.price_display}"
+
+    def stripe_key(self, what: str, *parts: object) -> str:
+        """The idempotency key under which `what` is done for it at Stripe."""
+        return stripe_key(self.installation, what, self.pk, self.stripe_tries or "", *parts)
 
     @property
     def price_display(self) -> str:

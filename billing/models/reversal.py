@@ -54,6 +54,7 @@ class PaymentReversal(models.Model):
     request_key = models.CharField(
         "key of the form that asked for it", max_length=100, unique=True, null=True, blank=True
     )
+    installation = models.CharField("whose key it has at Stripe", max_length=20, blank=True, default="", db_default="")
     created_at = created_at_field()
     updated_at = models.DateTimeField(auto_now=True)
 

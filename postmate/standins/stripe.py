@@ -848,14 +848,14 @@ class Account:
         fields |= {
             "amount_capturable": 0,
             "amount_received": 0,
-            "automatic_payment_methods": None,
+            "automatic_payment_methods": params.get("automatic_payment_methods"),
             "next_action": None,
         }
         fields |= {"canceled_at": None, "cancellation_reason": None, "capture_method": "automatic_async"}
         fields |= {"confirmation_method": "automatic", "last_payment_error": None, "latest_charge": None}
         fields |= {
             "payment_method": method and method["id"],
-            "payment_method_types": ["card", "us_bank_account"],
+            "payment_method_types": params.get("allowed_payment_method_types", ["card", "us_bank_account"]),
         }
         fields |= {
             "status": "requires_confirmation" if method else "requires_payment_method",
@@ -881,6 +881,10 @@ class Account:
         if method is None:
             message = "You cannot confirm this PaymentIntent because it's missing a payment method."
             raise invalid(message, None, "payment_intent_unexpected_state")
+        if method["type"] not in intent["payment_method_types"]:
+            raise invalid(
+                f"The payment method type {method['type']} is not allowed for this payment.", "payment_method"
+            )
         if off_session and not method["customer"]:
             raise invalid("An off-session payment needs a PaymentMethod that is attached to a Customer.", "off_session")
         card = CARDS[method["_number"]]

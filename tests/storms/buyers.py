@@ -19,7 +19,7 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from billing import after_debit, ledger, purchases, recharge, refunds
+from billing import after_debit, customers, ledger, purchases, recharge, refunds
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.pricing import TokenPools
 from tests.storms.programs import STRIPE_URL, WEB_URL
@@ -358,7 +358,7 @@ def save_card(http: httpx2.Client, person: Person, random: Random) -> None:
     card = random.choices(list(SAVED_CARDS), list(SAVED_CARDS.values()))[0]
     url = f"{STRIPE_URL}/v1/payment_methods/{card}/attach"
     http.post(url, data={"customer": customer_id}, headers=headers).raise_for_status()
-    purchases.update_stripe_customer(user_id=person.user_id, stripe_customer_id=customer_id)
+    customers.update_stripe_customer(user_id=person.user_id, stripe_customer_id=customer_id)
     recharge.refresh_card(user_id=person.user_id)
 
 

@@ -1,0 +1,197 @@
+"""The customer at Stripe behind an account: made once, told what changes here, forgotten when Stripe has forgotten
+them, and none left when the person goes."""
+
+from typing import Any
+
+import structlog
+from django.db import transaction
+from django.db.models import F, Q, QuerySet
+
+from billing import gateway, notifications
+from billing.database import repeated_after_conflicts
+from billing.models import Installation, Purchase, TokenAccount
+from billing.models.installation import stripe_key
+
+logger = structlog.get_logger(__name__)
+
+
+def update_stripe_customer(*, user_id: int, stripe_customer_id: str) -> None:
+    """Remember the user's customer at Stripe. The first one stays: two checkouts begun at once share it."""
+    TokenAccount.objects.filter(user_id=user_id, stripe_customer_id=None).update(stripe_customer_id=stripe_customer_id)
+
+
+def ensure_customer(account: TokenAccount) -> str:
+    """The id of the account's customer at Stripe, made if there is none.
+
+    Two tabs that make one at once send the same key, and get the same customer. Calls Stripe: never inside a
+    transaction (law 7). Raises GatewayError; after one that Stripe would repeat for a day the next call has a new key.
+    """
+    if account.stripe_customer_id:
+        return account.stripe_customer_id
+    email, name = account.user.email, account.user.name
+    installation = Installation.read_name()
+    tries = account.stripe_customer_tries
+    same_try = TokenAccount.objects.filter(pk=account.pk, stripe_customer_tries=tries)
+    try:
+        customer_id = gateway.create_customer(
+            email=email,
+            name=name,
+            account_id=account.pk,
+            installation=installation,
+            idempotency_key=stripe_key(installation, "customer", account.pk, tries),
+        )
+    except (gateway.GatewayBroken, gateway.GatewayRefused, gateway.GatewayKeyConflict):
+        same_try.update(stripe_customer_tries=F("stripe_customer_tries") + 1)
+        raise
+    update_stripe_customer(user_id=account.user_id, stripe_customer_id=customer_id)
+    account.refresh_from_db(fields=["stripe_customer_id"])
+    if account.stripe_customer_id == customer_id:
+        _note_told(account.pk, customer_id, email, name)
+    else:
+        # Another key, after a fault: theirs stays, and nobody has been sent anywhere with ours.
+        logger.warning("A second customer was made at Stripe", account_id=account.pk)
+        try:
+            gateway.delete_customer(customer_id)
+        except gateway.GatewayError as error:  # `find_customers` finds it when the person goes
+            logger.warning("It was not deleted", account_id=account.pk, error=error.__cause__ or error)
+    return str(account.stripe_customer_id)
+
+
+# --- What changes here ----------------------------------------------------------------------------------------------
+
+
+def _note_told(account_id: int, customer_id: str, email: str, name: str) -> None:
+    TokenAccount.objects.filter(pk=account_id, stripe_customer_id=customer_id).update(
+        stripe_email=email, stripe_name=name
+    )
+
+
+def tell_changes(*, account_id: int) -> bool:
+    """Tell Stripe the e-mail address and name that the account's owner has now. Returns whether it knows them.
+
+    Calls Stripe. Of two calls at once the later one may be overtaken; the sweep finds what differs.
+    """
+    account = TokenAccount.objects.select_related("user").get(pk=account_id)
+    customer_id, email, name = account.stripe_customer_id, account.user.email, account.user.name
+    is_told = (account.stripe_email, account.stripe_name) == (email, name)
+    if not customer_id or is_told or account.status_reason == TokenAccount.ANONYMISED:
+        return True
+    try:
+        gateway.update_customer(customer_id, email=email, name=name)
+    except gateway.GatewayMissing:
+        forget_customer(customer_id=customer_id)
+        return True
+    except gateway.GatewayError as error:
+        logger.warning("Stripe was not told yet", account_id=account_id, error=error.__cause__ or error)
+        return False
+    _note_told(account_id, customer_id, email, name)
+    return True
+
+
+def sweep_changes(*, limit: int = 100) -> int:
+    """Tell Stripe what a lost task or its absence has left untold. Returns how many customers it knows better now."""
+    known = Q(stripe_email=F("user__email"), stripe_name=F("user__name"))
+    stale = TokenAccount.objects.filter(~known, stripe_customer_id__isnull=False).exclude(
+        status_reason=TokenAccount.ANONYMISED
+    )
+    return sum(tell_changes(account_id=pk) for pk in stale.order_by("pk").values_list("pk", flat=True)[:limit])
+
+
+# --- What is gone ---------------------------------------------------------------------------------------------------
+
+
+def forget_card(*, payment_method_id: str) -> None:
+    """The card was removed: forget it, and switch auto-recharge off with a notice (row 37)."""
+    if payment_method_id:
+        _forget(TokenAccount.objects.filter(stripe_payment_method_id=payment_method_id), cause=payment_method_id)
+
+
+def forget_customer(*, customer_id: str) -> None:
+    """Stripe does not have the customer any more, nor their card. The next Checkout makes a new one, under a new key:
+    the old one's would give the old customer again."""
+    _forget(
+        TokenAccount.objects.filter(stripe_customer_id=customer_id),
+        cause=customer_id,
+        stripe_customer_id=None,
+        stripe_email="",
+        stripe_name="",
+        stripe_customer_tries=F("stripe_customer_tries") + 1,
+    )
+
+
+@repeated_after_conflicts
+def _forget(accounts: QuerySet[TokenAccount], *, cause: str, **changes: Any) -> None:
+    with transaction.atomic():
+        account = accounts.select_for_update().first()
+        if account is None:
+            return
+        TokenAccount.objects.filter(pk=account.pk).update(
+            stripe_payment_method_id="", card_brand="", card_last4="", **changes
+        )
+        switch_off(account_id=account.pk, reason="The saved card was removed.", key=cause)
+
+
+def switch_off(*, account_id: int, reason: str, key: str) -> bool:
+    """Switch auto-recharge off and tell the user why, in the caller's transaction. `key` names what caused it.
+
+    Returns whether it was on. A charge under way comes to its end.
+    """
+    account = TokenAccount.objects.select_related("user").get(pk=account_id)
+    was_on = account.switch_auto_recharge_off(reason)
+    if was_on:
+        notifications.auto_recharge_switched_off(account, reason=reason, key=key)
+    return was_on
+
+
+# --- When the person goes -------------------------------------------------------------------------------------------
+
+
+def find_customers(account: TokenAccount) -> None:
+    """Note all customers at Stripe that were ever made for the account, while its e-mail address still finds them.
+
+    Calls Stripe. Raises GatewayError.
+    """
+    purchases = Purchase.objects.filter(account=account)
+    named = set(purchases.filter(metadata__has_key="customer_id").values_list("metadata__customer_id", flat=True))
+    if account.stripe_customer_id or named or purchases.exists():
+        ours = (str(account.pk), Installation.read_name())
+        for email in {account.user.email, account.stripe_email} - {""}:
+            for customer in gateway.list_customers(email=email):
+                # Those of before installations had names carry none.
+                if (customer.account_id, customer.installation or ours[1]) == ours:
+                    named.add(customer.id)
+    TokenAccount.objects.filter(pk=account.pk).update(stripe_customers_left=sorted(named))
+
+
+def erase_customers(*, account_id: int) -> bool:
+    """Delete an anonymised account's customers at Stripe, their saved cards with them. Returns whether it is done.
+
+    Stripe keeps the payments themselves, without a customer. Calls Stripe; again after a failure, or twice, it
+    changes nothing more: the ids stay on the account until Stripe has confirmed.
+    """
+    anonymised = TokenAccount.objects.filter(pk=account_id).filter(_LEFT)
+    account = anonymised.first()
+    if account is None:
+        return True
+    try:
+        for customer_id in {account.stripe_customer_id, *account.stripe_customers_left} - {None}:
+            gateway.delete_customer(str(customer_id))
+    except gateway.GatewayError as error:
+        cause = error.__cause__ or error
+        logger.warning("A customer was not deleted at Stripe yet", account_id=account_id, error=cause)
+        return False
+    anonymised.update(stripe_customer_id=None, stripe_customers_left=[])
+    return True
+
+
+def sweep_erased(*, limit: int = 100) -> int:
+    """Delete at Stripe what a lost task or Stripe's absence has left there. Returns of how many accounts."""
+    return sum(
+        erase_customers(account_id=pk)
+        for pk in TokenAccount.objects.filter(_LEFT).order_by("pk").values_list("pk", flat=True)[:limit]
+    )
+
+
+_LEFT = Q(status=TokenAccount.Status.BLOCKED, status_reason=TokenAccount.ANONYMISED) & (
+    Q(stripe_customer_id__isnull=False) | ~Q(stripe_customers_left=[])
+)

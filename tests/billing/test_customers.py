@@ -1,0 +1,266 @@
+"""The customer at Stripe behind an account, and the ids and keys that Stripe and we share. Numbers in docstrings are
+rows of FAULTS.md."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from django.db import connection
+from django.test import Client
+from django.utils import timezone
+
+from accounts.models import User
+from ai_ops import own_data
+from billing import customers, gateway, purchases, recharge, reconcile, tasks
+from billing.models import Installation, Purchase, TokenAccount, TokenPricing
+from tests.conftest import MakeUser
+from tests.payments import (
+    ONE_STARTER,
+    begin_checkout,
+    buy,
+    checkout_form,
+    credits_of,
+    deliver,
+    event_of,
+    events_of,
+    purchase_state,
+)
+from tests.servers import StripeStandIn
+
+pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order", "events_wait")]
+
+COMPLETED = "checkout.session.completed"
+
+
+def account_of(user: User) -> TokenAccount:
+    return TokenAccount.objects.select_related("user").get(user=user)
+
+
+def at_stripe(email: str = "alice@example.com") -> list[str]:
+    return [customer.id for customer in gateway.list_customers(email=email)]
+
+
+def claim_key(what: str, *, number: int) -> None:
+    """A second installation has used the key of a row that we are about to make."""
+    key = "-".join(("postmate", Installation.read_name(), what, str(number)))
+    gateway._client().v1.customers.create({"description": "Of another"}, {"idempotency_key": key})
+
+
+def next_purchase_id() -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT last_value + is_called::int FROM billing_purchase_id_seq")
+        return int(cursor.fetchone()[0])
+
+
+def saved_card(user: User, **fields: Any) -> None:
+    """Auto-recharge is on, and due."""
+    TokenAccount.objects.filter(user=user).update(
+        auto_recharge_enabled=True,
+        auto_recharge_package=TokenPricing.objects.get(name="Starter"),
+        auto_recharge_price_cents=1_500,
+        auto_recharge_package_tokens=150_000,
+        auto_recharge_threshold_tokens=10**9,
+        **fields,
+    )
+
+
+# --- An id that Stripe has forgotten --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forgotten", ["deleted", "of the other mode", "price", "both"])
+def test_what_stripe_has_forgotten(
+    stripe: StripeStandIn, bought: Purchase, buyer: Client, alice: User, forgotten: str
+) -> None:
+    """37: the event was lost, or the id never was of this mode: forgotten at the same click, which opens a page."""
+    if forgotten in ("deleted", "both"):
+        gateway.delete_customer(str(account_of(alice).stripe_customer_id))
+    if forgotten == "of the other mode":
+        TokenAccount.objects.filter(user=alice).update(stripe_customer_id="cus_live")
+    if forgotten in ("price", "both"):
+        TokenPricing.objects.filter(name="Starter").update(stripe_price_id_usd="price_gone")
+    saved_card(alice, stripe_payment_method_id="pm_old")
+    again = buy(stripe, buyer)
+    assert deliver(events_of(stripe, COMPLETED)[0]).status_code == 200
+    assert purchase_state(again) == "paid"
+    assert credits_of(alice) == ONE_STARTER * 2
+    assert TokenPricing.objects.get(name="Starter").stripe_price_id_usd == ""
+    if forgotten != "price":
+        account = account_of(alice)
+        assert account.stripe_customer_id in at_stripe()
+        assert (account.stripe_payment_method_id, account.auto_recharge_enabled) == ("", False)
+    # What was paid by the forgotten customer is still this account's.
+    assert deliver(events_of(stripe, "payment_intent.succeeded")[-1]).status_code == 200
+    assert reconcile.reconcile(since=timezone.now() - timedelta(days=1)).differing == []
+
+
+def test_a_forgotten_customer_has_no_card(bought: Purchase, buyer: Client, alice: User) -> None:
+    """37: Stripe's page for the card, and looking the card up, forget them, too."""
+    for ask in (
+        lambda: buyer.post("/tokens/card/", follow=True),
+        lambda: recharge.refresh_card(user_id=alice.pk),
+        lambda: recharge.trigger_auto_recharge(user_id=alice.pk),
+    ):
+        saved_card(alice, stripe_customer_id="cus_gone", stripe_payment_method_id="pm_gone")
+        ask()
+        account = account_of(alice)
+        assert (account.stripe_customer_id, account.stripe_payment_method_id) == (None, "")
+        assert not account.auto_recharge_enabled
+
+
+def test_a_page_that_stripe_does_not_know(buyer: Client, alice: User) -> None:
+    """29: begun in the other mode: closed, not asked about for ever."""
+    purchase = begin_checkout(buyer)
+    Purchase.objects.filter(pk=purchase.pk).update(
+        stripe_session_id="cs_live_1", created_at=timezone.now() - timedelta(hours=1)
+    )
+    assert purchases.sweep_purchases() == 1
+    assert purchase_state(purchase) == "expired"
+    begin_checkout(buyer)
+
+
+# --- Idempotency keys -----------------------------------------------------------------------------------------------
+
+
+def test_keys_name_the_installation(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
+    """8: made once; a row of before keeps the key it began with."""
+    name = Installation.read_name()
+    assert name == Installation.read_name()
+    keys = {event["request"]["idempotency_key"] for event in stripe.state()["events"]} - {None}
+    assert f"postmate-{name}-customer-{account_of(alice).pk}-0" in keys
+    assert all(key.startswith(f"postmate-{name}-") for key in keys)
+    assert bought.stripe_key("checkout") == f"postmate-{name}-checkout-{bought.pk}"
+    bought.installation = ""
+    assert bought.stripe_key("checkout") == f"postmate-checkout-{bought.pk}"
+
+
+def test_a_key_that_another_installation_has_used(
+    stripe: StripeStandIn, buyer: Client, bought: Purchase, alice: User
+) -> None:
+    """30, 34: never told as a decline. A page opens under another key; auto-recharge stays on and tries again."""
+    claim_key("checkout", number=next_purchase_id())
+    again = buy(stripe, buyer)
+    assert deliver(events_of(stripe, COMPLETED)[0]).status_code == 200
+    assert purchase_state(again) == "paid"
+
+    tasks.remember_card(again.pk)
+    saved_card(alice)
+    claim_key("recharge", number=next_purchase_id())
+    attempt = recharge.trigger_auto_recharge(user_id=alice.pk)
+    assert attempt is not None
+    assert (attempt.state, attempt.failure_code) == ("failed", "")
+    account = account_of(alice)
+    assert (account.auto_recharge_enabled, account.auto_recharge_failures) == (True, 0)
+    assert account.auto_recharge_retry_at is not None
+    TokenAccount.objects.filter(user=alice).update(auto_recharge_retry_at=None)
+    attempt = recharge.trigger_auto_recharge(user_id=alice.pk)
+    assert attempt is not None
+    assert attempt.state == "paid"
+    assert credits_of(alice) == ONE_STARTER * 3
+
+
+def test_a_charge_that_was_made_with_other_parameters(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
+    """30: an attempt begun by an older release, charged, and not answered: the conflict does not charge again."""
+    tasks.remember_card(bought.pk)
+    saved_card(alice)
+    stripe.control("faults", kind="429", path_prefix="/v1/payment_intents", count=3)
+    attempt = recharge.trigger_auto_recharge(user_id=alice.pk)
+    assert attempt is not None
+    assert attempt.state == "created"
+    account = account_of(alice)
+    stripe.control("faults/clear")
+    gateway._client().v1.payment_intents.create(
+        {
+            "amount": 1_500,
+            "currency": "usd",
+            "customer": str(account.stripe_customer_id),
+            "payment_method": account.stripe_payment_method_id,
+            "off_session": True,
+            "confirm": True,
+            "metadata": {"purchase_id": str(attempt.pk)},
+        },
+        {"idempotency_key": attempt.stripe_key("recharge")},
+    )
+    Purchase.objects.filter(pk=attempt.pk).update(checked_at=None)
+    recharge.sweep_auto_recharges()
+    assert purchase_state(attempt) == "paid"
+    assert credits_of(alice) == ONE_STARTER * 2
+    assert stripe.state()["succeeded_charges"] == 2
+
+
+def test_off_session_charges_name_the_card_alone(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
+    """35: Stripe refuses a payment that might lead its owner to another page when nobody is there."""
+    tasks.remember_card(bought.pk)
+    saved_card(alice)
+    recharge.trigger_auto_recharge(user_id=alice.pk)
+    payment = stripe.state()["payment_intents"][0]
+    assert payment["payment_method_types"] == ["card"]
+    assert payment["automatic_payment_methods"] == {"enabled": True, "allow_redirects": "never"}
+
+
+# --- Made once, told, erased ----------------------------------------------------------------------------------------
+
+
+def test_two_tabs_make_one_customer(stripe: StripeStandIn, buyer: Client, alice: User) -> None:
+    """8, 28: both read an account without one; the second to come back uses the first one's."""
+    one, other = account_of(alice), account_of(alice)
+    assert customers.ensure_customer(one) == customers.ensure_customer(other)
+    assert len(at_stripe()) == 1
+
+
+@pytest.mark.parametrize("is_deleted_at_once", [True, False])
+def test_none_is_left_of_who_goes(
+    stripe: StripeStandIn, bought: Purchase, alice: User, make_user: MakeUser, *, is_deleted_at_once: bool
+) -> None:
+    """70: also one that no row names: of another key, or made by a crash. Other people's stay."""
+    make_user("alicia")
+    elsewhere = gateway._client().v1.customers.create({"email": "alice@example.com"}).id  # another product's
+    second = account_of(alice)
+    second.stripe_customer_id = None
+    second.stripe_customer_tries = 1  # after a fault of Stripe's
+    if not is_deleted_at_once:
+        stripe.control("faults", kind="429", path_prefix="/v1/customers", method="DELETE", count=3)
+    first = account_of(alice).stripe_customer_id
+    assert customers.ensure_customer(second) == first
+    stripe.control("faults/clear")
+    assert len(at_stripe()) == (2 if is_deleted_at_once else 3)
+    assert own_data.anonymize_user(user_id=alice.pk) is None
+    assert tasks.sweep_customers() == 1
+    assert at_stripe() == [elsewhere]
+    assert (account_of(alice).stripe_customer_id, account_of(alice).stripe_customers_left) == (None, [])
+    assert tasks.sweep_customers() == 0
+
+
+def test_what_changes_here_is_told_to_stripe(
+    stripe: StripeStandIn, bought: Purchase, alice: User, django_capture_on_commit_callbacks: Any
+) -> None:
+    """Receipts go to the address that its owner has now; a lost task and a save that tells nobody are swept."""
+    assert tasks.tell_customers() == 0
+    with django_capture_on_commit_callbacks() as callbacks:
+        alice.email = "alice@new.example.com"
+        alice.save(update_fields=["email"])
+    assert len(callbacks) == 1
+    User.objects.filter(pk=alice.pk).update(name="Alice of Elsewhere")
+    stripe.control("faults", kind="429", path_prefix="/v1/customers", count=3)
+    assert tasks.tell_customers() == 0
+    stripe.control("faults/clear")
+    assert tasks.tell_customers() == 1
+    assert tasks.tell_customers() == 0
+    (updated,) = events_of(stripe, "customer.updated")
+    told = updated["data"]["object"]
+    assert (told["email"], told["name"]) == ("alice@new.example.com", "Alice of Elsewhere")
+    assert at_stripe("alice@new.example.com") == [account_of(alice).stripe_customer_id]
+    # A customer that is not there any more is forgotten, not told for ever.
+    gateway.delete_customer(told["id"])
+    User.objects.filter(pk=alice.pk).update(name="Alice")
+    tasks.tell_customers()
+    assert account_of(alice).stripe_customer_id is None
+    assert tasks.tell_customers() == 0
+
+
+def test_a_customer_after_a_fault(stripe: StripeStandIn, buyer: Client) -> None:
+    """27: Stripe would repeat its fault for a day: the next click has a new key."""
+    stripe.control("faults", kind="500", path_prefix="/v1/customers", count=1)
+    buyer.post("/tokens/checkout/", checkout_form())
+    begin_checkout(buyer)
+    assert len(at_stripe()) == 1
+    assert event_of(stripe, "customer.created")
