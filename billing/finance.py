@@ -206,7 +206,7 @@ def _purchases(since: datetime, until: datetime) -> Iterator[list[Cell]]:
     """The sales whose tokens were credited on the day."""
     yield [
         "Purchase", "Account", "User", "Entry", "Credited at", "Kind", "Package", "Tokens", "Price", "Discount",
-        "Revenue", "Charged with tax", "Currency", "Payment at Stripe",
+        "Revenue", "Charged with tax", "Tax", "Currency", "Payment at Stripe", "Receipt",
     ]  # fmt: skip
     entries = TokenTransaction.objects.filter(
         type__in=TokenTransaction.CREDITS_FOR_MONEY, created_at__gte=since, created_at__lt=until
@@ -218,8 +218,8 @@ def _purchases(since: datetime, until: datetime) -> Iterator[list[Cell]]:
         yield [
             purchase.pk, entry.account_id, entry.user_id, entry.pk, _moment(entry.created_at), purchase.kind,
             purchase.package_name, entry.amount, _money(purchase.amount_cents), _money(purchase.discount_cents),
-            _money(purchase.revenue_cents), _money(purchase.charged_cents), purchase.currency.upper(),
-            purchase.stripe_payment_intent_id,
+            _money(purchase.revenue_cents), _money(purchase.charged_cents), _money(purchase.tax_cents),
+            purchase.currency.upper(), purchase.stripe_payment_intent_id, purchase.receipt_number,
         ]  # fmt: skip
 
 

@@ -53,14 +53,19 @@ class MoneyField(PlainDecimalField):
 
 
 class AmountForm(forms.Form):
-    amount = MoneyField(required=False, label="Amount in US dollars")
+    amount = MoneyField(required=False)
+    currency = forms.ChoiceField(required=False, choices=Currency)
+
+    def __init__(self, *args: Any, currency: str = "", **options: Any) -> None:
+        super().__init__(*args, **options)
+        shown = currency or self.data.get("currency")
+        self.fields["amount"].label = f"Amount in {CURRENCY_NAMES.get(shown, CURRENCY_NAMES[Currency.USD])}"
 
 
 class CheckoutForm(AmountForm):
     """Which package or what amount, and the key of this form. A browser's word on price or tokens is not read."""
 
     package_id = forms.IntegerField(required=False, min_value=1, max_value=2**63 - 1)
-    currency = forms.ChoiceField(required=False, choices=Currency)
     checkout_key = KeyField()
 
     def clean(self) -> dict[str, Any]:
@@ -73,9 +78,10 @@ class CheckoutForm(AmountForm):
     def terms(self) -> Terms:
         """What is bought. The form must be valid. Raises PackageNotSold, AmountNotSold."""
         data = self.cleaned_data
+        currency = data["currency"] or Currency.USD
         if data["package_id"] is not None:
-            return purchases.terms_of_package(data["package_id"], currency=data["currency"] or Currency.USD)
-        return purchases.terms_of_amount(data["amount"])
+            return purchases.terms_of_package(data["package_id"], currency=currency)
+        return purchases.terms_of_amount(data["amount"], currency=currency)
 
 
 class AutoRechargeForm(forms.Form):

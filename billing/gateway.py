@@ -112,6 +112,7 @@ class CheckoutSession:
     # What the buyer pays in the end, after both.
     amount_total_cents: int | None = None
     discount_cents: int = 0  # by promotion codes
+    tax_cents: int = 0  # in the price or on top of it
 
     @property
     def is_paid(self) -> bool:
@@ -129,6 +130,7 @@ class PaymentIntent:
     payment_method_id: str = ""
     action_url: str = ""  # where the card's owner confirms, when the bank wants that
     # Only where the payment was retrieved with its details:
+    payment_method_type: str = ""  # card, link, us_bank_account …
     card_brand: str = ""
     card_last4: str = ""
     is_card_saved: bool = False  # it may be charged later, while its owner is away
@@ -649,6 +651,7 @@ def read_checkout_session(session: Mapping[str, Any]) -> CheckoutSession:
         expires_at=datetime.fromtimestamp(expires_at, UTC) if expires_at else None,
         amount_total_cents=session.get("amount_total"),
         discount_cents=_inner(session, "total_details").get("amount_discount") or 0,
+        tax_cents=_inner(session, "total_details").get("amount_tax") or 0,
     )
 
 
@@ -664,6 +667,7 @@ def read_payment_intent(payment_intent: Mapping[str, Any]) -> PaymentIntent:
         purchase_id=str((payment_intent.get("metadata") or {}).get("purchase_id", "")),
         payment_method_id=_id_of(payment_intent.get("payment_method")) or "",
         action_url=_inner(payment_intent, "next_action", "redirect_to_url").get("url") or "",
+        payment_method_type=_inner(payment_intent, "payment_method").get("type") or "",
         card_brand=_inner(payment_intent, "payment_method", "card").get("brand") or "",
         card_last4=_inner(payment_intent, "payment_method", "card").get("last4") or "",
         is_card_saved=bool(_inner(payment_intent, "payment_method").get("customer")),

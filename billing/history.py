@@ -168,11 +168,11 @@ def get_page(selection: Selection, *, order: str = NEWEST_FIRST, cursor: Cursor 
         if len(entries) == limit:
             before_it = _walk(selection, order, past=entries[0].sequence, limit=1, is_backward=True)
             previous = Cursor(entries[0].sequence, is_backward=True) if before_it else None
-            prefetch_related_objects(entries, "purchase")
+            prefetch_related_objects(entries, "purchase__reversals")
             return Page(entries, previous, Cursor(entries[-1].sequence), is_sort_bounded)
         cursor = None  # back at the beginning, where new entries may have come
     entries = _walk(selection, order, past=cursor.sequence if cursor else None, limit=limit + 1)
-    prefetch_related_objects(entries, "purchase")
+    prefetch_related_objects(entries, "purchase__reversals")
     return Page(
         entries[:limit],
         Cursor(entries[0].sequence, is_backward=True) if cursor and entries else None,

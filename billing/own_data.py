@@ -45,7 +45,8 @@ USAGE_FIELDS = (
 )  # fmt: skip
 PURCHASE_FIELDS = (
     "id", "created_at", "paid_at", "kind", "state", "package_name", "tokens", "amount_cents", "currency",
-    "discount_cents", "charged_cents", "stripe_payment_intent_id", "receipt_url", "message",
+    "discount_cents", "charged_cents", "tax_cents", "payment_method_type", "card_brand", "card_last4", "receipt_number",
+    "stripe_payment_intent_id", "receipt_url", "message",
 )  # fmt: skip
 REVERSAL_FIELDS = ("purchase_id", "kind", "status", "amount_cents", "currency", "created_at", "updated_at")
 NOTIFICATION_FIELDS = ("created_at", "kind", "title", "body", "link", "read_at", "email_sent_at")
@@ -155,7 +156,9 @@ def anonymize_account(account: TokenAccount) -> None:
     )
     # What other servers wrote beside an operation, and providers about its failure, may repeat what a person wrote.
     TokenUsage.objects.filter(account=account).update(metadata={}, error_message="", request_fingerprint="")
-    Purchase.objects.filter(account=account).update(checkout_url="", receipt_url="", message="")
+    Purchase.objects.filter(account=account).update(
+        checkout_url="", receipt_url="", message="", card_brand="", card_last4=""
+    )
     Notification.objects.filter(user_id=account.user_id).delete()
     NotificationPreference.objects.filter(user_id=account.user_id).delete()
     enqueue_on_commit("billing.tasks.erase_customer", account.pk)

@@ -13,9 +13,10 @@ from functools import partial
 import structlog
 from django.conf import settings
 from django.db import IntegrityError, transaction
-from django.db.models import F, Q
+from django.db.models import F, Max, Q
 from django.urls import reverse
 
+from accounts.locks import lock_until_commit
 from accounts.refusal import Refusal
 from billing import customers, database, gateway, ledger, notifications, packages, refunds, system_settings
 from billing.background import enqueue_on_commit
@@ -98,6 +99,7 @@ class Terms:
     amount_cents: int
     currency: str
     stripe_price_id: str = ""
+    rate_of: str = ""  # the package whose price per token an amount gets; empty: the exchange rate
 
 
 def terms_of_package(package_id: int, *, currency: str) -> Terms:
@@ -109,14 +111,30 @@ def terms_of_package(package_id: int, *, currency: str) -> Terms:
     return Terms(package, package.name, package.tokens, price_cents, currency, package.stripe_price_id(currency))
 
 
-def terms_of_amount(amount_cents: int) -> Terms:
-    """What a custom amount in US cents buys at the exchange rate. Raises AmountNotSold below the minimum purchase."""
+def terms_of_amount(amount_cents: int, *, currency: str = Currency.USD) -> Terms:
+    """What a custom amount buys: at the exchange rate, or at that of the package which gives the most for it among
+    those that the amount reaches, so that nobody pays more for less. In another currency than US dollars, an amount
+    below all packages buys at the smallest one's rate.
+
+    Raises AmountNotSold below the minimum purchase, which has the same number in each currency, and where nothing is
+    sold in the currency.
+    """
     settings = system_settings.get_system_settings()
     if not settings.minimum_purchase_cents <= amount_cents <= MAX_AMOUNT_CENTS:
-        smallest, largest = display_price(settings.minimum_purchase_cents), display_price(MAX_AMOUNT_CENTS)
-        raise AmountNotSold(f"The amount must be between {smallest} and {largest}.")
-    tokens = tokens_for_cents(amount_cents=amount_cents, tokens_per_usd=settings.tokens_per_usd)
-    return Terms(None, "Custom amount", tokens, amount_cents, "usd")
+        smallest = display_price(settings.minimum_purchase_cents, currency)
+        raise AmountNotSold(f"The amount must be between {smallest} and {display_price(MAX_AMOUNT_CENTS, currency)}.")
+    offers = packages.list_offers(currency)
+    reached = [offer for offer in offers if offer.price_cents <= amount_cents]
+    if currency != Currency.USD and not reached:
+        reached = sorted(offers, key=lambda offer: offer.price_cents)[:1]
+    # Rounded down, as the exchange rate is; at a package's own price it comes to the package.
+    rates = [(amount_cents * each.package.tokens // each.price_cents, each.package.name) for each in reached]
+    if currency == Currency.USD:
+        rates.insert(0, (tokens_for_cents(amount_cents=amount_cents, tokens_per_usd=settings.tokens_per_usd), ""))
+    tokens, rate_of = max(rates, key=lambda rate: rate[0], default=(0, ""))
+    if tokens < 1:
+        raise AmountNotSold("Nothing is sold for such an amount in this currency.")
+    return Terms(None, "Custom amount", tokens, amount_cents, currency, rate_of=rate_of)
 
 
 def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) -> Purchase:
@@ -359,6 +377,7 @@ def apply_checkout_session(session: CheckoutSession, *, asked: Asked | None = No
                 payment_intent_id=session.payment_intent_id,
                 charged_cents=session.amount_total_cents,
                 discount_cents=session.discount_cents,
+                tax_cents=session.tax_cents,
             )
         elif session.status == "expired" and purchase.may_be_paid:
             if purchase.state == State.PROCESSING:
@@ -531,11 +550,13 @@ def _credit(
     payment_intent_id: str | None,
     charged_cents: int | None = None,
     discount_cents: int = 0,
+    tax_cents: int = 0,
 ) -> None:
     """Credit a locked purchase once, if what was paid is what was agreed. Paid wins over expired and failed.
 
     `charged_cents` is what the buyer paid in the end, where that may differ: the whole that refunds are parts of.
-    `discount_cents` of it promotion codes took off the price: they lower what we earn, not what is credited.
+    `discount_cents` of it promotion codes took off the price: they lower what we earn, not what is credited. So does
+    the part of `tax_cents` that the price includes.
     """
     if purchase.state == State.PAID:
         if payment_intent_id and purchase.stripe_payment_intent_id is None:
@@ -545,6 +566,8 @@ def _credit(
         if payment_intent_id and purchase.stripe_payment_intent_id != payment_intent_id:
             raise PurchaseNotFound(f"Purchase {purchase.pk} was paid by another payment than {payment_intent_id}.")
         return
+    if purchase.state == State.FAILED and purchase.paid_at is not None:
+        return  # another amount was paid, and it was sent back, or a person has settled it
     if (amount_cents, currency) != (purchase.amount_cents, purchase.currency):
         logger.error(
             "A purchase was paid with another amount and is kept for review",
@@ -557,6 +580,8 @@ def _credit(
         set_state(purchase, State.REVIEW, "The amount paid differs from the price. We are looking into it.")
         return
     purchase.discount_cents = discount_cents
+    purchase.tax_cents = tax_cents
+    purchase.charged_cents = charged_cents or None
     ledger.add_tokens(
         user_id=purchase.user_id,
         tokens=purchase.tokens,
@@ -576,17 +601,28 @@ def _credit(
     purchase.message = ""
     purchase.paid_at = database.now()
     purchase.stripe_payment_intent_id = payment_intent_id
-    purchase.charged_cents = charged_cents or None
     purchase.save(
         update_fields=[
-            "state", "message", "paid_at", "stripe_payment_intent_id", "charged_cents", "discount_cents",
+            "state", "message", "paid_at", "stripe_payment_intent_id", "charged_cents", "discount_cents", "tax_cents",
         ]
     )  # fmt: skip
     _after_credit(purchase)
     refunds.apply_parked(purchase)
+    number_receipt(purchase)
     transaction.on_commit(
         partial(logger.info, "A purchase was credited", **log_ids(purchase), tokens=purchase.tokens, kind=purchase.kind)
     )
+
+
+def number_receipt(purchase: Purchase) -> None:
+    """Give a paid purchase the next number of the receipts, in the caller's transaction; one that has one keeps it.
+
+    Whoever numbers waits for the one before to commit, so that the series has no gap; it is the last lock of a credit.
+    """
+    lock_until_commit("receipt numbers")
+    highest = Purchase.objects.aggregate(number=Max("receipt_number"))["number"] or 0
+    Purchase.objects.filter(pk=purchase.pk, receipt_number=None).update(receipt_number=highest + 1)
+    purchase.refresh_from_db(fields=["receipt_number"])
 
 
 def _after_credit(purchase: Purchase) -> None:

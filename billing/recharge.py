@@ -57,6 +57,11 @@ HOPELESS_CODES = frozenset(
 
 # An unanswered attempt is left to the worker that began it for longer than its call can last.
 RESUME_AFTER = timedelta(seconds=90)
+# Ways to pay that are not kept, as people call them.
+METHOD_NAMES = {
+    "link": "Link", "us_bank_account": "bank debit", "sepa_debit": "bank debit", "acss_debit": "bank debit",
+    "bacs_debit": "bank debit", "paypal": "PayPal", "amazon_pay": "Amazon Pay", "ideal": "iDEAL",
+}  # fmt: skip
 CONFIRM_WITHIN = timedelta(hours=24)
 # How long the sweep looks for the card and the receipt of a payment.
 DETAILS_WITHIN = timedelta(days=7)
@@ -123,7 +128,7 @@ def _setting_errors(
     errors = {}
     price_cents = package.price_cents(account.currency) if package and package.is_active else None
     if enabled and not account.stripe_payment_method_id:
-        errors["enabled"] = "There is no saved card yet. Buy a package once; its card is kept for this."
+        errors["enabled"] = f"There is no saved card yet. {why_no_card(account)}"
     # Switching it off must always work, also when the package has gone meanwhile.
     if price_cents is None and (enabled or package is None is not account.auto_recharge_package_id):
         errors["package_id"] = "Choose a package that is on sale."
@@ -140,6 +145,22 @@ def _setting_errors(
             f"The package costs {display_price(price_cents, account.currency)}: with a lower limit it is never bought."
         )
     return errors
+
+
+def why_no_card(account: TokenAccount) -> str:
+    """How an account without a saved card gets one, for its owner, who may have paid in a way that is not kept."""
+    paid_by = (
+        Purchase.objects.filter(account=account, kind=Purchase.Kind.CHECKOUT, state=State.PAID)
+        .order_by("-paid_at")
+        .values_list("payment_method_type", flat=True)
+        .first()
+    )
+    if paid_by in (None, "", "card"):
+        return "Buy a package once: its card is kept, and you can switch auto-recharge on here."
+    return (
+        f"You paid by {METHOD_NAMES.get(paid_by, paid_by.replace('_', ' '))}, which auto-recharge cannot charge while "
+        "you are away. Pay by card once: the card is kept, and you can switch auto-recharge on here."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -606,7 +627,15 @@ def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
             pk=purchase.account_id, status_reason=TokenAccount.ANONYMISED
         ).exists()
         Purchase.objects.filter(pk=purchase.pk).update(
-            receipt_url="" if is_anonymised else payment.receipt_url, checked_at=database.now()
+            checked_at=database.now(),
+            payment_method_type=payment.payment_method_type,
+            **dict.fromkeys(("receipt_url", "card_brand", "card_last4"), "")
+            if is_anonymised
+            else {
+                "receipt_url": payment.receipt_url,
+                "card_brand": payment.card_brand,
+                "card_last4": payment.card_last4,
+            },
         )
         bought_again = Purchase.objects.filter(
             account=purchase.account_id, kind=Purchase.Kind.CHECKOUT, paid_at__gt=purchase.paid_at

@@ -175,7 +175,7 @@ def _apply(picture: Refund | Dispute, asked_of: Held | None) -> PaymentReversal:
     kind, request_id = (Kind.REFUND, picture.reversal_id) if isinstance(picture, Refund) else (Kind.DISPUTE, "")
     if not picture.payment_intent_id:
         raise NotOurReversal(f"{picture.id} names no payment intent; all our payments have one.")
-    if picture.status not in RANKS[kind]:
+    if picture.status not in RANKS[kind] and _seen(picture)[-1] is None:
         raise ReversalNotUnderstood(f"{picture.id} has the status {picture.status!r}, which we do not know.")
     if picture.amount_cents <= 0:
         raise ReversalNotUnderstood(f"{picture.id} is about an amount of {picture.amount_cents}.")
@@ -256,7 +256,11 @@ def _held(reversal: PaymentReversal) -> Held:
 
 
 def _seen(picture: Refund | Dispute) -> tuple[str, int, int | None]:
-    return (picture.status, picture.amount_cents, picture.withdrawn_cents if isinstance(picture, Dispute) else None)
+    return (
+        picture.status[:30],
+        picture.amount_cents,
+        picture.withdrawn_cents if isinstance(picture, Dispute) else None,
+    )
 
 
 def _contradicts(reversal: PaymentReversal, picture: Refund | Dispute) -> bool:
@@ -264,17 +268,20 @@ def _contradicts(reversal: PaymentReversal, picture: Refund | Dispute) -> bool:
     money in one and the same state."""
     shown = PaymentReversal(kind=reversal.kind)
     shown.status, shown.amount_cents, shown.withdrawn_cents = _seen(picture)
-    is_same_state = shown.status == reversal.status
-    if is_same_state and (shown.amount_cents, shown.taken_cents) == (reversal.amount_cents, reversal.taken_cents):
+    if shown.status == reversal.status:
+        return (shown.amount_cents, shown.taken_cents) != (reversal.amount_cents, reversal.taken_cents)
+    if not reversal.status:  # a new row
         return False
-    return is_same_state or reversal.status in PaymentReversal.FINAL_STATUSES
+    # Of a state that we do not know nobody can say what comes after it.
+    known = {*RANKS[Kind(reversal.kind)], REQUESTED, REFUSED}
+    return reversal.status in PaymentReversal.FINAL_STATUSES or not {shown.status, reversal.status} <= known
 
 
 def _advance(reversal: PaymentReversal, picture: Refund | Dispute, *, is_current: bool) -> bool:
     """Bring our row up to the picture, unless it is older than what we know. Returns whether anything changed."""
     before = _held(reversal)
     ranks = RANKS[Kind(reversal.kind)]
-    is_older = ranks[picture.status] < ranks.get(reversal.status, -1)
+    is_older = ranks.get(picture.status, 0) < ranks.get(reversal.status, -1)
     says_less = picture.status == reversal.status and _seen(picture)[-1] is None
     if is_current or not (is_older or says_less):
         reversal.status, reversal.amount_cents, reversal.withdrawn_cents = _seen(picture)

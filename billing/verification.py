@@ -274,7 +274,8 @@ def checks() -> list[Check]:
             "6",
             CREDITS,
             """SELECT entry.id AS transaction, purchase.id AS purchase, entry.amount, purchase.tokens,
-                      entry.paid_cents, purchase.amount_cents, purchase.discount_cents, entry.currency,
+                      entry.paid_cents, purchase.amount_cents, purchase.discount_cents, purchase.tax_cents,
+                      purchase.charged_cents, entry.currency,
                       purchase.currency AS agreed_currency, entry.account_id AS account,
                       purchase.account_id AS agreed_account
                  FROM billing_tokentransaction AS entry
@@ -282,7 +283,13 @@ def checks() -> list[Check]:
                 WHERE entry.type IN ('purchase', 'auto_recharge')
                   AND ((entry.amount, entry.paid_cents, entry.currency, entry.account_id, entry.type)
                        IS DISTINCT FROM
-                       (purchase.tokens, purchase.amount_cents - purchase.discount_cents, purchase.currency,
+                       (purchase.tokens,
+                        -- Without the tax that the price includes: what was charged of it was not added to the price.
+                        purchase.amount_cents - purchase.discount_cents
+                        - greatest(0, least(purchase.tax_cents, purchase.tax_cents
+                            - (coalesce(purchase.charged_cents, purchase.amount_cents)
+                               - (purchase.amount_cents - purchase.discount_cents)))),
+                        purchase.currency,
                         purchase.account_id,
                         CASE purchase.kind WHEN 'checkout' THEN 'purchase' ELSE 'auto_recharge' END)
                        OR entry.stripe_payment_intent_id IS NOT NULL

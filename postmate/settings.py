@@ -82,6 +82,12 @@ STRIPE_PROMOTION_CODES = env.bool("STRIPE_PROMOTION_CODES", False)
 STRIPE_INVOICES = env.bool("STRIPE_INVOICES", False)
 STRIPE_TIMEOUT_SECONDS = env.float("STRIPE_TIMEOUT_SECONDS", 20.0)
 
+# Who sells, as receipts say it: the lines of the address are separated by "|".
+SELLER_NAME = env.str("SELLER_NAME", "Postmate")
+SELLER_ADDRESS = [line.strip() for line in env.str("SELLER_ADDRESS", "").split("|") if line.strip()]
+SELLER_TAX_ID = env.str("SELLER_TAX_ID", "")
+RECEIPT_PREFIX = env.str("RECEIPT_PREFIX", "R-")
+
 OPENAI_API_KEY = _secret("OPENAI_API_KEY")
 OPENAI_BASE_URL = env.str("OPENAI_BASE_URL", "")
 ANTHROPIC_API_KEY = _secret("ANTHROPIC_API_KEY")

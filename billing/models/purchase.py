@@ -52,7 +52,14 @@ class Purchase(models.Model):
     currency = models.CharField(max_length=3, choices=Currency)
     discount_cents = models.BigIntegerField("taken off the price by promotion codes", default=0)
     charged_cents = models.BigIntegerField("what the payment took, with tax and promotions", null=True, blank=True)
+    tax_cents = models.BigIntegerField("tax in what the payment took", default=0, db_default=0)
     stripe_price_id = models.CharField(max_length=255, blank=True, default="")
+    # How it was paid, as its receipt says: Stripe's word for the kind, and of a card what is shown of it.
+    payment_method_type = models.CharField(max_length=50, blank=True, default="", db_default="")
+    card_brand = models.CharField(max_length=30, blank=True, default="", db_default="")
+    card_last4 = models.CharField(max_length=4, blank=True, default="", db_default="")
+    # A series without gaps, in the order of the credits.
+    receipt_number = models.BigIntegerField(unique=True, null=True, blank=True)
 
     # Its idempotency keys at Stripe: whose row it is, and how often they were given up for new ones.
     installation = models.CharField(max_length=20, blank=True, default="", db_default="")
@@ -81,7 +88,7 @@ class Purchase(models.Model):
             models.CheckConstraint(condition=Q(tokens__gt=0, amount_cents__gt=0), name="purchase_amounts_positive"),
             models.CheckConstraint(
                 condition=(Q(charged_cents=None) | Q(charged_cents__gt=0))
-                & Q(discount_cents__gte=0, discount_cents__lte=F("amount_cents")),
+                & Q(discount_cents__gte=0, discount_cents__lte=F("amount_cents"), tax_cents__gte=0),
                 name="purchase_charged_sane",
             ),
             models.UniqueConstraint(
@@ -122,8 +129,18 @@ class Purchase(models.Model):
 
     @property
     def revenue_cents(self) -> int:
-        """What the sale brings us: the price less discounts, without tax."""
+        """What the sale brings us: the price less discounts, without tax, in the price or on top of it."""
+        return self.price_after_discount_cents - self.included_tax_cents
+
+    @property
+    def price_after_discount_cents(self) -> int:
         return self.amount_cents - self.discount_cents
+
+    @property
+    def included_tax_cents(self) -> int:
+        """The tax that the price includes: what the payment took of it was not added to the price."""
+        added_cents = self.paid_total_cents - self.price_after_discount_cents
+        return max(0, min(self.tax_cents, self.tax_cents - added_cents))
 
     @property
     def paid_total_cents(self) -> int:
@@ -131,9 +148,20 @@ class Purchase(models.Model):
         return self.amount_cents if self.charged_cents is None else self.charged_cents
 
     @property
+    def returned_display(self) -> str:
+        """What became of its money since, in a word or two, for its buyer; empty while all of it is with us."""
+        gone = [each for each in self.reversals.all() if each.takes_money]
+        if not gone:
+            return ""
+        if any(each.kind == "dispute" for each in gone):
+            return "Disputed"
+        is_all = sum(each.taken_cents for each in gone) >= self.paid_total_cents
+        return "Refunded" if is_all else "Partly refunded"
+
+    @property
     def paid_display(self) -> str:
         """What the buyer paid in the end, for people; zero where a promotion code took it all."""
-        return self.money(self.revenue_cents if self.charged_cents is None else self.charged_cents)
+        return self.money(self.price_after_discount_cents if self.charged_cents is None else self.charged_cents)
 
     @property
     def may_be_paid(self) -> bool:

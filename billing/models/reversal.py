@@ -75,6 +75,10 @@ class PaymentReversal(models.Model):
         return display_price(self.amount_cents, self.currency)
 
     @property
+    def taken_display(self) -> str:
+        return display_price(self.taken_cents, self.currency)
+
+    @property
     def status_display(self) -> str:
         return self.status.replace("_", " ").capitalize()
 

@@ -1,12 +1,14 @@
 """/tokens/: what a person has, what it cost, and how to get more."""
 
 from dataclasses import replace
+from email.utils import parseaddr
 from uuid import uuid4
 
 from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.core.exceptions import ValidationError
+from django.db import transaction
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
@@ -15,6 +17,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from accounts.permissions import SignedInRequest
 from billing import gateway, history, ledger, packages, purchases, receipts, recharge, stats, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
+from billing.gateway import GatewayUnavailable
 from billing.models import Purchase, TokenUsage
 from billing.models.fields import Currency
 from billing.tables import TransactionTable
@@ -43,7 +46,7 @@ def _render_home(
 ) -> HttpResponse:
     account = ledger.get_account(user_id=request.user.pk)
     currencies = [account.currency] if purchases.why_currency_is_fixed(account) else packages.list_currencies()
-    asked_currency = request.GET.get("currency", account.currency)
+    asked_currency = request.POST.get("currency") or request.GET.get("currency", account.currency)
     currency = asked_currency if asked_currency in currencies else next(iter(currencies), Currency.USD)
     averages = stats.average_tokens_by_operation(account)
     context = {
@@ -60,8 +63,9 @@ def _render_home(
         "worth_basis": max((averages[type].basis for type in WORTH), key=("own", "everyone", "default").index),
         "currencies": currencies,
         "currency": currency,
-        "amount_form": amount_form or CheckoutForm(),
+        "amount_form": amount_form or CheckoutForm(currency=currency),
         "recharge": recharge.get_overview(account),
+        "why_no_card": recharge.why_no_card(account),
         "recharge_form": recharge_form or AutoRechargeForm(account=account),
         "system_settings": system_settings.get_system_settings(),
         "checkout_key": uuid4().hex,
@@ -90,7 +94,8 @@ def price(request: SignedInRequest) -> HttpResponse:
     context: dict[str, object] = {}
     if form.is_valid() and form.cleaned_data["amount"]:
         try:
-            context["terms"] = purchases.terms_of_amount(form.cleaned_data["amount"])
+            currency = form.cleaned_data["currency"] or Currency.USD
+            context["terms"] = purchases.terms_of_amount(form.cleaned_data["amount"], currency=currency)
         except purchases.AmountNotSold as error:
             context["refusal"] = error.message
     return render(request, "billing/_amount_price.html", context)
@@ -114,11 +119,21 @@ def checkout(request: SignedInRequest) -> HttpResponse:
         return redirect("tokens:home")
     except gateway.GatewayError as error:
         # Opening a payment page moves no money, whatever became of the request.
-        messages.error(request, f"{error.message} You were not charged.")
+        messages.error(request, f"{error.message} You were not charged. {_way_on(error)}")
         return redirect("tokens:home")
     if purchase.checkout_url and purchase.state == Purchase.State.OPEN:
         return redirect(purchase.checkout_url)
     return redirect("tokens:success", purchase.pk)
+
+
+def _way_on(error: gateway.GatewayError) -> str:
+    """What somebody can do whose payment page did not open."""
+    if error.http_status == GatewayUnavailable.http_status:
+        return "Your next click goes on where this one stopped."
+    return (
+        "Try again, or another package or amount. If it happens again, write to "
+        f"{parseaddr(settings.DEFAULT_FROM_EMAIL)[1]} and tell us when it was."
+    )
 
 
 @require_GET
@@ -141,10 +156,13 @@ def receipt(request: SignedInRequest, pk: int) -> HttpResponse:
     purchase = get_object_or_404(
         Purchase.objects.select_related("user"), pk=pk, user=request.user, state=Purchase.State.PAID
     )
+    if purchase.receipt_number is None:  # paid before receipts had numbers
+        with transaction.atomic():
+            purchases.number_receipt(purchase)
     return HttpResponse(
         receipts.render_receipt(purchase),
         content_type="application/pdf",
-        headers={"Content-Disposition": f'inline; filename="postmate-receipt-{purchase.pk}.pdf"'},
+        headers={"Content-Disposition": f'inline; filename="postmate-receipt-{purchase.receipt_number}.pdf"'},
     )
 
 
@@ -193,7 +211,7 @@ def card(request: SignedInRequest) -> HttpResponse:
         messages.error(request, "Stripe's page for your card could not be opened. Try again in a moment.")
         return _to_recharge_panel()
     if not url:
-        messages.info(request, "There is no saved card yet. Buy a package once; its card is kept.")
+        messages.info(request, recharge.why_no_card(ledger.get_account(user_id=request.user.pk)))
         return _to_recharge_panel()
     return redirect(url)
 

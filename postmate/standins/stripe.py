@@ -261,7 +261,7 @@ class TestCard:
         return self.off_session if off_session else self.on_session
 
 
-BANK_DEBIT = "bank_debit"
+BANK_DEBIT, LINK = "bank_debit", "link"
 _NO, _POOR, _SCA = "generic_decline", "insufficient_funds", "authentication_required"
 _CARD_ROWS = (  # number, brand, label, Stripe's test name, on and off session, remembers authentication
     ("4242424242424242", "visa", "Succeeds", "pm_card_visa", "ok", "ok", False),
@@ -295,6 +295,7 @@ _CARD_ROWS = (  # number, brand, label, Stripe's test name, on and off session, 
         False,
     ),
     ("4000000000000341", "visa", "Saved, later declined", "pm_card_chargeCustomerFail", "ok", _NO, False),
+    (LINK, "", "Link", "pm_link", "ok", "ok", False),
     (BANK_DEBIT, "", "Delayed bank debit", "pm_usBankAccount_success", "processing", "processing", False),
 )
 CARDS = {row[0]: TestCard(*row) for row in _CARD_ROWS}
@@ -303,6 +304,7 @@ CARDS_BY_TOKEN = {card.token: card for card in CARDS.values()}
 DECLINES = {  # decline code → error code and what the buyer reads
     _NO: ("card_declined", "Your card was declined."),
     _POOR: ("card_declined", "Your card has insufficient funds."),
+    "stolen_card": ("card_declined", "Your card was declined."),
     _SCA: (_SCA, "Your card was declined. This transaction requires authentication."),
     "authentication_failed": (
         "payment_intent_authentication_failure",
@@ -737,6 +739,8 @@ class Account:
         if card.number == BANK_DEBIT:
             bank = {"bank_name": "STRIPE TEST BANK", "last4": "6789", "account_type": "checking"}
             details |= {"type": "us_bank_account", "us_bank_account": bank}
+        elif card.number == LINK:
+            details |= {"type": "link", "link": {"email": None}}
         else:
             month, _, year = expiry.replace(" ", "").partition("/")
             facts = {
@@ -855,7 +859,7 @@ class Account:
         fields |= {"confirmation_method": "automatic", "last_payment_error": None, "latest_charge": None}
         fields |= {
             "payment_method": method and method["id"],
-            "payment_method_types": params.get("allowed_payment_method_types", ["card", "us_bank_account"]),
+            "payment_method_types": params.get("allowed_payment_method_types", ["card", "link", "us_bank_account"]),
         }
         fields |= {
             "status": "requires_confirmation" if method else "requires_payment_method",
@@ -1011,7 +1015,7 @@ class Account:
         data = [self.webhook_endpoint] if self.deliver else []
         return {"object": "list", "data": data, "has_more": False, "url": "/v1/webhook_endpoints"}
 
-    def settle_delayed(self, intent_id: str, *, succeeded: bool) -> Object:
+    def settle_delayed(self, intent_id: str, *, succeeded: bool, decline: str) -> Object:
         """The bank debit that was `processing` is paid or returned, perhaps days later."""
         intent = self.load("payment_intent", intent_id)
         if intent["status"] != "processing":
@@ -1020,7 +1024,7 @@ class Account:
         if succeeded:
             self.succeed(intent, method)
         else:
-            self.decline(intent, method, "debit_not_authorized")
+            self.decline(intent, method, decline)
         for session in self.store.find("checkout.session", ("payment_intent", intent_id)):
             session["payment_status"] = "paid" if succeeded else "unpaid"
             outcome = "succeeded" if succeeded else "failed"
@@ -1164,6 +1168,13 @@ class Account:
         session["total_details"]["amount_discount"] = discount_cents
         session["amount_total"] = session["amount_subtotal"] - discount_cents
         session["discounts"] = [{"coupon": code.lower(), "promotion_code": f"promo_{code.lower()}"}]
+
+    def tax_session(self, session_id: str, tax_cents: int, is_included: bool) -> Object:
+        """What automatic tax comes to for the buyer's address: in the prices or on top of them."""
+        session = self.load("checkout.session", session_id)
+        session["total_details"]["amount_tax"] = tax_cents
+        session["amount_total"] = session["amount_subtotal"] + (0 if is_included else tax_cents)
+        return self.store.put(session)
 
     def session_intent(self, session: Object) -> Object:
         """The session's intent, made at the first attempt to pay; a customer too, to save a card."""
@@ -2045,7 +2056,8 @@ class Standin:
                 )
             case ["payments", intent, "settle"]:
                 outcome = check_choice(form.get("outcome", "succeeded"), ("succeeded", "failed"), "outcome")
-                return self.account.settle_delayed(intent, succeeded=outcome == "succeeded")
+                decline = check_choice(form.get("decline") or "debit_not_authorized", tuple(DECLINES), "decline")
+                return self.account.settle_delayed(intent, succeeded=outcome == "succeeded", decline=decline)
             case ["payments", intent, "warn"]:
                 return self.account.warn_of_fraud(intent)
             case ["disputes", dispute, "escalate"]:
@@ -2055,6 +2067,8 @@ class Standin:
                 return self.account.close_dispute({}, dispute, outcome)
             case ["refunds", refund, "fail"]:
                 return self.account.fail_refund(refund)
+            case ["sessions", session, "tax"]:
+                return self.account.tax_session(session, number(form, "amount", 0), bool(number(form, "included", 0)))
             case ["sessions", session, "expire"]:
                 return self.account.expire_session({}, session)
             case ["events", event, "resend" | "duplicate" as verb]:

@@ -9,8 +9,9 @@ from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, packages, purchases, system_settings, tasks
+from billing import ledger, packages, purchases, receipts, system_settings, tasks
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
+from billing.pdf import Document
 from tests.payments import begin_checkout, checkout_form, deliver, verify_books
 from tests.servers import StripeStandIn
 
@@ -37,14 +38,61 @@ def pay(stripe: StripeStandIn, purchase: Purchase) -> None:
 def test_custom_amount_buys_at_the_exchange_rate(
     buyer: Client, stripe: StripeStandIn, alice: User, susan: User
 ) -> None:
-    system_settings.update_system_settings(changes={"tokens_per_usd": Decimal("9999.9")}, changed_by_id=susan.pk)
+    system_settings.update_system_settings(changes={"tokens_per_usd": Decimal("10000.9")}, changed_by_id=susan.pk)
     purchase = begin_checkout(buyer, amount_form("25.55"))
     # The rate that applied when the checkout was opened is the one that counts (law 11).
     system_settings.update_system_settings(changes={"tokens_per_usd": Decimal(1)}, changed_by_id=susan.pk)
     pay(stripe, purchase)
     assert purchase.state == "paid"
-    assert (purchase.tokens, purchase.amount_cents, purchase.currency) == (255_497, 2_555, "usd")
-    assert ledger.get_account(user_id=alice.pk).balance == 10_000 + 255_497
+    assert (purchase.tokens, purchase.amount_cents, purchase.currency) == (255_522, 2_555, "usd")
+    assert ledger.get_account(user_id=alice.pk).balance == 10_000 + 255_522
+
+
+@pytest.mark.parametrize(
+    ("amount", "currency", "tokens", "rate_of"),
+    [
+        ("5", "usd", 50_000, ""),
+        ("64.99", "usd", 649_900, ""),
+        ("65", "usd", 750_000, "Pro"),
+        ("130", "usd", 1_500_000, "Pro"),
+        ("175.00", "usd", 2_250_000, "Business"),
+        ("500", "usd", 7_500_000, "Enterprise"),
+        ("10000", "usd", 150_000_000, "Enterprise"),
+        ("5", "eur", 53_571, "Starter"),  # below every package: the smallest one's rate
+        ("14", "eur", 150_000, "Starter"),
+        ("60", "eur", 750_000, "Pro"),
+        ("99.99", "eur", 1_249_875, "Pro"),
+        ("20", "gbp", None, ""),  # nothing is sold in it
+    ],
+)
+def test_nobody_pays_more_for_less(
+    buyer: Client, stripe: StripeStandIn, amount: str, currency: str, tokens: int | None, rate_of: str
+) -> None:
+    """An amount gets the price per token of the best package that it reaches, in each currency, and says so before."""
+    TokenPricing.objects.filter(name="Starter").update(price_eur_cents=1_400)
+    TokenPricing.objects.filter(name="Pro").update(price_eur_cents=6_000)
+    preview = buyer.get(reverse("tokens:price"), {"amount": amount, "currency": currency}).content.decode()
+    form = amount_form(amount) | {"currency": currency}
+    if tokens is None:
+        assert "Nothing is sold" in preview
+        assert buyer.post(reverse("tokens:checkout"), form).status_code == 400
+        return
+    assert f"{tokens:,} tokens" in preview
+    assert ("at the price per token of" in preview, rate_of in preview) == (bool(rate_of), True)
+    purchase = begin_checkout(buyer, form)
+    assert (purchase.tokens, purchase.amount_cents, purchase.currency) == (
+        tokens, int(Decimal(amount) * 100), currency,
+    )  # fmt: skip
+    assert stripe.state()["sessions"][0]["amount_total"] == purchase.amount_cents
+
+
+def test_more_money_never_buys_fewer_tokens(seeded: None) -> None:
+    """Also from one cent to the next, across every package."""
+    bought = [purchases.terms_of_amount(cents).tokens for cents in range(500, 60_000, 7)]
+    assert bought == sorted(bought)
+    for package in TokenPricing.objects.all():
+        for more_cents in (0, 1, 100):
+            assert purchases.terms_of_amount(package.price_usd_cents + more_cents).tokens >= package.tokens
 
 
 def test_custom_amount_sent_twice_opens_one_checkout(buyer: Client, stripe: StripeStandIn) -> None:
@@ -97,7 +145,8 @@ def test_the_first_payment_fixes_the_currency(buyer: Client, stripe: StripeStand
     page = buyer.get(reverse("tokens:home"), {"currency": "usd"}).content.decode()
     assert "€14.00" in page
     assert "$15.00" not in page
-    assert "Another amount" not in page
+    assert "Amount in euros" in page
+    assert "Amount in US dollars" not in page
     for form in (
         checkout_form(package_id=str(starter.pk), currency="usd", checkout_key="in-dollars"),
         checkout_form(amount="25", package_id="", checkout_key="an-amount-in-dollars"),
@@ -212,3 +261,119 @@ def test_receipt(buyer: Client, stripe: StripeStandIn, client: Client, bob: User
     assert f'href="{purchase.receipt_url}"' in page
     client.force_login(bob)
     assert client.get(address).status_code == 404
+
+
+def facts_of(purchase: Purchase, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What the receipt prints, row by row."""
+    printed: dict[str, str] = {}
+    fact = Document.fact
+
+    def keep(self: Document, label: str, value: str, **options: Any) -> None:
+        printed[label] = value
+        fact(self, label, value, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Document, "fact", keep)
+        purchase.refresh_from_db()
+        assert receipts.render_receipt(purchase).startswith(b"%PDF-")
+    return printed
+
+
+def test_receipt_says_all(
+    buyer: Client, stripe: StripeStandIn, settings: Settings, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """41: seller, buyer, card, tax, what went back; numbers without a gap; the history says it, too."""
+    settings.SELLER_NAME, settings.SELLER_ADDRESS = "Postmate GmbH", ["1 Main Street", "Berlin"]
+    settings.SELLER_TAX_ID = "DE123456789"
+    given_up = begin_checkout(buyer, checkout_form("Pro"))
+    first, second = begin_checkout(buyer), None
+    pay(stripe, first)
+    tasks.remember_card(first.pk)
+    second = begin_checkout(buyer)
+    pay(stripe, second)
+    assert (first.receipt_number, second.receipt_number, given_up.receipt_number) == (1, 2, None)
+    printed = facts_of(first, monkeypatch)
+    assert printed["Sold by"] == "Postmate GmbH\n1 Main Street\nBerlin"
+    assert printed["Tax ID"] == "DE123456789"
+    assert printed["Paid by"] == "Alice\nalice@example.com"
+    assert printed["Paid with"] == "Visa ending in 4242 (Checkout)"
+    assert printed["Paid"] == "$15.00 USD"
+    assert not any("Refunded" in label for label in printed)
+    history = buyer.get(reverse("tokens:history")).content.decode()
+    assert "efunded" not in history
+
+    stripe.control(f"payments/{first.stripe_payment_intent_id}/refund", amount=500)
+    deliver_all(stripe)
+    printed = facts_of(first, monkeypatch)
+    assert [value for label, value in printed.items() if label.startswith("Refunded on")] == ["−$5.00"]
+    assert printed["Paid in the end"] == "$10.00 USD"
+    assert "Partly refunded" in buyer.get(reverse("tokens:history")).content.decode()
+    stripe.control(f"payments/{first.stripe_payment_intent_id}/refund")
+    deliver_all(stripe)
+    assert facts_of(first, monkeypatch)["Paid in the end"] == "$0.00 USD"
+    assert ">Refunded<" in buyer.get(reverse("tokens:history")).content.decode()
+
+
+@pytest.mark.parametrize(
+    ("included", "charged_cents", "revenue_cents", "label"),
+    [(1, 1_500, 1_250, "Tax, in the price"), (0, 1_750, 1_500, "Tax")],
+)
+def test_revenue_is_without_tax(
+    buyer: Client,
+    stripe: StripeStandIn,
+    settings: Settings,
+    alice: User,
+    monkeypatch: pytest.MonkeyPatch,
+    included: int,
+    charged_cents: int,
+    revenue_cents: int,
+    label: str,
+) -> None:
+    """21, 41: in the price or on top of it; refunds are parts of what was paid, and of what it brought."""
+    settings.STRIPE_AUTOMATIC_TAX = True
+    purchase = begin_checkout(buyer)
+    stripe.control(f"sessions/{stripe.state()['sessions'][0]['id']}/tax", amount=250, included=included)
+    pay(stripe, purchase)
+    assert (purchase.state, purchase.tax_cents, purchase.paid_total_cents) == ("paid", 250, charged_cents)
+    account = ledger.get_account(user_id=alice.pk)
+    assert (account.balance, account.lifetime_spent_cents) == (160_000, revenue_cents)
+    assert facts_of(purchase, monkeypatch)[label] == "$2.50"
+    stripe.control(f"payments/{purchase.stripe_payment_intent_id}/refund", amount=charged_cents // 2)
+    deliver_all(stripe)
+    verify_books()
+    account.refresh_from_db()
+    assert (account.balance, account.lifetime_spent_cents) == (85_000, revenue_cents // 2)
+    stripe.control(f"payments/{purchase.stripe_payment_intent_id}/refund")
+    deliver_all(stripe)
+    verify_books()
+    account.refresh_from_db()
+    assert (account.balance, account.lifetime_spent_cents) == (10_000, 0)
+
+
+@pytest.mark.parametrize(("paid_by", "words"), [("link", "You paid by Link"), ("bank_debit", "You paid by bank debit")])
+def test_who_paid_in_a_way_that_is_not_kept(
+    buyer: Client, stripe: StripeStandIn, alice: User, paid_by: str, words: str
+) -> None:
+    """37: they read why there is no saved card although they have bought."""
+    purchase = begin_checkout(buyer)
+    assert stripe.pay(purchase.checkout_url, paid_by).status_code == 303
+    if paid_by == "bank_debit":
+        (intent,) = stripe.state()["payment_intents"]
+        stripe.control(f"payments/{intent['id']}/settle")
+    deliver_all(stripe)
+    tasks.remember_card(purchase.pk)
+    assert ledger.get_account(user_id=alice.pk).stripe_payment_method_id == ""
+    assert words in buyer.get(reverse("tokens:home")).content.decode()
+    Purchase.objects.filter(pk=purchase.pk).update(payment_method_type="card")
+    assert words not in buyer.get(reverse("tokens:home")).content.decode()
+
+
+def test_who_was_refused_has_a_way_on(buyer: Client, stripe: StripeStandIn, settings: Settings) -> None:
+    """27: what to do, and whom to write to; after no answer, the next click."""
+    settings.SITE_URL = "ftp://nowhere"  # an address that Stripe refuses
+    answer = buyer.post(reverse("tokens:checkout"), checkout_form(), follow=True).content.decode()
+    assert "You were not charged. Try again, or another package or amount." in answer
+    assert "write to billing@" in answer
+    stripe.control("faults", kind="429", path_prefix="/v1/checkout", count=3)
+    answer = buyer.post(reverse("tokens:checkout"), checkout_form(), follow=True).content.decode()
+    assert "You were not charged. Your next click goes on" in answer

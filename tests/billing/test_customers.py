@@ -59,7 +59,7 @@ def saved_card(user: User, **fields: Any) -> None:
         auto_recharge_package=TokenPricing.objects.get(name="Starter"),
         auto_recharge_price_cents=1_500,
         auto_recharge_package_tokens=150_000,
-        auto_recharge_threshold_tokens=10**9,
+        auto_recharge_threshold_tokens=200_000,
         **fields,
     )
 
@@ -201,7 +201,7 @@ def test_off_session_charges_name_the_card_alone(stripe: StripeStandIn, bought: 
 
 
 def test_two_tabs_make_one_customer(stripe: StripeStandIn, buyer: Client, alice: User) -> None:
-    """8, 28: both read an account without one; the second to come back uses the first one's."""
+    """28: both read an account without one; the second to come back uses the first one's."""
     one, other = account_of(alice), account_of(alice)
     assert customers.ensure_customer(one) == customers.ensure_customer(other)
     assert len(at_stripe()) == 1
@@ -211,7 +211,7 @@ def test_two_tabs_make_one_customer(stripe: StripeStandIn, buyer: Client, alice:
 def test_none_is_left_of_who_goes(
     stripe: StripeStandIn, bought: Purchase, alice: User, make_user: MakeUser, *, is_deleted_at_once: bool
 ) -> None:
-    """70: also one that no row names: of another key, or made by a crash. Other people's stay."""
+    """28: also one that no row names: of another key, or made by a crash. Other people's stay."""
     make_user("alicia")
     elsewhere = gateway._client().v1.customers.create({"email": "alice@example.com"}).id  # another product's
     second = account_of(alice)
@@ -223,7 +223,7 @@ def test_none_is_left_of_who_goes(
     assert customers.ensure_customer(second) == first
     stripe.control("faults/clear")
     assert len(at_stripe()) == (2 if is_deleted_at_once else 3)
-    assert own_data.anonymize_user(user_id=alice.pk) is None
+    own_data.anonymize_user(user_id=alice.pk)
     assert tasks.sweep_customers() == 1
     assert at_stripe() == [elsewhere]
     assert (account_of(alice).stripe_customer_id, account_of(alice).stripe_customers_left) == (None, [])
@@ -233,7 +233,7 @@ def test_none_is_left_of_who_goes(
 def test_what_changes_here_is_told_to_stripe(
     stripe: StripeStandIn, bought: Purchase, alice: User, django_capture_on_commit_callbacks: Any
 ) -> None:
-    """Receipts go to the address that its owner has now; a lost task and a save that tells nobody are swept."""
+    """28: receipts go to the address that its owner has now; a lost task and a save that tells nobody are swept."""
     assert tasks.tell_customers() == 0
     with django_capture_on_commit_callbacks() as callbacks:
         alice.email = "alice@new.example.com"

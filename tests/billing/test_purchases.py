@@ -10,6 +10,7 @@ import pytest
 from django.db.models import F
 from django.test import Client
 from django.urls import reverse
+from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from billing import ledger, packages, purchases, tasks
@@ -260,11 +261,12 @@ def test_stripe_answers_with_a_fault(
     assert purchase_state(failed) == "failed"
 
 
-def test_stripe_refuses(stripe: StripeStandIn, buyer: Client, click: Click, alice: User) -> None:
-    """27: what we sent was wrong (a price that Stripe does not have): told, and the next click starts afresh."""
-    TokenPricing.objects.filter(name="Starter").update(stripe_price_id_usd="price_gone")
+def test_stripe_refuses(stripe: StripeStandIn, buyer: Client, click: Click, alice: User, settings: Settings) -> None:
+    """27: what we sent was wrong (an address that Stripe does not take): told, and the next click starts afresh."""
+    right = settings.SITE_URL
+    settings.SITE_URL = "ftp://nowhere"
     assert is_told(buyer, click())
-    TokenPricing.objects.filter(name="Starter").update(stripe_price_id_usd="")
+    settings.SITE_URL = right
     pay_and_credit(stripe, click(), alice)
 
 
@@ -375,7 +377,7 @@ def test_sweeper_ends_what_was_not_paid(stripe: StripeStandIn, buyer: Client, al
 def test_sweeper_goes_on_after_a_failure(stripe: StripeStandIn, buyer: Client, alice: User) -> None:
     """29: one purchase that cannot be looked up holds up none of the others."""
     lost = begin_checkout(buyer, checkout_form("Pro"))
-    Purchase.objects.filter(pk=lost.pk).update(stripe_session_id="cs_test_gone")
+    stripe.control("faults", kind="429", path_prefix=f"/v1/checkout/sessions/{lost.stripe_session_id}", count=1)
     paid = buy(stripe, buyer)
     make_older(minutes=5)
     assert tasks.sweep_purchases() == 1

@@ -445,10 +445,8 @@ def test_hopeless_card(prepare: Prepare, stripe: StripeStandIn) -> None:
     stripe.control("faults", kind="processing", path_prefix=INTENTS, method="POST", count=1)
     tasks.auto_recharge(alice.pk)
     (intent,) = recharge_intents(stripe)
-    stripe.control(f"payments/{intent['id']}/settle", outcome="failed")
-    event = event_of(stripe, "payment_intent.payment_failed")
-    problem = {"code": "card_declined", "decline_code": "stolen_card", "message": "Your card was declined."}
-    assert deliver(changed(event, {"last_payment_error": problem})).status_code == 200
+    stripe.control(f"payments/{intent['id']}/settle", outcome="failed", decline="stolen_card")
+    assert deliver(event_of(stripe, "payment_intent.payment_failed")).status_code == 200
     assert attempts() == ["failed"]
     assert not account_of(alice).auto_recharge_enabled
     assert told("auto_recharge_switched_off") == 1
@@ -555,6 +553,25 @@ def test_answered_200_and_not_paid(prepare: Prepare, stripe: StripeStandIn, kind
         confirm_at_bank(stripe)
     with later(minutes=11):
         tasks.sweep_auto_recharges()
+    assert (attempts(), credits_of(alice)) == (["paid"], ONE_RECHARGE)
+
+
+def test_a_late_failure_ends_nothing(prepare: Prepare, stripe: StripeStandIn) -> None:
+    """13, 36: an event of an earlier try, while the payment is under way: Stripe is asked, and no second one begins."""
+    alice = prepare()
+    stripe.control("faults", kind="processing", path_prefix=INTENTS, method="POST", count=1)
+    tasks.auto_recharge(alice.pk)
+    (intent,) = recharge_intents(stripe)
+    created = next(
+        event for event in events_of(stripe, "payment_intent.created") if event["data"]["object"]["id"] == intent["id"]
+    )
+    failed = {"status": "requires_payment_method", "last_payment_error": {"code": "card_declined", "message": "No."}}
+    late = changed(created, failed, type="payment_intent.payment_failed")
+    assert deliver(late).status_code == 200
+    assert (attempts(), account_of(alice).auto_recharge_failures) == (["processing"], 0)
+    tasks.auto_recharge(alice.pk)
+    stripe.control(f"payments/{intent['id']}/settle", outcome="succeeded")
+    assert deliver(changed(late)).status_code == 200  # late once more: it is paid by now
     assert (attempts(), credits_of(alice)) == (["paid"], ONE_RECHARGE)
 
 

@@ -173,7 +173,7 @@ def test_purchase_under_review(stripe: StripeStandIn, paid: Purchase, alice: Use
 def test_purchase_under_review_that_a_person_settled(
     stripe: StripeStandIn, paid: Purchase, buyer: Client, alice: User, susan: User
 ) -> None:
-    """21: credited by a grant and resolved, it leaves the review; a late event brings it back until the next walk."""
+    """21: credited by a grant and resolved, it leaves the review, and no late event brings it back."""
     event = event_of(stripe, COMPLETED)
     deliver(changed(event, {"amount_subtotal": 1_400}))
     Purchase.objects.update(amount_cents=1_400)
@@ -186,7 +186,7 @@ def test_purchase_under_review_that_a_person_settled(
     assert reconcile.SETTLED in page
     assert "is not charged" not in page
     deliver(changed(event_of(stripe, "payment_intent.succeeded")))
-    assert purchase_state(paid) == "review"
+    assert purchase_state(paid) == "failed"
     assert "agree" in run()
     assert (purchase_state(paid), credits_of(alice)) == ("failed", [])
     own_data.anonymize_account(TokenAccount.objects.get(user=alice))
