@@ -230,6 +230,10 @@ def confirm(request: SignedInRequest, pk: int) -> HttpResponse:
         return_url = f"{settings.SITE_URL}{reverse('tokens:confirm', args=[pk])}"
         try:
             bank_url = recharge.start_confirmation(purchase, return_url=return_url, **form.cleaned_data)
+        except gateway.GatewayRefused as error:
+            messages.error(
+                request, f"{error.message} You were not charged. Change your card under Tokens, or buy a package there."
+            )
         except (gateway.GatewayError, purchases.AccountMayNotBuy) as error:
             messages.error(request, error.message)
     return redirect(bank_url or request.path)
