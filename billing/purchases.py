@@ -369,6 +369,8 @@ def apply_checkout_session(session: CheckoutSession, *, asked: Asked | None = No
     """
     with transaction.atomic():
         purchase = _locked_purchase_of(session)
+        if asked is not None and _is_settled(purchase):
+            return purchase
         if session.is_paid:
             _credit(
                 purchase,
@@ -402,7 +404,7 @@ def apply_payment_failure(session: CheckoutSession) -> Purchase:
 
 
 @repeated_after_conflicts
-def apply_payment_intent(payment_intent: PaymentIntent) -> Purchase:
+def apply_payment_intent(payment_intent: PaymentIntent, *, asked: Asked | None = None) -> Purchase:
     """Credit a succeeded payment whose session's event has not come, or will not come. Raises PurchaseNotFound.
 
     With tax or promotion codes a Checkout payment's amount is not the price, which only the session tells: it is left
@@ -414,6 +416,8 @@ def apply_payment_intent(payment_intent: PaymentIntent) -> Purchase:
         purchase = _lock(purchase_id)
         # Metadata can be edited at Stripe. It only helps to find our row; customer and amount must be the row's.
         _require_customer(purchase, payment_intent.customer_id)
+        if asked is not None and _is_settled(purchase):
+            return purchase
         amount_is_price = purchase.kind != Purchase.Kind.CHECKOUT or not gateway.amounts_may_differ()
         if payment_intent.status == "succeeded" and amount_is_price:
             _credit(
@@ -476,6 +480,12 @@ def _ask_stripe(session_id: str) -> Purchase:
     if is_delayed and gateway.retrieve_payment_intent(str(session.payment_intent_id)).has_failed:
         return apply_payment_failure(session)
     return apply_checkout_session(session)
+
+
+def _is_settled(purchase: Purchase) -> bool:
+    """Whether another amount was paid, and a person has settled it or all of it was sent back: events that come late
+    change nothing of that, while reconciliation sees what Stripe has now."""
+    return purchase.state == State.FAILED and purchase.paid_at is not None
 
 
 def _close_unknown(session_id: str) -> Purchase:
@@ -566,8 +576,6 @@ def _credit(
         if payment_intent_id and purchase.stripe_payment_intent_id != payment_intent_id:
             raise PurchaseNotFound(f"Purchase {purchase.pk} was paid by another payment than {payment_intent_id}.")
         return
-    if purchase.state == State.FAILED and purchase.paid_at is not None:
-        return  # another amount was paid, and it was sent back, or a person has settled it
     if (amount_cents, currency) != (purchase.amount_cents, purchase.currency):
         logger.error(
             "A purchase was paid with another amount and is kept for review",

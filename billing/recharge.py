@@ -392,7 +392,7 @@ def apply_payment_intent(payment: PaymentIntent, *, asked: Asked | None = None) 
     asked about since) would end an attempt that its owner may have taken up again.
     """
     with transaction.atomic():
-        purchase = purchases.apply_payment_intent(payment)
+        purchase = purchases.apply_payment_intent(payment, asked=asked)
         if purchase.kind != Purchase.Kind.AUTO_RECHARGE or not purchase.is_pending:
             return purchase
         if purchase.stripe_payment_intent_id is None:

@@ -54,14 +54,14 @@ def next_purchase_id() -> int:
 
 def saved_card(user: User, **fields: Any) -> None:
     """Auto-recharge is on, and due."""
-    TokenAccount.objects.filter(user=user).update(
-        auto_recharge_enabled=True,
-        auto_recharge_package=TokenPricing.objects.get(name="Starter"),
-        auto_recharge_price_cents=1_500,
-        auto_recharge_package_tokens=150_000,
-        auto_recharge_threshold_tokens=200_000,
-        **fields,
-    )
+    on = {
+        "auto_recharge_enabled": True,
+        "auto_recharge_package": TokenPricing.objects.get(name="Starter"),
+        "auto_recharge_price_cents": 1_500,
+        "auto_recharge_package_tokens": 150_000,
+        "auto_recharge_threshold_tokens": 200_000,
+    }
+    TokenAccount.objects.filter(user=user).update(**on | fields)
 
 
 # --- An id that Stripe has forgotten --------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_a_key_that_another_installation_has_used(
     assert purchase_state(again) == "paid"
 
     tasks.remember_card(again.pk)
-    saved_card(alice)
+    saved_card(alice, auto_recharge_threshold_tokens=400_000)
     claim_key("recharge", number=next_purchase_id())
     attempt = recharge.trigger_auto_recharge(user_id=alice.pk)
     assert attempt is not None
