@@ -1,5 +1,5 @@
-"""Opens a token account at sign-up, and tells Stripe who changed their address: by signals, since accounts/ knows nothing
-of billing."""
+"""Opens a token account at sign-up, and tells Stripe who changed their address: by signals, since accounts/ knows
+nothing of billing."""
 
 from functools import partial
 from typing import Any
