@@ -17,7 +17,7 @@ import structlog
 from django.conf import settings
 from django.db import DatabaseError, connection, transaction
 
-from ai_ops import providers
+from ai_ops import counting, providers
 from ai_ops.prompts import Prompt
 from ai_ops.providers import (
     FinishReason,
@@ -40,11 +40,9 @@ from billing.pricing import TokenPools
 
 logger = structlog.get_logger(__name__)
 
-# We cannot count as each provider does. An English token has about four bytes; a quote is a ceiling, so it assumes
-# half as many tokens again.
-BYTES_PER_TOKEN = 4
-QUOTE_MARGIN = Decimal("1.5")
-MESSAGE_OVERHEAD_TOKENS = 16
+# A quote is a ceiling, and our count is not quite the provider's. The benchmark of the tokens holds it to both.
+QUOTE_MARGIN = Decimal("1.14")
+MESSAGE_OVERHEAD_TOKENS = 16  # of what stands around each message, and around the system prompt
 MIN_OUTPUT_TOKENS = 100  # less is no text: refuse rather than write half a sentence
 
 # How long an operation that has ended waits for a database that is away. Far below what is left of its hold.
@@ -160,11 +158,6 @@ KeepImages = Callable[[Images | None], None]
 """Keeps the images of an operation, None when there are none. Runs in the transaction that closes the hold."""
 
 
-def count_tokens(text: str) -> int:
-    """Our own count, for quotes and for when a provider sends none."""
-    return -(-len(text.encode()) // BYTES_PER_TOKEN)
-
-
 # --- Quotes -----------------------------------------------------------------------------------------------------------
 
 
@@ -176,9 +169,10 @@ def quote_text(*, user_id: int, ask: Ask) -> Quote:
     """
     priced, account = _price(user_id, ask)
     price, operation = priced.price, priced.operation
-    _require_fit(price, ask)
+    read_tokens = _count_tokens(ask, ask.prompt.text)
+    _require_fit(price, ask, read_tokens)
     multiplier = operation.multiplier or Decimal(1)
-    input_tokens = _quoted_input_tokens(ask.prompt)
+    input_tokens = _quoted_input_tokens(ask.prompt, read_tokens)
     text_tokens = min(ask.wanted_output_tokens, price.max_output_tokens)
     wanted_tokens = min(text_tokens + price.thinking_tokens, price.max_output_tokens)
     most = pricing.calculate_llm_billable_tokens(input_tokens, wanted_tokens, multiplier)
@@ -259,9 +253,9 @@ def _least_output_tokens(price: ModelPrice, ask: Ask) -> int:
     return max(MIN_OUTPUT_TOKENS, ask.least_output_tokens) + price.thinking_tokens // 4
 
 
-def _require_fit(price: ModelPrice, ask: Ask) -> None:
+def _require_fit(price: ModelPrice, ask: Ask, read_tokens: int) -> None:
     """Refuse before anything is held what the model cannot do, with its limit and what helps."""
-    read_tokens, written_tokens = count_tokens(ask.prompt.text), _least_output_tokens(price, ask)
+    written_tokens = _least_output_tokens(price, ask)
     if read_tokens > price.max_input_tokens:
         raise TooLongForModel(
             f"{price.display_name} reads at most {price.max_input_tokens:,} tokens at once, and this has about "
@@ -274,9 +268,13 @@ def _require_fit(price: ModelPrice, ask: Ask) -> None:
         )
 
 
-def _quoted_input_tokens(prompt: Prompt) -> int:
-    counted_tokens = pricing.ceil_multiply(count_tokens(prompt.text), QUOTE_MARGIN)
-    return counted_tokens + len(prompt.messages) * MESSAGE_OVERHEAD_TOKENS
+def _quoted_input_tokens(prompt: Prompt, counted_tokens: int) -> int:
+    around_tokens = (len(prompt.messages) + bool(prompt.system)) * MESSAGE_OVERHEAD_TOKENS
+    return pricing.ceil_multiply(counted_tokens, QUOTE_MARGIN) + around_tokens
+
+
+def _count_tokens(ask: Ask, text: str) -> int:
+    return counting.count_tokens(text, provider=ask.provider, model=ask.model)
 
 
 def reserve_quote(quote: Quote, *, idempotency_key: str, request: Mapping[str, Any]) -> Posting:
@@ -505,9 +503,11 @@ class _TextRun:
         is_all_counted = has_ended and self.output_counted_to > self.call_begins_at
         return count_call(
             self.said,
-            prompt_tokens=count_tokens(self.prompt.text),
-            text_tokens=count_tokens(self._text_from(self.call_begins_at)),
-            later_text_tokens=0 if is_all_counted else count_tokens(self._text_from(self.output_counted_to)),
+            prompt_tokens=_count_tokens(self.quote.ask, self.prompt.text),
+            text_tokens=_count_tokens(self.quote.ask, self._text_from(self.call_begins_at)),
+            later_text_tokens=0
+            if is_all_counted
+            else _count_tokens(self.quote.ask, self._text_from(self.output_counted_to)),
         )
 
     def fail(self, error: Exception) -> None:
@@ -566,7 +566,10 @@ class _TextRun:
             return self._release_unsettled()
         return ledger.settle_usage(
             usage_id=self.usage_id,
-            pools=TokenPools(input_tokens=count_tokens(self.quote.ask.prompt.text), output_tokens=count_tokens(text)),
+            pools=TokenPools(
+                input_tokens=_count_tokens(self.quote.ask, self.quote.ask.prompt.text),
+                output_tokens=_count_tokens(self.quote.ask, text),
+            ),
             is_estimated=True,
             duration_ms=self.duration_ms,
             error_message=STOP_NOTES.get(self.stopped_by, ""),
@@ -595,7 +598,7 @@ def _hold_more(run: _TextRun) -> _NextCall | StoppedBy:
     if run.stopped_by != "length" or not quote.is_reduced or wanted_tokens <= 0 or not wrote_something:
         return run.stopped_by
     prompt = quote.ask.prompt.continued(run.text)
-    input_tokens = run.counted.actual_tokens + _quoted_input_tokens(prompt)
+    input_tokens = run.counted.actual_tokens + _quoted_input_tokens(prompt, _count_tokens(quote.ask, prompt.text))
     account = ledger.get_account(user_id=quote.user_id)
     limit_tokens = min(quote.max_billable_tokens, run.held_tokens + max(0, account.available))
     output_limit_tokens = min(

@@ -22,7 +22,7 @@ from django.db import transaction
 
 from accounts.models import Workspace
 from accounts.refusal import Refusal
-from ai_ops import metering, prompts
+from ai_ops import counting, metering, prompts
 from ai_ops.metering import Ask, Finished, Quote
 from ai_ops.models import (
     Chat,
@@ -36,12 +36,13 @@ from ai_ops.models import (
     ResultState,
 )
 from ai_ops.providers import Images, Message, TextDelta
-from billing import database, ledger
+from billing import catalogue, database, ledger
 from billing.database import in_thread, repeated_after_conflicts
 from billing.models import TokenUsage
 
 CHAT_ANSWER_TOKENS = 1_200
 CHAT_HISTORY_TOKENS = 3_000  # of what was said before, so that the welcome bonus pays for a turn; the rest is left out
+CHAT_PROMPT_TOKENS = 200  # what stands around the question and the history
 CONTINUATION_TOKENS = 1_200
 REPURPOSED_TOKENS = 1_200
 IMAGE_PROMPT_TOKENS = 300
@@ -184,7 +185,7 @@ class ChatRequest(Request):
 
     def ask(self, user_id: int) -> Ask:
         chat = None if self.chat_id is None else get_chat(user_id=user_id, chat_id=self.chat_id)
-        history = _history(chat) if chat else []
+        history = _history(chat, self) if chat else []
         return Ask(
             operation_type=Type.CHAT,
             provider=self.provider,
@@ -218,8 +219,10 @@ class RefinementRequest(Request):
             provider=self.provider,
             model=self.model,
             prompt=prompts.refinement_prompt(text=self.body, refinement=self.refinement, wishes=self.wishes),
-            wanted_output_tokens=_revision_tokens(self.body),
-            least_output_tokens=_least_revision_tokens(self.body, prompts.REFINEMENTS[self.refinement].length_percent),
+            wanted_output_tokens=_revision_tokens(self, self.body),
+            least_output_tokens=_least_revision_tokens(
+                self, self.body, prompts.REFINEMENTS[self.refinement].length_percent
+            ),
             project_id=piece.project_id,
             content_id=piece.pk,
             metadata={"operation": "refine_content", "refinement": self.refinement},
@@ -262,8 +265,8 @@ class SelectionRequest(Request):
             prompt=prompts.selection_prompt(
                 before=before, selection=self.selection, after=after, instruction=self.instruction
             ),
-            wanted_output_tokens=_revision_tokens(self.selection),
-            least_output_tokens=_least_revision_tokens(self.selection),
+            wanted_output_tokens=_revision_tokens(self, self.selection),
+            least_output_tokens=_least_revision_tokens(self, self.selection),
             project_id=piece.project_id,
             content_id=piece.pk,
             metadata={
@@ -770,23 +773,33 @@ def _require_text(text: str) -> None:
         raise NothingToDo("There is no text to work on yet.")
 
 
-def _revision_tokens(text: str) -> int:
+def _count_tokens(request: ChatRequest | RefinementRequest | SelectionRequest, text: str) -> int:
+    return counting.count_tokens(text, provider=request.provider, model=request.model)
+
+
+def _revision_tokens(request: ChatRequest | RefinementRequest | SelectionRequest, text: str) -> int:
     # Twice the text: "make it longer" asks for half as much again, and our count is not the provider's.
-    return max(MIN_REVISION_TOKENS, 2 * metering.count_tokens(text))
+    return max(MIN_REVISION_TOKENS, 2 * _count_tokens(request, text))
 
 
-def _least_revision_tokens(text: str, length_percent: int = 100) -> int:
+def _least_revision_tokens(
+    request: ChatRequest | RefinementRequest | SelectionRequest, text: str, length_percent: int = 100
+) -> int:
     """A revision that ends earlier is kept aside and of no use: whoever cannot have all of it is told before."""
-    return metering.count_tokens(text) * length_percent // 100
+    return _count_tokens(request, text) * length_percent // 100
 
 
-def _history(chat: Chat) -> list[tuple[str, str]]:
+def _history(chat: Chat, request: ChatRequest) -> list[tuple[str, str]]:
     """The newest answered turns that fit, oldest first."""
     history: list[tuple[str, str]] = []
     tokens = 0
+    price = catalogue.get_active_model(provider=request.provider, model=request.model)
+    # A model that reads little gets less of what was said before, rather than nothing at all.
+    left_tokens = price.max_input_tokens - _count_tokens(request, request.question) - CHAT_PROMPT_TOKENS
+    most_tokens = min(CHAT_HISTORY_TOKENS, left_tokens)
     for turn in chat.turns.exclude(answer="").order_by("-id")[:100]:
-        tokens += metering.count_tokens(turn.question) + metering.count_tokens(turn.answer)
-        if tokens > CHAT_HISTORY_TOKENS:
+        tokens += _count_tokens(request, turn.question) + _count_tokens(request, turn.answer)
+        if tokens > most_tokens:
             break
         history.append((turn.question, turn.answer))
     return history[::-1]

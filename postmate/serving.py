@@ -76,10 +76,11 @@ def serve_live(host: str, port: int) -> None:
     """Everything under /live/ (ASGI), until SIGTERM."""
     import uvicorn
 
-    from ai_ops import providers
+    from ai_ops import counting, providers
     from billing.live import listener
 
     providers.load_configured()  # before the port is open
+    counting.load()
     drain = _Drain()
 
     class LiveServer(uvicorn.Server):

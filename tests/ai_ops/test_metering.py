@@ -69,11 +69,6 @@ def test_prompt_says_what_was_asked_for() -> None:
     assert (prompt.messages[-1].role, prompt.messages[-1].text) == ("user", "Title: T1\n\nWhat it is about:\nT2")
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("", 0), ("a", 1), ("abcd", 1), ("abcde", 2), ("é" * 4, 2), ("🍵", 1)])
-def test_own_count(text: str, tokens: int) -> None:
-    assert metering.count_tokens(text) == tokens
-
-
 def test_small_balance_lowers_the_limit_and_never_below_the_least(make_user: MakeUser) -> None:
     """Every balance gets the longest text it can pay for, or is told exactly what the shortest one lacks."""
     nora = make_user("nora", tokens=1)

@@ -15,7 +15,7 @@ from django.db import connection
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from ai_ops import metering, operations
+from ai_ops import counting, metering, operations
 from ai_ops.models import ContentPiece
 from ai_ops.operations import DraftRequest
 from ai_ops.providers import ProviderError, TextDelta
@@ -86,7 +86,11 @@ def outcome(user: User) -> tuple[TokenUsage, ContentPiece, int]:
 def our_prompt_count(usage: TokenUsage) -> int:
     piece = ContentPiece.objects.get()
     request = DraftRequest(piece.title, piece.topic, "Letters", usage.provider, usage.model, "neutral", "medium")
-    return metering.count_tokens(request.ask(piece.author_id).prompt.text)
+    return our_count(usage, request.ask(piece.author_id).prompt.text)
+
+
+def our_count(usage: TokenUsage, text: str) -> int:
+    return counting.count_tokens(text, provider=usage.provider, model=usage.model)
 
 
 def openai_text(usage: Any) -> str:
@@ -123,7 +127,7 @@ def test_no_count_keeps_an_operation_from_closing(
     usage, piece, paid = outcome(alice)
     assert (usage.status, piece.body, piece.state) == ("succeeded", TEXT, "ready")
     assert usage.input_tokens == (our_prompt_count(usage) if read == OURS else read)
-    assert usage.output_tokens == (metering.count_tokens(TEXT) if written == OURS else written)
+    assert usage.output_tokens == (our_count(usage, TEXT) if written == OURS else written)
     assert usage.reasoning_tokens == reasoning
     assert paid == usage.billable_tokens == ceil_multiply(usage.actual_tokens, Decimal("1.5"))
     assert usage.is_estimated is (counts != (100, 280, 1_180, 800))
@@ -173,7 +177,7 @@ def test_what_the_provider_had_counted_is_kept_when_it_ends_early(
         settings.AI_MAX_DURATION_SECONDS = 1.5
     failure = write(server, alice, provider, body, leaves=how == "leaves", then="cut" if how == "cut" else "stall")
     usage, piece, paid = outcome(alice)
-    output = metering.count_tokens(FORTY_WORDS) if written == OURS else written
+    output = our_count(usage, FORTY_WORDS) if written == OURS else written
     assert piece.body == FORTY_WORDS
     cost = {
         "anthropic": read / 10 + output / 2,
