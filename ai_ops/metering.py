@@ -60,6 +60,10 @@ STOP_NOTES: Mapping[StoppedBy, str] = {
 
 NOTHING_WRITTEN = "It was stopped before anything was written."
 SETTLEMENT_FAILED = "What this used could not be booked. Nothing was charged."
+# What has been asked of a provider is read and paid for by us, whoever leaves then (law 9).
+LEFT_BEFORE_A_WORD = "It was stopped before anything was written. What the model had read is charged."
+LEFT_BEFORE_AN_IMAGE = "It was stopped when the provider had begun to make the images, which is charged."
+LEFT_EARLY = (LEFT_BEFORE_A_WORD, LEFT_BEFORE_AN_IMAGE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,6 +440,7 @@ class _TextRun:
     call_begins_at: int = 0  # in `written`
     said: Said | None = None  # by the provider, of the call under way
     output_counted_to: int = 0  # in `written`: how far it had come when the provider last counted its output
+    is_asked: bool = False  # the request has gone to the provider
     is_call_under_way: bool = True
     counted: TokenPools = field(default_factory=TokenPools)  # by the calls that ended
     is_estimated: bool = False
@@ -542,10 +547,13 @@ class _TextRun:
         return posting
 
     def _settle_or_release(self, text: str) -> Posting:
-        # What failed we may have to pay for all the same; the user does not (law 9).
-        pools = self.pools if self.said or text or not self.is_call_under_way else TokenPools()
+        # What failed we may have to pay for all the same; the user does not (law 9). Who leaves does: it has been read.
+        has_left = self.failure is None and not text and self.is_asked
+        was_slow = isinstance(self.failure, ProviderTimedOut)  # to answer, not to read
+        has_read = self.said or text or not self.is_call_under_way or has_left or was_slow
+        pools = self.pools if has_read else TokenPools()
         provider_cost_microusd = catalogue.provider_cost_microusd(self.quote.price, pools)
-        if self.failure is not None or not text:
+        if self.failure is not None or not (text or has_left):
             return ledger.release_usage(
                 usage_id=self.usage_id,
                 error_message=NOTHING_WRITTEN if self.failure is None else _failure_words(self.failure),
@@ -558,7 +566,7 @@ class _TextRun:
             is_estimated=self.is_estimated or self.is_call_under_way,
             provider_cost_microusd=provider_cost_microusd,
             duration_ms=self.duration_ms,
-            error_message=STOP_NOTES.get(self.stopped_by, ""),
+            error_message=STOP_NOTES.get(self.stopped_by, "") if text else LEFT_BEFORE_A_WORD,
         )
 
     def _settle_by_our_count(self, text: str) -> Posting:
@@ -628,7 +636,7 @@ async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGe
       goes on; else the text ends there.
     - It failed: the hold is released, nothing is charged, and ProviderError is raised.
     - The reader left (the generator was closed or its task cancelled), or kept it waiting for too long: the provider
-      is stopped and what it had read and written is charged, by its own count as far as that went.
+      is stopped and what it had read and written is charged, by its own count as far as that went; also before a word.
     """
     run = _TextRun(
         quote=quote,
@@ -654,6 +662,7 @@ async def stream_text(*, quote: Quote, usage_id: int, keep: KeepText) -> AsyncGe
                 while run.is_call_under_way and patience_seconds >= 0:
                     # Around the provider's time alone: a time-out must not hit whoever is reading us.
                     async with asyncio.timeout_at(deadline):
+                        run.is_asked = True
                         item = await anext(stream)
                     if isinstance(item, TextEnd):
                         run.end_call(item)
@@ -694,7 +703,7 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
     """Run a reserved image operation. What came is charged, at the price of an image each.
 
     It failed: the hold is released, nothing is charged, and ProviderError is raised. Its task is cancelled because
-    the reader left: the provider is stopped, and nothing is charged, for nothing had come.
+    the reader left: the provider is stopped, and all is charged, for providers charge for what they have begun.
     """
     ask = quote.ask
     started_at = time.monotonic()
@@ -710,12 +719,21 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
         pools, count = (images.usage or TokenPools(), len(images.images)) if images else (TokenPools(), 0)
         if images is None and isinstance(failure, ProviderError) and failure.usage:
             pools = failure.usage
+        if images is None and failure is None:
+            return ledger.settle_usage(
+                usage_id=usage_id,
+                pools=TokenPools(input_tokens=_count_tokens(ask, ask.prompt.text)),
+                is_estimated=True,
+                provider_cost_microusd=_images_cost_microusd(quote, TokenPools(), ask.image_count),
+                duration_ms=duration_ms(),
+                error_message=LEFT_BEFORE_AN_IMAGE,
+            )
         is_nothing_used = count == 0 and pools == TokenPools()
         provider_cost_microusd = 0 if is_nothing_used else _images_cost_microusd(quote, pools, count)
         if images is None:
             return ledger.release_usage(
                 usage_id=usage_id,
-                error_message=_failure_words(failure) if failure else "It was stopped before an image was made.",
+                error_message=_failure_words(failure) if failure else LEFT_BEFORE_AN_IMAGE,
                 provider_cost_microusd=provider_cost_microusd,
                 duration_ms=duration_ms(),
             )

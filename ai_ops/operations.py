@@ -47,6 +47,7 @@ CONTINUATION_TOKENS = 1_200
 REPURPOSED_TOKENS = 1_200
 IMAGE_PROMPT_TOKENS = 300
 MIN_REVISION_TOKENS = 300
+LEFT_AT_MOST, LEFT_WITHIN = 5, timedelta(minutes=10)  # operations left before anything had come
 FILE_ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 Type = TokenUsage.OperationType
@@ -74,6 +75,12 @@ class PriceChanged(OperationError):
     """It costs more than the person was shown."""
 
     http_status = 409
+
+
+class LeftTooOften(OperationError):
+    """Who starts operations and leaves each before anything has come, again and again, waits for a while."""
+
+    http_status = 429
 
 
 class NothingToDo(OperationError):
@@ -602,6 +609,7 @@ def _quote_and_hold(
     replay = ledger.find_reservation(user_id=user_id, idempotency_key=idempotency_key, request=asked_for)
     if replay is not None:
         return _replayed(replay)
+    _require_patience(user_id)
     quote = quote_operation(user_id=user_id, ask=request.ask(user_id))
     _require_shown_price(quote, request.shown_price)
     with transaction.atomic(durable=True):
@@ -618,6 +626,19 @@ def _quote_and_hold(
     if posting.is_replay:
         return _replayed(posting)
     return Started(cast(int, posting.usage_id), result, quote.held_tokens), quote  # a reservation always has one
+
+
+def _require_patience(user_id: int) -> None:
+    # Each of them cost us more than it brought: providers think, and paint, on the way to what nobody waits for.
+    left = TokenUsage.objects.filter(
+        user_id=user_id, created_at__gt=database.now() - LEFT_WITHIN, error_message__in=metering.LEFT_EARLY
+    )
+    if left[:LEFT_AT_MOST].count() == LEFT_AT_MOST:
+        minutes = LEFT_WITHIN // timedelta(minutes=1)
+        raise LeftTooOften(
+            f"You stopped {LEFT_AT_MOST} operations within {minutes} minutes before anything had come. "
+            f"Please wait for some minutes, then try again."
+        )
 
 
 def _require_shown_price(quote: Quote, shown: ShownPrice | None) -> None:

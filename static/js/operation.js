@@ -163,7 +163,7 @@
   function brokeOff(form, started) {
     if (started) {
       say(form, "The connection ended early.");
-      showAlert(form, "The connection ended early. What was written is kept; you pay at most for that.");
+      showAlert(form, "The connection ended early. What was written is kept; you pay for what was read and written.");
     } else {
       say(form, "The connection failed.");
       showAlert(form, `${window.postmate.OFFLINE} Everything you typed is still here.`);
@@ -263,7 +263,7 @@
       if (error.name === "AbortError") {
         end = { outcome: "stopped" };
         renewKey(form); // whoever stops and sends again wants another one
-        say(form, "Stopped. You pay only for what was written until then.");
+        say(form, "Stopped. You pay for what was read and written until then.");
       }
     } finally {
       form.removeEventListener("operation:started", notice);

@@ -333,14 +333,17 @@ def test_failed_images_cost_nothing(writer: Writer, model: str, fault: str) -> N
     assert not GeneratedImage.objects.exists()
 
 
-def test_reader_who_leaves_before_the_images_pays_nothing(writer: Writer, ai: Server) -> None:
-    """Row 51: the provider is stopped; nothing was produced."""
+def test_reader_who_leaves_before_the_images_pays_for_them(writer: Writer, ai: Server) -> None:
+    """Row 102: the provider is stopped, and has begun what it is paid for."""
     ModelPrice.objects.filter(kind="image").update(image_cost_tokens={"1024x1024": 3_000})
     with writer.open("images", **image_form(model=OPENAI_IMAGES, prompt="Rain [[fault:timeout]]")) as response:
         assert next(events_of(response.iter_lines())).name == "started"
         assert writer.account.reserved == 6_000
     until(lambda: writer.usage.status != TokenUsage.Status.RESERVED)
-    assert (writer.usage.status, writer.account.balance) == ("failed", 10_000)
+    usage = writer.usage
+    assert (usage.status, usage.is_estimated, usage.billable_tokens) == ("succeeded", True, 6_000)
+    assert usage.provider_cost_microusd > 0
+    assert writer.account.balance == 4_000
     assert ImageBatch.objects.get().state == "failed"
 
 

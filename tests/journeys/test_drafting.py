@@ -178,7 +178,7 @@ def test_connection_that_breaks_amid_the_text(alice: User, page: Page) -> None:
     after_the_first_words(page, "throw new TypeError('network error')")
     fill(page, topic=SLOW)
     write(page)
-    expect(alert(page)).to_contain_text("What was written is kept; you pay at most for that.")
+    expect(alert(page)).to_contain_text("What was written is kept; you pay for what was read and written.")
     expect(page.locator("#balance .balance")).to_have_attribute("title", re.compile(", 0 of them reserved"))
     assert TokenUsage.objects.get(user=alice).status == "succeeded"
 

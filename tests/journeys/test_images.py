@@ -162,7 +162,7 @@ def test_failed_images_cost_nothing(alice: User, page: Page, fault: str) -> None
     expect(page.locator("#images-form [role=alert]")).to_be_visible()
     expect(page.locator("#images-panel")).to_contain_text("This cost nothing.")
     expect(page.get_by_label("What to show")).to_have_value(f"{TEAPOT} [[fault:{fault}]]")
-    expect(tiles(page)).to_contain_text("Failed, cost nothing")
+    expect(tiles(page)).to_contain_text("Not made")
     expect(page.locator("#balance .balance-number")).to_have_text("10,000")
     shoot(page, f"images-failed-{fault}")
     page.locator(".gallery-tile a").click()
@@ -170,8 +170,8 @@ def test_failed_images_cost_nothing(alice: User, page: Page, fault: str) -> None
     assert not TokenTransaction.objects.filter(user=alice, type="usage").exists()
 
 
-def test_stopped_images_cost_nothing(alice: User, page: Page) -> None:
-    """Row 51: the provider is stopped; nothing had come, so nothing is charged."""
+def test_stopped_images_are_charged_as_the_page_says(alice: User, page: Page) -> None:
+    """Row 102: the provider is stopped; it had begun, and is paid for it."""
     open_images(page)
     make(page, f"{TEAPOT} [[fault:timeout]]", count="2", size="1536x1024", quality="low")
     panel = page.locator("#images-panel")
@@ -183,9 +183,9 @@ def test_stopped_images_cost_nothing(alice: User, page: Page) -> None:
     shoot(page, "images-being-made")
     panel.get_by_role("button", name="Stop").click()
     expect(panel).to_be_hidden()
-    expect(tiles(page)).to_contain_text("Failed, cost nothing")
-    expect(page.locator("#balance .balance-number")).to_have_text("10,000")
-    assert TokenUsage.objects.get(user=alice).status == "failed"
+    expect(tiles(page)).to_contain_text("Not made")
+    expect(page.locator("#balance .balance-number")).to_have_text("7,000")
+    assert TokenUsage.objects.get(user=alice).status == "succeeded"
 
 
 @pytest.mark.parametrize("scripts", [True, False])
