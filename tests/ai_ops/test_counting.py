@@ -8,7 +8,7 @@ import pytest
 from ai_ops import counting
 from ai_ops.metering import QUOTE_MARGIN
 from billing.pricing import ceil_multiply
-from tests.benchmarks.texts import LANGUAGES, TEXTS
+from tests.tokens.texts import LANGUAGES, TEXTS
 
 TRUE_COUNTS: dict[str, dict[str, int]] = json.loads(Path(__file__).with_name("true_counts.json").read_text())
 MODELS = {

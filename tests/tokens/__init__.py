@@ -1,0 +1,1 @@
+"""How our count of tokens fares: no part of the tests, but run beside them (`make bench-tokens`)."""
