@@ -372,7 +372,8 @@ def test_reader_who_leaves_before_the_first_word_pays_for_what_was_read(writer: 
     for number in range(LEFT_AT_MOST):
         title, balance_tokens = f"Left at once {model} {number}", writer.account.balance
         with writer.open_draft(title=title, topic=topic, model=model) as response:
-            assert next(events_of(response.iter_lines())).name == "started"
+            events = events_of(response.iter_lines())
+            assert next(events).name == "started"
             until(partial(asked, ai, title))
         until(lambda: writer.usage.status != TokenUsage.Status.RESERVED)
         usage = writer.usage
