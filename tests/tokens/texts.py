@@ -176,4 +176,4 @@ OTHERS: Mapping[str, str] = {
     "unpaired joiners": "\u200b\u200d\ufe0f\u2060\ufeff" * 200,
 }  # fmt: skip
 
-TEXTS: Mapping[str, str] = {name: text * 4 for name, text in LANGUAGES.items()} | OTHERS
+TEXTS: Mapping[str, str] = {name: text * 4 for name, text in LANGUAGES.items()} | dict(OTHERS)
