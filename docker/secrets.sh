@@ -11,7 +11,7 @@ random() {
     od -An -N32 -tx1 /dev/urandom | tr -d ' \n'
 }
 
-for name in secret_key billing_secret postgres_password; do
+for name in secret_key billing_secret metrics_token postgres_password; do
     test -s "secrets/$name" || random >"secrets/$name"
 done
 test -s secrets/database_url ||
@@ -24,6 +24,14 @@ for name in stripe_secret_key stripe_webhook_secret email_url; do
     echo "Write one line into secrets/$name"
     missing=1
 done
+for name in openai_api_key anthropic_api_key google_api_key; do
+    test -e "secrets/$name" || : >"secrets/$name"
+done
+# An empty file is no key.
+if ! { test -s secrets/openai_api_key || test -s secrets/anthropic_api_key || test -s secrets/google_api_key; }; then
+    echo "Write your key into secrets/openai_api_key, secrets/anthropic_api_key or secrets/google_api_key; one is enough"
+    missing=1
+fi
 if [ "$missing" = 1 ]; then
     echo "docs/TOKEN_BILLING_SETUP.md says where they come from. Then: docker compose up -d"
 fi

@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from datetime import time as datetime_time
 from hashlib import file_digest, sha256
 from io import BufferedReader, BytesIO
 from pathlib import Path
@@ -70,6 +71,15 @@ class Restored:
 def list_backups(folder: Path) -> list[Path]:
     """The finished backups, oldest first."""
     return sorted(folder.glob(NAME_PATTERN)) if folder.is_dir() else []
+
+
+def is_due(folder: Path, *, at: datetime_time, now: datetime) -> bool:
+    """Whether no backup was made since it was last `at` (a time of day in UTC)."""
+    last = datetime.combine(now.date(), at, UTC)
+    if last > now:
+        last -= timedelta(days=1)
+    newest = list_backups(folder)[-1:]
+    return not newest or newest[0].stat().st_mtime < last.timestamp()
 
 
 def write_backup(folder: Path, *, with_media: bool = True) -> tuple[Path, Manifest]:

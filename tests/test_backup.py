@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from datetime import timedelta
+from datetime import datetime, time, timedelta
 from decimal import Decimal
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -39,7 +39,7 @@ from tests.payments import (
     purchase_state,
     verify_books,
 )
-from tests.servers import PROJECT, StripeStandIn
+from tests.servers import PROJECT, StripeStandIn, _test_database_url
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("events_wait")]
 
@@ -328,3 +328,47 @@ def test_old_backups_go_and_a_failed_one_leaves_nothing(
     with pytest.raises(CommandError, match="pg_dump failed"):
         call_command("backup", "--to", str(folder))
     assert sorted(folder.iterdir()) == kept
+
+
+# --- Every night ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("newest", "now", "is_due"),
+    [
+        (None, "21T13:00", True),  # a new installation
+        ("21T02:07", "21T13:00", False),
+        ("20T02:07", "21T02:06", False),
+        ("20T02:07", "21T02:08", True),
+        ("19T23:00", "20T13:00", True),  # it was not running at night
+        ("20T13:00", "21T02:08", True),  # one by hand is no substitute for the next night's
+    ],
+)
+def test_a_nightly_backup_is_due_once_after_its_time(
+    tmp_path: Path, newest: str | None, now: str, is_due: bool
+) -> None:
+    def moment(text: str) -> datetime:
+        return datetime.fromisoformat(f"2026-11-{text}:00+00:00")
+
+    for day in ("18T02:07", newest) if newest else ():
+        file = tmp_path / f"postmate-202611{day[:2]}T{day[3:5]}{day[6:]}00Z.tar"
+        file.touch()
+        os.utime(file, (moment(day).timestamp(),) * 2)
+    assert backup.is_due(tmp_path, at=time(2, 7), now=moment(now)) == is_due
+
+
+def test_the_service_makes_one_by_itself_and_ends_when_it_is_told(alice: User, tmp_path: Path) -> None:
+    command = [sys.executable, "manage.py", "backup", "--to", str(tmp_path), "--keep", "2", "--every-night", "02:07"]
+    environment = {**os.environ, "DATABASE_URL": _test_database_url()}
+    process = subprocess.Popen(command, cwd=PROJECT, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout
+        assert "ledger entries" in process.stdout.readline()
+        [made] = backup.list_backups(tmp_path)
+        assert backup.read_manifest(made).rows["billing_tokenaccount"] == 1
+        process.terminate()
+        assert process.wait(20) == 0
+        assert backup.list_backups(tmp_path) == [made]
+    finally:
+        process.kill()
+        process.wait()

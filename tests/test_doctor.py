@@ -298,3 +298,16 @@ def test_mail_is_sent_only_where_it_is_asked_for(settings: Settings) -> None:
         server.shutdown()
     (mail,) = _MailServer.mails
     assert b"To: operator@example.com" in mail
+
+
+def test_servers_that_are_too_old_are_named_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "OLDEST_POSTGRESQL", 99)
+    monkeypatch.setattr(doctor, "OLDEST_REDIS", (99, 0))
+    facts = redis_client.client().info()
+    name = f"Valkey {facts['valkey_version']}" if "valkey_version" in facts else f"Redis {facts['redis_version']}"
+    for check, words in ((doctor.database_answers, "PostgreSQL "), (doctor.redis_answers, f"{name} is too old")):
+        [outcome] = check()
+        assert outcome.level == "problem"
+        assert words in outcome.message
+        assert "Upgrade" in outcome.advice
+        assert "99" in outcome.advice

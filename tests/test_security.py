@@ -100,8 +100,6 @@ def read_settings() -> None:
     [
         pytest.param(None, "cannot be read", id="missing"),
         pytest.param("a directory", "cannot be read", id="directory"),
-        pytest.param(b"", "one line", id="empty"),
-        pytest.param(b"\n", "one line", id="blank"),
         pytest.param(b"marker-1\nmarker-2\n", "one line", id="two lines"),
         pytest.param(b"marker\xff", "not text", id="not text"),
     ],
@@ -120,6 +118,23 @@ def test_a_file_that_holds_no_secret_is_named(
     with pytest.raises(ImproperlyConfigured, match=f"{name}_FILE.*{words}") as raised:
         read_settings()
     assert "marker" not in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n"])
+def test_an_empty_file_is_no_secret_and_production_asks_for_those_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "file").write_text(content)
+    for name in FROM_FILES:
+        monkeypatch.setenv(name, "")
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "file"))
+    values = runpy.run_path(str(PROJECT / "postmate" / "settings.py"))
+    assert (values["BILLING_SECRETS"], values["METRICS_TOKENS"], values["OPENAI_API_KEY"]) == ([], [], "")
+    monkeypatch.setenv("DEBUG", "false")
+    with pytest.raises(ImproperlyConfigured) as raised:
+        read_settings()
+    for needed in ("SECRET_KEY", "DATABASE_URL", "STRIPE_SECRET_KEY", "STRIPE_WEBHOOK_SECRET", "OPENAI_API_KEY"):
+        assert needed in str(raised.value)
 
 
 @pytest.mark.parametrize("name", FROM_FILES)

