@@ -23,7 +23,7 @@ RARE_LANGUAGES = {"Amharic", "Burmese", "Khmer", "Telugu"}
 
 @pytest.mark.parametrize("tokenizer", MODELS)
 def test_a_quote_is_above_the_true_count_and_not_far_above(tokenizer: str) -> None:
-    """Whatever is pasted; the languages that people write in are not quoted at twice what they take."""
+    """Row 49: whatever is pasted; the languages that people write in are not quoted at twice what they take."""
     provider, model = MODELS[tokenizer]
     ratios = {}
     for name, text in TEXTS.items():
