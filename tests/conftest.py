@@ -20,7 +20,7 @@ from pytest_django.fixtures import Settings
 from accounts import two_persons
 from accounts.models import User
 from billing import catalogue, gateway, ledger, packages, system_settings
-from billing.models import Purchase
+from billing.models import ModelPrice, Purchase
 from billing.pricing import TokenPools
 from tests import databases, servers
 from tests.payments import buy, deliver, event_of, verify_books
@@ -88,6 +88,12 @@ def seeded(db: None) -> None:
     """Packages and models on sale."""
     packages.seed_default_packages()
     catalogue.seed_default_models()
+
+
+@pytest.fixture
+def no_thinking(seeded: None) -> None:
+    """Models that do not think, as the stand-in's do not: what is held is for the text alone."""
+    ModelPrice.objects.update(thinking_tokens=0)
 
 
 MakeUser = Callable[..., User]

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from accounts.models import User
-from billing.models import ModelPrice, TokenAccount
+from billing.models import TokenAccount
 from billing.verification import verify
 from tests.ai_ops.studio import Writer
 from tests.servers import Server
@@ -15,12 +15,6 @@ def books_and_holds_stay_in_order(web: Server, ai: Server) -> Iterator[None]:
     yield
     assert [finding for finding in verify() if finding.violations] == []
     assert not TokenAccount.objects.exclude(reserved=0).exists()
-
-
-@pytest.fixture
-def no_thinking(seeded: None) -> None:
-    """Models that do not think, as the stand-in's do not: what is held is for the text alone."""
-    ModelPrice.objects.update(thinking_tokens=0)
 
 
 @pytest.fixture

@@ -185,6 +185,7 @@ def test_answer_that_is_lost_is_not_paid_for_twice(alice: User, page: Page) -> N
     assert TokenUsage.objects.filter(chat_id=Chat.objects.get().pk).count() == 2
 
 
+@pytest.mark.usefixtures("no_thinking")
 def test_small_balance(make_user: MakeUser, page: Page) -> None:
     nora = make_user("nora", tokens=60)
     open_chat(page, "nora")

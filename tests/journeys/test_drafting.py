@@ -232,6 +232,7 @@ def test_signed_out_elsewhere(alice: User, page: Page) -> None:
     expect(page.get_by_label("Title")).to_have_value("Green tea")
 
 
+@pytest.mark.usefixtures("no_thinking")
 def test_too_small_balance(make_user: MakeUser, page: Page) -> None:
     nora = make_user("nora", tokens=60)
     sign_in(page, "nora")

@@ -149,6 +149,7 @@ def test_repurpose_makes_a_piece_of_its_own(alice: User, page: Page) -> None:
     assert TokenUsage.objects.get(user=alice).content_id == derived.pk
 
 
+@pytest.mark.usefixtures("no_thinking")
 def test_balance_runs_out_then_the_text_is_continued(make_user: MakeUser, page: Page) -> None:
     nora = make_user("nora", tokens=420)
     sign_in(page, "nora")
