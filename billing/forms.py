@@ -14,7 +14,7 @@ from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
 from billing.purchases import Terms
 
-CURRENCY_NAMES = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
+CURRENCY_NAMES: dict[str, str] = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
 
 
 class PlainDigits(forms.Field):
@@ -58,7 +58,7 @@ class AmountForm(forms.Form):
 
     def __init__(self, *args: Any, currency: str = "", **options: Any) -> None:
         super().__init__(*args, **options)
-        shown = currency or self.data.get("currency")
+        shown = currency or self.data.get("currency") or ""
         self.fields["amount"].label = f"Amount in {CURRENCY_NAMES.get(shown, CURRENCY_NAMES[Currency.USD])}"
 
 
