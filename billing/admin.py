@@ -26,6 +26,7 @@ from billing.models import (
     BulkJobRow,
     Drift,
     GrantRequest,
+    Installation,
     LedgerHour,
     ModelPrice,
     ModelPriceChange,
@@ -134,6 +135,11 @@ class DriftAdmin(ReadOnlyAdmin):
     list_filter = ("kind", ("resolved_at", admin.EmptyFieldListFilter))
     search_fields = ("stripe_id__exact",)
     date_hierarchy = "found_at"
+
+
+@admin.register(Installation)
+class InstallationAdmin(ReadOnlyAdmin):
+    list_display = ("name", "created_at")
 
 
 @admin.register(StripeEvent)

@@ -227,6 +227,9 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
     Beside it the purchases that the new one replaces, whose pages are to be closed at Stripe.
     """
     now = database.now()
+    installation = (
+        Installation.read_name()
+    )  # made now, if at all: in a transaction its first buyer would hold up others
     is_usable = Q(state=State.CREATED, created_at__gt=now - RETRY_WITHIN) | Q(state=State.OPEN, expires_at__gt=now)
     same_price = Q(tokens=terms.tokens, amount_cents=terms.amount_cents, currency=terms.currency)
     open_ones = Purchase.objects.filter(
@@ -268,7 +271,7 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
                     amount_cents=terms.amount_cents,
                     currency=terms.currency,
                     stripe_price_id=terms.stripe_price_id,
-                    installation=Installation.read_name(),
+                    installation=installation,
                     # A form that is sent again after its purchase has ended begins a new one.
                     checkout_key=None if sent_before.exists() else checkout_key,
                 )

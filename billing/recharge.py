@@ -231,6 +231,7 @@ def _open_attempt(user_id: int) -> Purchase | None:
     # Without the lock first: most debits below the threshold find an attempt under way.
     if not _due_accounts(now).filter(user_id=user_id).exists():
         return None
+    installation = Installation.read_name()  # before the transaction, which would hold up others while it is made
     try:
         with transaction.atomic(durable=True):
             account = (
@@ -241,12 +242,12 @@ def _open_attempt(user_id: int) -> Purchase | None:
             # Asked again, in a statement of its own: it sees what the lock's last holder has committed.
             if not _due_accounts(now).filter(pk=account.pk).exists():
                 return None
-            return _new_attempt(account, now)
+            return _new_attempt(account, now, installation)
     except IntegrityError:
         return None  # another one was quicker, and the unique index saw what a lock did not
 
 
-def _new_attempt(account: TokenAccount, now: datetime) -> Purchase | None:
+def _new_attempt(account: TokenAccount, now: datetime, installation: str) -> Purchase | None:
     package = account.auto_recharge_package
     price_cents = package.price_cents(account.currency) if package and package.is_active else None
     if package is None or price_cents is None:
@@ -275,7 +276,7 @@ def _new_attempt(account: TokenAccount, now: datetime) -> Purchase | None:
         amount_cents=price_cents,
         currency=account.currency,
         checked_at=now,
-        installation=Installation.read_name(),
+        installation=installation,
         # A retry must send what was sent the first time, also when the card has changed meanwhile.
         metadata={
             "customer_id": account.stripe_customer_id,

@@ -475,6 +475,7 @@ def _open_request(
             about=("purchase", purchase_id),
         )
         raise RefundNotAllowed("Only superadmins can refund a purchase.")
+    installation = Installation.read_name()
     with transaction.atomic():
         purchase = Purchase.objects.select_for_update().filter(pk=purchase_id).first()
         if purchase is None:
@@ -504,7 +505,7 @@ def _open_request(
             status=REQUESTED,
             reason=reason,
             requested_by_id=requested_by_id,
-            installation=Installation.read_name(),
+            installation=installation,
         )
         audit.write(
             action=audit.Action.REFUND,

@@ -23,7 +23,7 @@ class Installation(models.Model):
 
     @classmethod
     def read_name(cls) -> str:
-        """The name; made at the first call."""
+        """The name; made at the first call, which should be in no transaction: others wait for its end."""
         name = secrets.token_hex(cls.NAME_LENGTH // 2)
         return cls.objects.get_or_create(pk=1, defaults={"name": name})[0].name
 

@@ -135,7 +135,7 @@ def no_locks(monkeypatch: pytest.MonkeyPatch, *, racers: int) -> Iterator[None]:
     def without_key(**arguments: Any) -> ledger.Posting:
         return add_tokens(**arguments | {"idempotency_key": f"control-{next(numbers)}"})
 
-    def without_inbox(row: StripeEvent, event: Event, *, done: tuple[str, ...]) -> StripeEvent:
+    def without_inbox(row: StripeEvent, event: Event, *, unknown: str = "") -> StripeEvent:
         row.state, row.message = webhooks._handle(event)
         return row
 
