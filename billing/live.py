@@ -5,7 +5,7 @@ late, twice or out of order cannot show a wrong number.
 """
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 import redis
@@ -19,6 +19,7 @@ logger = structlog.get_logger(__name__)
 
 BALANCE_CHANNEL = "postmate:balance-changed"
 RECONNECT_SECONDS = 2
+STREAMS_PER_USER = 20  # in each process; a browser keeps one, for the tab that is seen
 
 
 def announce_balance_change(user_id: int) -> None:
@@ -32,33 +33,62 @@ def announce_balance_change(user_id: int) -> None:
         logger.warning("A live balance was not announced", user_id=user_id, error=error)
 
 
+class Stream:
+    """One open page: `changed` is set when the balance has changed, or when the stream is to end."""
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Event()
+        self.is_displaced = False  # by a newer one of the same user
+
+
 class BalanceListener:
     """Hears the channel once per process and wakes the open streams of the user it names."""
 
     def __init__(self) -> None:
-        self._streams: dict[int, set[asyncio.Event]] = {}
+        self._streams: dict[int, list[Stream]] = {}  # of each user, the oldest first
+        self._reads: dict[int, asyncio.Task[str]] = {}  # those under way that began after the last change
         self._task: asyncio.Task[None] | None = None
         self.is_closed = False
 
     @contextmanager
-    def changes_of(self, user_id: int) -> Iterator[asyncio.Event]:
-        """An event that is set whenever the user's balance has changed, for as long as the context lasts."""
-        changed = asyncio.Event()
-        self._streams.setdefault(user_id, set()).add(changed)
+    def stream_of(self, user_id: int) -> Iterator[Stream]:
+        """A stream that hears of the user's changes for as long as the context lasts.
+
+        Of more than STREAMS_PER_USER the oldest is displaced: it is told, and ends.
+        """
+        stream = Stream()
+        streams = self._streams.setdefault(user_id, [])
+        streams.append(stream)
+        for oldest in streams[:-STREAMS_PER_USER]:
+            oldest.is_displaced = True
+            oldest.changed.set()
+            streams.remove(oldest)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._listen())
         try:
-            yield changed
+            yield stream
         finally:
-            streams = self._streams[user_id]
-            streams.discard(changed)
-            if not streams:
+            if stream in streams:
+                streams.remove(stream)
+            if not streams and self._streams.get(user_id) is streams:
                 del self._streams[user_id]
+
+    async def read_once(self, user_id: int, read: Callable[[int], Awaitable[str]]) -> str:
+        """What `read` says of the user; streams that ask at once share one reading. It began after the last change."""
+        task = self._reads.get(user_id)
+        if task is None:
+            task = self._reads[user_id] = asyncio.ensure_future(_awaited(read(user_id)))
+            task.add_done_callback(lambda done: self._forget_read(user_id, done))
+        return await asyncio.shield(task)  # whoever leaves does not end it for the others
+
+    def _forget_read(self, user_id: int, read: asyncio.Task[str]) -> None:
+        if self._reads.get(user_id) is read:
+            del self._reads[user_id]
 
     def close(self) -> None:
         """The process stops: wake all streams, which end. Call it in the event loop's thread."""
         self.is_closed = True
-        self._wake(*self._streams)
+        self.wake(*self._streams)
 
     async def _listen(self) -> None:
         while True:
@@ -69,18 +99,24 @@ class BalanceListener:
                 ):
                     await channel.subscribe(BALANCE_CHANNEL)
                     # Whatever was said while nobody listened is made up for.
-                    self._wake(*self._streams)
+                    self.wake(*self._streams)
                     async for message in channel.listen():
                         if message["type"] == "message":
-                            self._wake(int(message["data"]))
+                            self.wake(int(message["data"]))
             except (redis.RedisError, OSError) as error:
                 logger.warning("Live balances are off until Redis answers again", error=error)
                 await asyncio.sleep(RECONNECT_SECONDS)
 
-    def _wake(self, *user_ids: int) -> None:
+    def wake(self, *user_ids: int) -> None:
+        """The balance of these users has changed. Call it in the event loop's thread."""
         for user_id in user_ids:
-            for changed in self._streams.get(user_id, ()):
-                changed.set()
+            self._reads.pop(user_id, None)
+            for stream in self._streams.get(user_id, ()):
+                stream.changed.set()
+
+
+async def _awaited(result: Awaitable[str]) -> str:
+    return await result
 
 
 listener = BalanceListener()

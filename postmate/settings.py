@@ -317,6 +317,7 @@ MFA_TOTP_ISSUER = "Postmate"
 # --- Security -------------------------------------------------------------------------------------------------------
 
 SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = SECURE_SSL_REDIRECT = SITE_URL.startswith("https://")
+CSRF_COOKIE_HTTPONLY = True  # pages take the token from their forms
 SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https") if not DEBUG else None
 SECURE_REDIRECT_EXEMPT = [r"^healthz$", r"^readyz$", r"^metrics$"]
 # A rehearsal is often on localhost, where browsers would refuse plain HTTP on every port for as long as this says.

@@ -315,8 +315,8 @@ def test_cookies_in_production(production: Server, alice: User) -> None:
     for line in cookies.values():
         assert "; Secure" in line
         assert "; SameSite=Lax" in line
+        assert "; HttpOnly" in line
         assert "Domain=" not in line
-    assert "; HttpOnly" in cookies["sessionid"]
     session_key = answer.cookies["sessionid"]
     assert opens_studio(production, session_key)
     # The session is of no use without HTTPS, where it is not even looked at.
@@ -361,7 +361,7 @@ def test_an_open_balance_stream_ends_with_its_session(production: Server, alice:
                 pieces.append(piece)
         assert "event: balance" in "".join(pieces)
     User.objects.filter(pk=alice.pk).update(is_active=False)
-    assert "event: signed-out" in production.get("/live/balance/", headers=headers).text
+    assert "event: closed" in production.get("/live/balance/", headers=headers).text
 
 
 # --- Headers --------------------------------------------------------------------------------------------------------

@@ -15,14 +15,15 @@ from billing.live import listener
 
 KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies
 STREAM_SECONDS = 600  # then the browser asks anew, and whoever was signed out meanwhile is told to stop
+# At this event the page closes its stream; after any other end it would ask again for ever.
+CLOSED = "event: closed\ndata: -\n\n"
 
 
 @require_GET
 async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
     user_id = await in_thread(lambda: request.user.pk)()
     if user_id is None:
-        # At this event the page closes its stream; after any other answer it would ask again for ever.
-        return HttpResponse("event: signed-out\ndata: -\n\n", content_type="text/event-stream")
+        return HttpResponse(CLOSED, content_type="text/event-stream")
     return StreamingHttpResponse(
         _badges(user_id),
         content_type="text/event-stream",
@@ -32,17 +33,20 @@ async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
 
 async def _badges(user_id: int) -> AsyncIterator[str]:
     ends_at = time.monotonic() + STREAM_SECONDS
-    with listener.changes_of(user_id) as changed:
+    with listener.stream_of(user_id) as stream:
         while not listener.is_closed and time.monotonic() < ends_at:
-            yield await in_thread(_badge_event)(user_id)
+            yield await listener.read_once(user_id, in_thread(_badge_event))
             while time.monotonic() < ends_at:
                 try:
                     async with asyncio.timeout(KEEP_ALIVE_SECONDS):
-                        await changed.wait()
+                        await stream.changed.wait()
                     break
                 except TimeoutError:
                     yield ": still here\n\n"
-            changed.clear()
+            if stream.is_displaced:
+                yield CLOSED
+                return
+            stream.changed.clear()
 
 
 def _badge_event(user_id: int) -> str:

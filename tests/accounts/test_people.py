@@ -250,7 +250,7 @@ def test_signed_out_header_asks_in_vain(client: Client, path: str) -> None:
 
 def test_signed_out_live_channel_is_told_to_stop(client: Client, db: None) -> None:
     """A page asks again and again, but not after this event."""
-    assert client.get("/live/balance/").content.startswith(b"event: signed-out\n")
+    assert client.get("/live/balance/").content.startswith(b"event: closed\n")
 
 
 @pytest.mark.parametrize(

@@ -205,8 +205,11 @@ def proxies(environment: dict[str, str]) -> dict[str, dict[str, Any]]:
     [site] = json.loads(adapted.stdout)["apps"]["http"]["servers"]["srv0"]["routes"]
     routes = [route for route in site["handle"][0]["routes"] if route.get("group")]
     return {
-        "live" if route.get("match") == [{"path": ["/live/*"]}] else "web": route["handle"][0]["routes"][0]["handle"][0]
+        "live" if route.get("match") == [{"path": ["/live/*"]}] else "web": handler
         for route in routes
+        for handlers in route["handle"][0]["routes"]
+        for handler in handlers["handle"]
+        if handler["handler"] == "reverse_proxy"
     }
 
 

@@ -1,0 +1,88 @@
+"""The balance streams of one person: how many there are, and what a change costs (row 130)."""
+
+import asyncio
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+import httpx2
+from django.test import Client
+
+from accounts.models import User
+from billing import ledger, live
+from tests.ai_ops.studio import until
+from tests.servers import Server
+
+
+class Reader(threading.Thread):
+    """An open page."""
+
+    def __init__(self, web: Server, session: str) -> None:
+        super().__init__(daemon=True)
+        self.web, self.session = web, session
+        self.lines: list[str] = []
+        self.start()
+
+    def run(self) -> None:
+        headers = {"Cookie": f"sessionid={self.session}"}
+        with (
+            suppress(httpx2.TransportError),  # the server stops before this test's last readers have gone
+            httpx2.stream("GET", f"{self.web.url}/live/balance/", headers=headers, timeout=60) as stream,
+        ):
+            for line in stream.iter_lines():
+                self.lines.append(line)
+
+    def waits_for(self, text: str) -> Callable[[], bool]:
+        return lambda: any(text in line for line in self.lines)
+
+
+def test_the_oldest_of_too_many_streams_is_told_to_close(web: Server, alice: User, bob: User) -> None:
+    """A page that is told so opens none anew; those of other people go on, and all that are left hear of a change."""
+    sessions = []
+    for person in (alice, bob):
+        client = Client()
+        client.force_login(person)
+        sessions.append(str(client.session.session_key))
+    [of_bob] = others = [Reader(web, sessions[1])]
+    until(of_bob.waits_for("event: balance"))
+    readers = []
+    for _ in range(live.STREAMS_PER_USER + 3):
+        readers.append(Reader(web, sessions[0]))
+        until(readers[-1].waits_for("event: balance"))
+    for reader in readers[:3]:
+        until(lambda reader=reader: not reader.is_alive())  # type: ignore[misc]
+        assert "event: closed" in reader.lines
+    for person in (alice, bob):
+        ledger.add_tokens(user_id=person.pk, tokens=5, type="bonus", description="Test", idempotency_key="five")
+    for reader in [*readers[3:], *others]:
+        until(reader.waits_for("10,005"))
+        assert "event: closed" not in reader.lines
+
+
+def test_a_change_is_read_once_for_all_streams_of_a_person_and_never_from_before_it() -> None:
+    async def scenario() -> tuple[list[str], list[str], int]:
+        listener, readings, gate = live.BalanceListener(), 0, asyncio.Event()
+
+        async def read(user_id: int) -> str:
+            nonlocal readings
+            readings += 1
+            mine = f"{user_id}, reading {readings}"
+            await gate.wait()
+            return mine
+
+        async def ask(user_id: int, number: int) -> list[asyncio.Task[str]]:
+            asked = [asyncio.create_task(listener.read_once(user_id, read)) for _ in range(number)]
+            await asyncio.sleep(0)
+            return asked
+
+        before = await ask(7, 20)
+        before[0].cancel()  # the one who began the reading leaves
+        listener.wake(7)
+        after = [*await ask(7, 20), *await ask(8, 1)]
+        gate.set()
+        return await asyncio.gather(*before[1:]), await asyncio.gather(*after), readings
+
+    before, after, readings = asyncio.run(scenario())
+    assert set(before) == {"7, reading 1"}
+    assert after == ["7, reading 2"] * 20 + ["8, reading 3"]
+    assert readings == 3
