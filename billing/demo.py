@@ -6,3 +6,8 @@ DEMO_PEOPLE = {
     "admin@postmate.example": "admin",
     "superadmin@postmate.example": "superadmin",
 }
+DEMO_NAMES = {
+    "user@postmate.example": "Nora Lindberg",
+    "admin@postmate.example": "Tom Becker",
+    "superadmin@postmate.example": "Grace Okafor",
+}

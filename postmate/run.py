@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import environ
 import psycopg
@@ -45,10 +46,11 @@ def main() -> None:
         insist_on_servers()
     embedded.guard()
     commands = take_addresses(port)
+    stripe_data = ["--stripe-data", str(stripe_data_file())] if "stripe" in commands else []
     for name, *arguments in (
         ("Database tables", "migrate", "--verbosity=0"),
         ("Packages and prices", "seed_billing"),
-        ("People and data to look at", "seed_demo"),
+        ("People and data to look at", "seed_demo", "--past", *stripe_data),
     ):
         with step(name):
             if subprocess.run([sys.executable, "manage.py", *arguments]).returncode:
@@ -128,7 +130,7 @@ def standin_commands(*, stripe_port: int, ai_port: int, webhook_url: str) -> dic
         }
         commands["stripe"] = [
             *(sys.executable, "-m", "postmate.standins.stripe", "--port", str(stripe_port)),
-            *("--data", str(embedded.data_dir() / "stripe-stand-in.sqlite3")),
+            *("--data", str(stripe_data_file())),
             *("--webhook-url", webhook_url),
             *("--webhook-secret", STANDIN_WEBHOOK_SECRET),
         ]
@@ -141,6 +143,11 @@ def standin_commands(*, stripe_port: int, ai_port: int, webhook_url: str) -> dic
     if without_key:
         commands["ai"] = [sys.executable, "-m", "postmate.standins.ai", "--port", str(ai_port)]
     return commands
+
+
+def stripe_data_file() -> Path:
+    """Where the Stripe stand-in keeps what it knows."""
+    return embedded.data_dir() / "stripe-stand-in.sqlite3"
 
 
 def is_set(name: str) -> bool:

@@ -92,8 +92,8 @@ def _answers(url: str) -> bool:
         return False
 
 
-def running_stripe(*, port: int = STRIPE_PORT, web_port: int = WEB_PORT, **options: Any) -> Any:
-    command = ["-m", "postmate.standins.stripe", "--port", str(port), "--data", ":memory:"]
+def running_stripe(*, port: int = STRIPE_PORT, web_port: int = WEB_PORT, data: str = ":memory:", **options: Any) -> Any:
+    command = ["-m", "postmate.standins.stripe", "--port", str(port), "--data", data]
     command += [
         "--webhook-url",
         f"http://127.0.0.1:{web_port}/stripe/webhook/",
