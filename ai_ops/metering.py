@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -173,6 +173,7 @@ def quote_text(*, user_id: int, ask: Ask) -> Quote:
     """
     priced, account = _price(user_id, ask)
     price, operation = priced.price, priced.operation
+    ask = replace(ask, model=price.model)  # it may have been asked for by another name
     read_tokens = _count_tokens(ask, ask.prompt.text)
     _require_fit(price, ask, read_tokens)
     multiplier = operation.multiplier or Decimal(1)
@@ -216,6 +217,7 @@ def quote_images(*, user_id: int, ask: Ask) -> Quote:
     InsufficientTokens."""
     priced, account = _price(user_id, ask)
     operation = priced.operation
+    ask = replace(ask, model=priced.price.model)
     tokens = operation.billable_tokens(TokenPools())
     if tokens > account.available and not operation.is_free:
         raise InsufficientTokens(needed_tokens=tokens, available_tokens=account.available)
@@ -442,7 +444,7 @@ class _TextRun:
     output_counted_to: int = 0  # in `written`: how far it had come when the provider last counted its output
     is_asked: bool = False  # the request has gone to the provider
     is_call_under_way: bool = True
-    counted: TokenPools = field(default_factory=TokenPools)  # by the calls that ended
+    ended_calls: list[TokenPools] = field(default_factory=list)
     is_estimated: bool = False
     stopped_by: StoppedBy = "reader"  # until it is known better
     failure: Exception | None = None
@@ -456,9 +458,15 @@ class _TextRun:
         return "".join(self.written[start:]).encode(errors="replace").decode().replace("\0", "")
 
     @property
-    def pools(self) -> TokenPools:
-        """What has been used: by the provider's count as far as it went, and by ours for the rest."""
-        return self.counted + self._count_call(has_ended=False).pools if self.is_call_under_way else self.counted
+    def counted(self) -> TokenPools:
+        """By the calls that ended."""
+        return sum(self.ended_calls, TokenPools())
+
+    @property
+    def calls(self) -> list[TokenPools]:
+        """What each call has used: by the provider's count as far as it went, and by ours for the rest."""
+        under_way = [self._count_call(has_ended=False).pools] if self.is_call_under_way else []
+        return [*self.ended_calls, *under_way]
 
     @property
     def log_ids(self) -> dict[str, Any]:
@@ -480,7 +488,7 @@ class _TextRun:
     def end_call(self, end: TextEnd) -> None:
         """Note what the whole call used. An answer without a word is none: it fails the operation."""
         call = self._count_call(has_ended=True)
-        self.counted += call.pools
+        self.ended_calls.append(call.pools)
         self.is_estimated |= call.is_estimated
         self.is_call_under_way = False
         self.stopped_by = _STOPPED_BY[end.finish_reason]
@@ -551,8 +559,8 @@ class _TextRun:
         has_left = self.failure is None and not text and self.is_asked
         was_slow = isinstance(self.failure, ProviderTimedOut)  # to answer, not to read
         has_read = self.said or text or not self.is_call_under_way or has_left or was_slow
-        pools = self.pools if has_read else TokenPools()
-        provider_cost_microusd = catalogue.provider_cost_microusd(self.quote.price, pools)
+        calls = self.calls if has_read else []
+        provider_cost_microusd = catalogue.provider_cost_microusd(self.quote.price, *calls)
         if self.failure is not None or not (text or has_left):
             return ledger.release_usage(
                 usage_id=self.usage_id,
@@ -562,7 +570,7 @@ class _TextRun:
             )
         return ledger.settle_usage(
             usage_id=self.usage_id,
-            pools=pools,
+            pools=sum(calls, TokenPools()),
             is_estimated=self.is_estimated or self.is_call_under_way,
             provider_cost_microusd=provider_cost_microusd,
             duration_ms=self.duration_ms,

@@ -46,6 +46,7 @@ from billing.models import (
     UsageHour,
 )
 from billing.models.fields import Currency
+from billing.models.model_price import is_usd
 
 # --- What can be read ---------------------------------------------------------------------------------------
 
@@ -319,18 +320,19 @@ class ModelPriceForm(forms.ModelForm):
             raise ValidationError('Enter tokens by size and quality: {"1024x1024": 6000, "1024x1024/low": 1500}.')
         return costs
 
+    def clean_other_names(self) -> list[str]:
+        return self.cleaned_data["other_names"] or []
+
+    def clean_special_usd_per_million(self) -> dict[str, str]:
+        return self.cleaned_data["special_usd_per_million"] or {}
+
     def clean_image_usd_by_size(self) -> dict[str, str]:
         prices = self.cleaned_data["image_usd_by_size"] or {}
         if not isinstance(prices, dict) or not all(
-            _SIZE_AND_QUALITY.fullmatch(key) and _is_usd(usd) for key, usd in prices.items()
+            _SIZE_AND_QUALITY.fullmatch(key) and is_usd(usd) for key, usd in prices.items()
         ):
             raise ValidationError('Enter USD in quotes, by size and quality: {"1024x1024/low": "0.006"}.')
         return prices
-
-
-def _is_usd(value: Any) -> bool:
-    """An amount as text, which is exact: a number in JSON is a float."""
-    return isinstance(value, str) and re.fullmatch(r"[0-9]{1,6}([.][0-9]{1,6})?", value) is not None
 
 
 class CatalogueAdmin(admin.ModelAdmin):

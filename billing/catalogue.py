@@ -4,9 +4,10 @@ Every change of a price goes through `create_model_price` and `update_model_pric
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
+from datetime import date, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -27,6 +28,8 @@ PRICE_FIELDS = tuple(field.name for field in ModelPrice._meta.concrete_fields if
 # What a row is about. Usage and its costs name it for ever, so another model is another row.
 IDENTITY_FIELDS = ("provider", "model", "kind")
 
+RETIRING_DAYS = 30  # before its end a model is no default any more
+
 IMAGE_SIZES = ("1024x1024", "1536x1024", "1024x1536")
 
 
@@ -44,6 +47,10 @@ class RetiredModel(CatalogueError):
     pass
 
 
+class UnpricedModel(CatalogueError):
+    """Nobody has set the prices that it would be sold by (row 117)."""
+
+
 # What the models on offer read and write at once, as their providers say.
 _LIMITS: Mapping[str, Mapping[str, int]] = {
     "openai": {"max_input_tokens": 272_000, "max_output_tokens": 128_000},
@@ -54,9 +61,19 @@ _LIMITS: Mapping[str, Mapping[str, int]] = {
 
 def _text(provider: str, model: str, name: str, *usd_per_million: str, **fields: Any) -> dict[str, Any]:
     names = ("input", "cached_input", "cache_write", "output")
-    prices = {f"{pool}_usd_per_million": Decimal(usd) for pool, usd in zip(names, usd_per_million, strict=True)}
+    prices = {f"{pool}_usd_per_million": Decimal(usd) for pool, usd in zip(names, usd_per_million, strict=True) if usd}
     about = {"provider": provider, "model": model, "display_name": name, "kind": "text"}
     return {**about, **prices, **_LIMITS[provider], **fields}
+
+
+def _dearer_above(tokens: int, *usd_per_million: str) -> dict[str, str]:
+    """Prices of calls that read more: input, cached input, cache write, output ("": the model has none)."""
+    names = ("input", "cached_input", "cache_write", "output")
+    return {f"{name}_above_{tokens}": usd for name, usd in zip(names, usd_per_million, strict=True) if usd}
+
+
+def _special(**usd_per_million: str) -> dict[str, Any]:
+    return {"special_usd_per_million": usd_per_million}
 
 
 def _image(provider: str, model: str, name: str, image_usd: str, **fields: Any) -> dict[str, Any]:
@@ -76,7 +93,7 @@ def _gpt_image_2(model: str, name: str) -> dict[str, Any]:
                 usd[f"{size}/{quality}"], cost_tokens[f"{size}/{quality}"] = image_usd, image_tokens
             cost_tokens[size] = middle_tokens
     tokens_usd = {"input_usd_per_million": Decimal(5), "cached_input_usd_per_million": Decimal("1.25"),
-                  "output_usd_per_million": Decimal(30)}  # fmt: skip
+                  "output_usd_per_million": Decimal(30), **_special(image_input="8")}  # fmt: skip
     return _image("openai", model, name, "0.053", image_usd_by_size=usd, image_cost_tokens=cost_tokens, **tokens_usd)
 
 
@@ -109,18 +126,25 @@ def _retires(on: str, replacement: str) -> dict[str, Any]:
 # and edits them in Django admin. For the GPT Image 2.5 models OpenAI gives prices per token and none per image: those
 # of GPT Image 2 stand in, and count only when no usage was reported.
 DEFAULT_MODELS: Sequence[dict[str, Any]] = (
-    _text("openai", "gpt-6.1-terra", "GPT-6.1 Terra", "1", "0.05", "1.25", "5"),
-    _text("openai", "gpt-6.1-sol", "GPT-6.1 Sol", "2", "0.10", "2.50", "10"),
-    _text("openai", "gpt-6-luna", "GPT-6 Luna", "0.10", "0.01", "0.125", "0.50"),
-    _text("anthropic", "claude-sonnet-5-5", "Claude Sonnet 5.5", "2", "0.10", "2.50", "10"),
-    _text("anthropic", "claude-opus-5-5", "Claude Opus 5.5", "4", "0.20", "5", "20"),
-    _text("anthropic", "claude-haiku-5-5", "Claude Haiku 5.5", "0.10", "0.01", "0.125", "0.50"),
-    _text("google", "gemini-3.8-flash", "Gemini 3.8 Flash", "0.75", "0.075", "0", "3.75"),
-    _text("google", "gemini-3.5-flash-lite", "Gemini 3.5 Flash-Lite", "0.30", "0.03", "0", "2.50"),
-    _text("google", "gemini-2.5-pro", "Gemini 2.5 Pro", "1.25", "0.125", "0", "10",
+    _text("openai", "gpt-6.1-terra", "GPT-6.1 Terra", "1", "0.05", "1.25", "5",
+          **_special(**_dearer_above(272_000, "2", "0.10", "2.50", "7.50"))),
+    _text("openai", "gpt-6.1-sol", "GPT-6.1 Sol", "2", "0.10", "2.50", "10",
+          **_special(**_dearer_above(272_000, "4", "0.20", "5", "15"))),
+    _text("openai", "gpt-6-luna", "GPT-6 Luna", "0.10", "0.01", "0.125", "0.50",
+          **_special(**_dearer_above(272_000, "0.20", "0.02", "0.25", "0.75"))),
+    _text("anthropic", "claude-sonnet-5-5", "Claude Sonnet 5.5", "2", "0.10", "2.50", "10",
+          **_special(cache_write_1h="4")),
+    _text("anthropic", "claude-opus-5-5", "Claude Opus 5.5", "4", "0.20", "5", "20", **_special(cache_write_1h="8")),
+    _text("anthropic", "claude-haiku-5-5", "Claude Haiku 5.5", "0.10", "0.01", "0.125", "0.50",
+          **_special(cache_write_1h="0.20", cache_write_1h_above_100000="1",
+                     **_dearer_above(100_000, "0.50", "0.05", "0.625", "2.50"))),
+    _text("google", "gemini-3.8-flash", "Gemini 3.8 Flash", "0.75", "0.075", "", "3.75"),
+    _text("google", "gemini-3.5-flash-lite", "Gemini 3.5 Flash-Lite", "0.30", "0.03", "", "2.50"),
+    _text("google", "gemini-2.5-pro", "Gemini 2.5 Pro", "1.25", "0.125", "", "10",
+          **_special(**_dearer_above(200_000, "2.50", "0.25", "", "15")),
           **_retires("2026-12-01", "gemini-3.8-flash")),
-    _text("google", "gemini-2.5-flash", "Gemini 2.5 Flash", "0.30", "0.03", "0", "2.50",
-          **_retires("2026-12-01", "gemini-3.5-flash-lite")),
+    _text("google", "gemini-2.5-flash", "Gemini 2.5 Flash", "0.30", "0.03", "", "2.50",
+          **_special(audio_input="1"), **_retires("2026-12-01", "gemini-3.5-flash-lite")),
     _gpt_image_2("gpt-image-2", "GPT Image 2"),
     _gpt_image_2("gpt-image-2.5-flare", "GPT Image 2.5 Flare"),
     _gpt_image_2("gpt-image-2.5-sunburst", "GPT Image 2.5 Sunburst"),
@@ -140,9 +164,11 @@ DEFAULT_MODELS: Sequence[dict[str, Any]] = (
     _image("google", "imagen-4.0-generate-001", "Imagen 4", "0.040",
            **_retired("2026-08-17", "gemini-3.1-flash-image")),
     _text("anthropic", "claude-opus-4-20250514", "Claude Opus 4", "15", "1.50", "18.75", "75",
-          max_input_tokens=200_000, max_output_tokens=32_000, **_retired("2026-06-15", "claude-opus-5-5")),
+          max_input_tokens=200_000, max_output_tokens=32_000, **_special(cache_write_1h="30"),
+          **_retired("2026-06-15", "claude-opus-5-5")),
     _text("anthropic", "claude-sonnet-4-20250514", "Claude Sonnet 4", "3", "0.30", "3.75", "15",
-          max_input_tokens=200_000, max_output_tokens=64_000, **_retired("2026-06-15", "claude-sonnet-5-5")),
+          max_input_tokens=200_000, max_output_tokens=64_000, **_special(cache_write_1h="6"),
+          **_retired("2026-06-15", "claude-sonnet-5-5")),
 )  # fmt: skip
 
 
@@ -226,7 +252,7 @@ def _as_text(value: Any) -> str:
         return ""
     if isinstance(value, Decimal):
         return f"{value.normalize():f}"
-    return json.dumps(value, sort_keys=True) if isinstance(value, dict) else str(value)
+    return json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
 
 
 # --- Reads --------------------------------------------------------------------------------------------------
@@ -242,21 +268,105 @@ def _today() -> date:
 
 
 def list_active_models(kind: str) -> list[ModelPrice]:
-    """The models on offer today of a kind, `text` or `image`, in their order on the page."""
-    return list(_active().filter(kind=kind))
+    """The models on offer today of a kind, `text` or `image`, in their order on the page. The first is the default.
+
+    One that retires within a month stands last, so that nobody begins with it; one without prices is not on offer.
+    """
+    soon = _today() + timedelta(days=RETIRING_DAYS)
+    on_offer = [price for price in _active().filter(kind=kind) if not price.missing_prices]
+    return sorted(on_offer, key=lambda price: price.retired_on is not None and price.retired_on <= soon)
 
 
 def get_active_model(*, provider: str, model: str) -> ModelPrice:
-    """The model's prices. Raises UnknownModel, or RetiredModel naming the replacement (row 58)."""
-    price = ModelPrice.objects.filter(provider=provider, model=model).first()
-    if price is None:
-        raise UnknownModel(f"There is no model “{model[:100]}” here. Choose another one.")
+    """The model's prices. Raises UnknownModel, RetiredModel naming the replacement (row 58), or UnpricedModel."""
+    price = get_model(provider=provider, model=model)
     is_past = price.retired_on is not None and price.retired_on <= _today()
     if is_past or not price.is_active:
         when = f"was retired on {price.retired_on:%-d %B %Y}" if is_past else "is not on offer any more"
-        instead = f" Use {price.replacement} instead." if price.replacement else " Choose another one."
+        replacement = _replacement(price)
+        instead = f" Use {replacement} instead." if replacement else " Choose another one."
         raise RetiredModel(f"{price.display_name} {when}.{instead}")
     return price
+
+
+def get_model(*, provider: str, model: str) -> ModelPrice:
+    """The model's prices, whether it is still sold or not: for work that has been done.
+
+    Raises UnknownModel, also for a name that several models could have, and UnpricedModel.
+    """
+    price = find_model(provider=provider, model=model)
+    if price.missing_prices:
+        raise UnpricedModel(f"{price.display_name} has no price yet. Choose another one.")
+    return price
+
+
+# What stands before a model's name in the addresses and libraries of its own provider. Other sellers have other prices.
+_PREFIXES: Mapping[str, frozenset[str]] = {
+    "openai": frozenset({"openai", "models"}),
+    "anthropic": frozenset({"anthropic", "models"}),
+    "google": frozenset({"google", "gemini", "vertex_ai", "publishers", "models"}),
+}
+# A model of a day: gpt-6-luna-2026-09-01, claude-haiku-5-5-20261001 or @20261001, gemini-3.8-flash-001, -latest.
+_SNAPSHOT = re.compile(
+    r"(?P<name>.+?)(?:[-@](?P<day>20\d\d-?(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12]\d|3[01])|0\d\d)|[-@:](?:latest|default))"
+)
+
+
+def find_model(*, provider: str, model: str) -> ModelPrice:
+    """The model that a name means: its own, one of its other names, or one of its snapshots, with or without a prefix.
+
+    A name without a day means the model of any day, when there is only one. Raises UnknownModel saying what to use.
+    """
+    exact = ModelPrice.objects.filter(provider=provider, model=model).first()
+    if exact is not None:
+        return exact
+    unknown = f"There is no model “{model[:100]}” here."
+    *prefixes, plain = model.lower().split("/")
+    if theirs := sorted(set(prefixes) - _PREFIXES.get(provider, frozenset())):
+        raise UnknownModel(f"{unknown} Send its provider, and its name without “{theirs[0][:100]}/”.")
+    rows = list(ModelPrice.objects.filter(provider=provider))
+    for names in ([each for each in rows if plain in (each.model.lower(), *each.other_names)],
+                  _of_snapshot(rows, plain)):  # fmt: skip
+        if len(names) == 1:
+            return names[0]
+        if names:
+            raise UnknownModel(f"“{model[:100]}” could be any of {', '.join(each.model for each in names)}. Send one.")
+    raise UnknownModel(f"{unknown} Choose another one.")
+
+
+def _of_snapshot(rows: Sequence[ModelPrice], plain: str) -> list[ModelPrice]:
+    """The rows of the model that `plain` is a snapshot of: of the same day, else of no day, else of any if it has none.
+
+    The snapshot of a day may have another price than that of another day.
+    """
+    name, day = _name_and_day(plain)
+    of_name: dict[str, list[ModelPrice]] = {"same": [], "none": [], "other": []}
+    for row in rows:
+        for known in (row.model.lower(), *row.other_names):
+            its_name, its_day = _name_and_day(known)
+            if its_name == name:
+                of_name["same" if its_day == day else "other" if its_day else "none"].append(row)
+                break
+    return of_name["same"] or of_name["none"] or ([] if day else of_name["other"])
+
+
+def _name_and_day(name: str) -> tuple[str, str]:
+    found = _SNAPSHOT.fullmatch(name)
+    return (found["name"], (found["day"] or "").replace("-", "")) if found else (name, "")
+
+
+def _replacement(price: ModelPrice) -> str:
+    """The model to use instead that is on sale itself: replacements retire, too. "" when there is none."""
+    seen = {price.model}
+    while price.replacement and price.replacement not in seen:
+        seen.add(price.replacement)
+        following = ModelPrice.objects.filter(model=price.replacement).first()
+        if following is None or following in list_active_models(following.kind):
+            return price.replacement
+        price = following
+    if not price.replacement:
+        return ""
+    return next((other.model for other in list_active_models(price.kind)), "")
 
 
 def multiplier(price: ModelPrice, settings: SystemSettings) -> Decimal:
@@ -303,30 +413,61 @@ def image_options(price: ModelPrice, settings: SystemSettings) -> list[ImageOpti
 
 
 def provider_cost_microusd(
-    price: ModelPrice, pools: TokenPools, *, image_count: int = 0, image_size: str = "", image_quality: str = ""
+    price: ModelPrice, *calls: TokenPools, image_count: int = 0, image_size: str = "", image_quality: str = ""
 ) -> int:
-    """What the provider charges us, in micro-dollars, rounded up once.
+    """What the provider charges us for the calls of an operation, in micro-dollars, rounded up once.
 
-    By the tokens that it reported, where the model has prices for these; else by the image. Never both.
+    By the tokens that it reported, where the model has prices for these; else by the image. Never both. Each call has
+    the prices of the length of what it read, and the price of a call if there is one.
     """
-    if price.kind == ModelPrice.Kind.IMAGE and not (pools.actual_tokens and _has_token_prices(price)):
-        usd = _by_size(price.image_usd_by_size, size=image_size, quality=image_quality)
-        return pricing.ceil_multiply(image_count * 1_000_000, price.image_usd if usd is None else Decimal(usd))
-    usd_per_million = {
-        "input": price.input_usd_per_million,
-        "cached_input": price.cached_input_usd_per_million,
-        "cache_write": price.cache_write_usd_per_million,
-        "output": price.output_usd_per_million,
-    }
-    if price.reasoning_usd_per_million is not None:
-        usd_per_million["reasoning"] = price.reasoning_usd_per_million
-        if price.kind == ModelPrice.Kind.IMAGE:  # what it writes costs what it thinks: both are words, no picture
-            usd_per_million["text_output"] = price.reasoning_usd_per_million
-    return pricing.provider_cost_microusd(pools, usd_per_million=usd_per_million)
+    reported = [pools for pools in calls if pools.actual_tokens]
+    total = price.request_usd * 1_000_000 * (len(reported) or min(image_count, 1))
+    if price.kind == ModelPrice.Kind.IMAGE and not (reported and _has_token_prices(price)):
+        total += image_count * 1_000_000 * _image_usd(price, size=image_size, quality=image_quality)
+    else:
+        total += sum(pricing.exact_cost_microusd(pools, _usd_per_million(price, pools)) for pools in reported)
+    return pricing.ceil_multiply(1, total)
+
+
+def _usd_per_million(price: ModelPrice, pools: TokenPools) -> dict[str, Decimal]:
+    """The prices of a call that read and wrote `pools`.
+
+    What has no price of its own for this length has that of a shorter one. What has none at all costs what its pool
+    does, and the cache what input does.
+    """
+    usd = {"input": price.input_usd_per_million, "output": price.output_usd_per_million}
+    for name, own in (
+        ("cached_input", price.cached_input_usd_per_million),
+        ("cache_write", price.cache_write_usd_per_million),
+        ("reasoning", price.reasoning_usd_per_million),
+    ):
+        if own is not None:
+            usd[name] = own
+    read_tokens = pools.actual_tokens - pools.output_tokens
+    reached: dict[str, int] = {}
+    for key, special in price.special_usd_per_million.items():
+        name, _, digits = key.partition("_above_")
+        above = int(digits or 0)
+        if above >= reached.get(name, 0) and (not above or read_tokens > above):
+            usd[name], reached[name] = Decimal(special), above
+    usd.setdefault("cached_input", usd["input"])
+    usd.setdefault("cache_write", usd["input"])
+    if price.kind == ModelPrice.Kind.IMAGE and "reasoning" in usd:
+        usd["text_output"] = usd["reasoning"]  # what it writes costs what it thinks: both are words, no picture
+    return usd
 
 
 def _has_token_prices(price: ModelPrice) -> bool:
-    return bool(price.output_usd_per_million)
+    return bool(price.input_usd_per_million and price.output_usd_per_million)
+
+
+def _image_usd(price: ModelPrice, *, size: str, quality: str) -> Decimal:
+    """Of a size that has no price, when there is none for all of them: that of the dearest, never nothing."""
+    by_size = price.image_usd_by_size
+    usd = _by_size(by_size, size=size, quality=quality)
+    if usd is not None:
+        return Decimal(usd)
+    return price.image_usd or max(map(Decimal, by_size.values()), default=Decimal(0))
 
 
 def _by_size(values: Mapping[str, Any], *, size: str, quality: str) -> Any:

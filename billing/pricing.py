@@ -134,13 +134,18 @@ def provider_cost_microusd(pools: TokenPools, *, usd_per_million: Mapping[str, D
     `usd_per_million` gives the price of each pool, and of each part that has a price of its own, in USD per million
     tokens, which is micro-dollars per token. A part without one costs what its pool does.
     """
+    return ceil_multiply(1, exact_cost_microusd(pools, usd_per_million))
+
+
+def exact_cost_microusd(pools: TokenPools, usd_per_million: Mapping[str, Decimal]) -> Decimal:
+    """The same before it is rounded, for a sum of several."""
     total = Decimal(0)
     for name in ("input", "cached_input", "cache_write", "output"):
         total += getattr(pools, f"{name}_tokens") * usd_per_million.get(name, Decimal(0))
     for part, pool in POOL_OF_PART.items():
         pool_usd = usd_per_million.get(pool, Decimal(0))
         total += getattr(pools, f"{part}_tokens") * (usd_per_million.get(part, pool_usd) - pool_usd)
-    return int(total.to_integral_value(rounding=ROUND_CEILING))
+    return total
 
 
 def price_per_1k_cents(*, tokens: int, price_cents: int) -> Decimal:

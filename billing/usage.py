@@ -62,15 +62,11 @@ def price_operation(
 ) -> PricedOperation:
     """Take the operation's price from the catalogue and the settings: a multiplier, or tokens per image.
 
-    A retired model has a price only for what `is_already_done`. Raises UnknownModel, RetiredModel, and
+    A retired model has a price only for what `is_already_done`. Raises UnknownModel, RetiredModel, UnpricedModel, and
     InvalidUsage when images are asked of a text model or none of an image model.
     """
-    try:
-        price = catalogue.get_active_model(provider=provider, model=model)
-    except catalogue.RetiredModel:
-        if not is_already_done:
-            raise
-        price = ModelPrice.objects.get(provider=provider, model=model)
+    find = catalogue.get_model if is_already_done else catalogue.get_active_model
+    price = find(provider=provider, model=model)
     is_image = price.kind == ModelPrice.Kind.IMAGE
     if is_image and not 0 < image_count <= MAX_IMAGES:
         raise InvalidUsage(f"{price.display_name} makes images: their number must be from 1 to {MAX_IMAGES:,}.")
@@ -80,7 +76,7 @@ def price_operation(
     operation = ledger.Operation(
         operation_type=operation_type,
         provider=provider,
-        model=model,
+        model=price.model,
         multiplier=None if is_image else catalogue.multiplier(price, settings),
         fixed_cost_tokens=(
             catalogue.image_cost_tokens(price, settings, size=image_size, quality=image_quality) if is_image else None
@@ -131,7 +127,7 @@ def record_usage(
     nothing (law 9). With a key used before for the same, the first outcome is returned with `is_replay`,
     whatever the prices are by now.
 
-    Raises InvalidUsage, UnknownModel, AccountNotFound, IdempotencyConflict; then nothing is written.
+    Raises InvalidUsage, UnknownModel, UnpricedModel, AccountNotFound, IdempotencyConflict; then nothing is written.
     """
     pools = TokenPools(
         input_tokens=input_tokens,
@@ -231,7 +227,7 @@ def _record_without_debit(
             provider_cost_microusd=provider_cost_microusd,
             idempotency_key=idempotency_key,
             completed_at=ClockTimestamp(),
-            **requested,
+            **{**requested, "model": operation.model},
         )
     return ledger.outcome_of(account, None, usage.pk, is_replay=False)
 
@@ -270,9 +266,16 @@ def _replay(usage: TokenUsage, requested: Mapping[str, Any]) -> ledger.Posting:
         if name == "metadata":
             # As JSON, where `true` is not 1.
             stored, value = json.dumps(stored, sort_keys=True), json.dumps(value, sort_keys=True)
-        if stored != value:
+        if stored != value and not (name == "model" and stored == _name_of(usage.provider, value)):
             raise ledger.IdempotencyConflict
     return ledger.outcome_of(usage.account, TokenTransaction.objects.filter(usage=usage).first(), usage.pk)
+
+
+def _name_of(provider: str, model: str) -> str:
+    try:
+        return catalogue.find_model(provider=provider, model=model).model
+    except catalogue.UnknownModel:
+        return model
 
 
 def settle_reservation(

@@ -30,7 +30,7 @@ from django.core import checks
 from django.core.mail import EmailMessage, get_connection
 from django.db import connection
 from django.db.migrations.loader import MigrationLoader
-from django.db.models import Min
+from django.db.models import Min, Q
 from django.urls import reverse
 from django.utils import timezone
 from packaging.requirements import Requirement
@@ -381,11 +381,10 @@ def models_on_offer() -> Outcomes:
                 f"{price.model} is refused from {price.retired_on} on.{replacement}",
                 "See that the replacement is on offer, and tell people who use the model.",
             )
-        if not any(
-            (price.input_usd_per_million, price.output_usd_per_million, price.image_usd, price.image_usd_by_size)
-        ):
+    for price in ModelPrice.objects.filter(Q(retired_on=None) | Q(retired_on__gt=today)).order_by("provider", "model"):
+        if price.missing_prices:
             yield warning(
-                f"{price.model} has no prices: the dashboard shows no cost for it.",
+                f"{price.model} has no price, so it is not sold.",
                 "Enter its provider's prices in Django admin, or run `manage.py import_model_prices`.",
             )
     yield ok(f"{_count(len(offered), 'model')} on offer.")

@@ -46,6 +46,7 @@ CODES = {
     "body_too_large": (413, "The body is larger than 1,048,576 bytes."),
     "unknown_model": (422, "There is no such model."),
     "retired_model": (422, "DALL·E 3 was retired. Use gpt-image-2 instead."),
+    "unpriced_model": (422, "GPT-7 has no price yet. Choose another one."),
     "too_many_requests": (429, "Too many calls in this minute. Try again when it is over."),
     "unavailable": (503, "Try again in a moment, with the same Idempotency-Key."),
 }
@@ -124,8 +125,8 @@ def _ledger_problem(request: HttpRequest, error: ledger.LedgerError) -> HttpResp
 
 
 def _catalogue_problem(request: HttpRequest, error: catalogue.CatalogueError) -> HttpResponse:
-    code = "retired_model" if isinstance(error, catalogue.RetiredModel) else "unknown_model"
-    return _problem(code, error.message)
+    codes = {catalogue.RetiredModel: "retired_model", catalogue.UnpricedModel: "unpriced_model"}
+    return _problem(codes.get(type(error), "unknown_model"), error.message)
 
 
 def _scope_problem(request: HttpRequest, error: MissingScope) -> HttpResponse:

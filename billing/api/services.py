@@ -29,7 +29,7 @@ from billing.models.usage import OperationType, UsageStatus
 from billing.pricing import TokenPools
 
 _NO_BODY = ReleaseRequest()
-_MODEL_REFUSED = ("unknown_model", "retired_model")
+_MODEL_REFUSED = ("unknown_model", "retired_model", "unpriced_model")
 
 router = Router(auth=BillingSecret(), tags=["Services"])
 
@@ -123,7 +123,13 @@ def release(request: HttpRequest, usage_id: AddressId, body: ReleaseRequest = _N
     "/usage",
     response={200: Outcome, 201: Outcome},
     openapi_extra=refusals(
-        *EVERY_BODY, "invalid_usage", "invalid_amount", "account_not_found", "idempotency_conflict", "unknown_model"
+        *EVERY_BODY,
+        "invalid_usage",
+        "invalid_amount",
+        "account_not_found",
+        "idempotency_conflict",
+        "unknown_model",
+        "unpriced_model",
     ),
 )
 def record_usage(request: HttpRequest, body: UsageRequest, idempotency_key: IdempotencyKey) -> Status:

@@ -489,6 +489,32 @@ def test_retired_model_is_recorded_after_the_fact(service: Service, alice: User)
     refused(service.post("/usage", used(alice, model="gpt-0"), key="key-2"), 422, "unknown_model")
 
 
+@pytest.mark.parametrize("success", [True, False])
+def test_usage_of_a_model_by_another_name(service: Service, alice: User, success: bool) -> None:
+    """Row 119: the row has the catalogue's name, a retry by either name is the same request, a guess is refused."""
+    body = used(alice, model="openai/gpt-6-luna-2026-09-01", success=success)
+    first = service.post("/usage", body)
+    row = TokenUsage.objects.get()
+    assert (row.model, row.provider_cost_microusd, row.billable_tokens) == ("gpt-6-luna", 350, 2_250 if success else 0)
+    for name in (body["model"], "gpt-6-luna", "gpt-6-luna-latest"):
+        again = service.post("/usage", body | {"model": name})
+        assert (again.status_code, again.json()) == (200, first.json()), name
+    refused(service.post("/usage", body | {"model": "gpt-6.1-sol"}), 409, "idempotency_conflict")
+    held = service.post("/reservations", reservation(alice, model="gpt-6-luna-2026-09-01"), key="key-2")
+    assert TokenUsage.objects.get(pk=held.json()["usage"]["usage_id"]).model == "gpt-6-luna"
+    refused(service.post("/usage", used(alice, model="azure/gpt-6-luna"), key="key-3"), 422, "unknown_model")
+    assert TokenUsage.objects.count() == 2
+
+
+def test_usage_of_a_model_without_a_price_is_refused(service: Service, alice: User) -> None:
+    """Row 117."""
+    ModelPrice.objects.filter(model="gpt-6-luna").update(is_active=False, input_usd_per_million=0)
+    before = everything()
+    refused(service.post("/usage", used(alice)), 422, "unpriced_model")
+    refused(service.post("/reservations", reservation(alice)), 422, "unpriced_model")
+    assert everything() == before
+
+
 def test_free_image_is_recorded(service: Service, alice: User, susan: User) -> None:
     system_settings.update_system_settings(changes={"dalle3_cost_tokens": 0}, changed_by_id=susan.pk)
     body = {"user_id": alice.pk, "operation_type": "image", **RETIRED, "image_count": 1}
