@@ -217,9 +217,10 @@ class ModelPrice(models.Model):
             raise ValidationError(dict.fromkeys(missing, NOT_FREE))
 
     def _taken_names(self) -> list[str]:
+        own = [self.model, *self.other_names] if isinstance(self.other_names, list) else [self.model]
         others = ModelPrice.objects.filter(provider=self.provider).exclude(pk=self.pk)
         taken = {name for model, names in others.values_list("model", "other_names") for name in (model, *names)}
-        return sorted(taken.intersection([self.model, *self.other_names]))
+        return sorted(name for name in taken if name in own)
 
     @property
     def missing_prices(self) -> list[str]:

@@ -388,7 +388,9 @@ def test_a_name_that_means_no_one_model_is_refused(provider: str, name: str, tol
     assert told in refusal.value.message
 
 
-@pytest.mark.parametrize("names", [["gpt-6.1-sol"], ["Luna"], ["a b"], ["a", "a"], [1], "luna", {"luna": 1}, [""]])
+@pytest.mark.parametrize(
+    "names", [["gpt-6.1-sol"], ["Luna"], ["a b"], ["a", "a"], [1], [[1]], 5, "luna", {"luna": 1}, [""]]
+)
 def test_a_name_belongs_to_one_model(names: Any) -> None:
     """Row 119."""
     with pytest.raises(ValidationError):
