@@ -1,6 +1,7 @@
 """Tables as CSV for spreadsheets, written while they are read: a million rows need no more memory than ten."""
 
 import csv
+import re
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 
@@ -11,8 +12,11 @@ from billing import history
 PIECE_LENGTH = 64 * 1024  # in characters, at least
 BYTE_ORDER_MARK = "\ufeff"  # tells Excel that the file is UTF-8
 
-# What a spreadsheet takes for the beginning of a formula, in the wide forms of East Asian keyboards too (row 67).
-FORMULA_SIGNS = tuple("=+-@\t\r\n＝＋－＠")
+# What a spreadsheet takes for the beginning of a formula, in the wide forms of East Asian keyboards too, at the
+# beginning of a cell: of ours, or of one that it makes itself where a semicolon, a tab or a line's end separates. A
+# German or French Excel does so, to which our quotes are none. Blanks, those without a width too, and quotes are passed
+# over (row 67).
+_FORMULA = re.compile(r"""(^|[;\t\r\n])(?=[\s"\ufeff\u200b-\u200f\u2060]*[=+\-@＝＋－＠])""")
 
 TRANSACTION_COLUMNS = {
     "Entry": "its number in your ledger, counted from 1 without a gap",
@@ -33,7 +37,7 @@ Cell = str | int | Decimal | None
 
 def neutralise(text: str) -> str:
     """The text as no spreadsheet takes it for a formula. Numbers are cells of their own kind and stay as they are."""
-    return f"'{text}" if text.startswith(FORMULA_SIGNS) or text.lstrip().startswith(FORMULA_SIGNS) else text
+    return _FORMULA.sub(r"\1'", f"'{text}" if text.startswith(("\t", "\r", "\n")) else text)
 
 
 class _Line:

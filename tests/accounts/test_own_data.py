@@ -132,7 +132,9 @@ def test_csv_holds_no_formulas(alice: User, text: str) -> None:
     ledger.add_tokens(user_id=alice.pk, tokens=5, type="bonus", description=text, idempotency_key="bonus")
     ledger.deduct_tokens(user_id=alice.pk, tokens=7, operation=OPERATION, pools=TokenPools(input_tokens=7))
     rows = list(csv.DictReader(StringIO(archive_of(alice).read("ledger.csv").decode("utf-8-sig"), newline="")))
-    assert [row["description"] for row in rows][1] == f"'{text}"
+    kept = rows[1]["description"]
+    assert kept.startswith("'")
+    assert kept.replace("'", "") == text
     assert [row["amount"] for row in rows] == ["10000", "5", "-7"]
 
 
