@@ -251,10 +251,12 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
         lately = Purchase.objects.filter(
             account=account, kind=Purchase.Kind.CHECKOUT, created_at__gt=now - timedelta(hours=1)
         )
-        if lately.count() >= CHECKOUTS_PER_HOUR:
-            raise TooManyCheckouts("You opened very many payment pages. Try again in an hour.")
         try:
             with transaction.atomic():
+                # One at a time, each counted when the ones before it have been written.
+                lock_until_commit(f"checkouts of account {account.pk}")
+                if lately.count() >= CHECKOUTS_PER_HOUR:
+                    raise TooManyCheckouts("You opened very many payment pages. Try again in an hour.")
                 # On other terms, or too old. Should it be paid all the same, it is still credited: paid wins.
                 replaced = list(open_ones.exclude(is_usable & same_price))
                 Purchase.objects.filter(pk__in=[each.pk for each in replaced], state__in=Purchase.UNPAID_STATES).update(

@@ -490,7 +490,7 @@ def test_a_superadmin_deals_with_an_event(as_person: AsPerson, adam: User, susan
     page = client.post(address, {"decision": "settle"}, follow=True).content.decode()
     assert "evt_1 is noted as dealt with." in page
     aside.refresh_from_db()
-    assert (aside.state, "Dealt with by susan@example.com." in aside.message) == ("processed", True)
+    assert (aside.state, "Dealt with by hand." in aside.message) == ("processed", True)
     assert AuditEntry.objects.get(action="event_settled").actor == susan
 
 

@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 from django.core.management import CommandError, call_command
+from django.db import connection
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
+from ai_ops.own_data import anonymize_user
 from billing import gateway, own_data, reconcile, tasks
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
 from tests.payments import (
@@ -372,6 +374,21 @@ def test_events_that_a_person_dealt_with(stripe: StripeStandIn, bought: Purchase
     rows = list(StripeEvent.objects.values_list("pk", flat=True))
     client_of(susan).post(inbox, {"action": "settle_by_hand", "_selected_action": rows})
     assert state_of(event) == "processed"
-    assert "Dealt with by susan@example.com." in StripeEvent.objects.get(event_id=event["id"]).message
+    assert "Dealt with by hand." in StripeEvent.objects.get(event_id=event["id"]).message
     assert StripeEvent.objects.exclude(event_id=event["id"]).get().message == ""
     assert "0 events were handled again." in replay()
+
+    # Who did stays in the audit log by number: anonymised, no text of any table holds their address.
+    assert "susan" in texts_of_all_tables()
+    User.objects.filter(pk=susan.pk).update(role=User.Role.USER)
+    anonymize_user(user_id=susan.pk)
+    assert "susan" not in texts_of_all_tables()
+
+
+def texts_of_all_tables() -> str:
+    with connection.cursor() as cursor:
+        texts = []
+        for table in connection.introspection.table_names(cursor):
+            cursor.execute(f"SELECT string_agg(each::text, E'\\n') FROM \"{table}\" AS each")  # noqa: S608
+            texts.append(cursor.fetchone()[0] or "")
+    return "\n".join(texts)

@@ -18,6 +18,7 @@ from django.db import connection
 from django.db.models import F
 from django.test import Client
 
+from accounts.locks import lock_until_commit
 from accounts.models import User
 from billing import ledger, purchases, tasks, webhooks
 from billing.gateway import Event
@@ -293,3 +294,33 @@ def test_first_checkouts_of_two_packages_at_once(
         if event["type"] == "payment_intent.succeeded":
             assert deliver(event).status_code == 200
     assert sorted(credits_of(alice)) == [*ONE_STARTER, (750_000, 6_500)]
+
+
+# --- Limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_limit_of_payment_pages_holds_for_clicks_at_once(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    """69: eight windows that all come to the count together."""
+    everyone_is_there = Barrier(8, timeout=RACE_SECONDS)
+
+    def lock_together(name: str) -> None:
+        everyone_is_there.wait()
+        lock_until_commit(name)
+
+    monkeypatch.setattr(purchases, "CHECKOUTS_PER_HOUR", 3)
+    monkeypatch.setattr("billing.purchases.lock_until_commit", lock_together)
+    ledger.get_account(user_id=alice.pk)
+
+    def click(number: int) -> bool:
+        try:
+            terms = purchases.terms_of_amount(1_000 + number)
+            purchases.create_checkout_session(user_id=alice.pk, terms=terms, checkout_key=f"window-{number}")
+        except purchases.TooManyCheckouts:
+            return False
+        finally:
+            connection.close()
+        return True
+
+    with ThreadPoolExecutor(8) as threads:
+        assert sum(threads.map(click, range(8))) == 3
+    assert Purchase.objects.count() == 3
