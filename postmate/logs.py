@@ -79,7 +79,8 @@ def dict_config(*, format: str, level: str) -> dict[str, Any]:
             # Servers bring handlers of their own, which are taken away; a request has one line, which is ours.
             "django": {"handlers": [], "level": "INFO"},
             "django.server": {"handlers": [], "level": "WARNING", "propagate": True},
-            "uvicorn": {"handlers": [], "propagate": True},
+            # When it starts and stops, `make run` says itself.
+            "uvicorn": {"handlers": [], "level": "INFO" if format == "json" else "WARNING", "propagate": True},
             "uvicorn.access": {"handlers": [], "level": "WARNING", "propagate": True},
             "_granian": {"handlers": [], "propagate": True},
             "granian.access": {"handlers": [], "level": "WARNING", "propagate": True},

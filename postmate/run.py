@@ -38,6 +38,7 @@ def main() -> None:
     environ.Env.read_env(PROJECT / ".env")
     if not environ.Env().bool("DEBUG", True):
         sys.exit("`make run` is for development. docs/TOKEN_BILLING_SETUP.md says how to run in production.")
+    os.environ.setdefault("LOG_LEVEL", "WARNING")  # the terminal is for what is wrong; INFO adds every request
     port = chosen_port(default=8000)
     running.hold("make run", address=f"http://localhost:{port}", port=port)
     require_free_ports(port, port + 1, port + 2, command="make run")
@@ -156,7 +157,9 @@ def is_set(name: str) -> bool:
 
 
 def _servers(port: int) -> dict[str, list[str]]:
-    celery = [sys.executable, "-m", "celery", "--quiet", "-A", "postmate"]
+    # Root in a container is nothing to warn of where nobody else sends tasks.
+    root = ["-W", "ignore:You're running the worker with superuser privileges"]
+    celery = [sys.executable, *root, "-m", "celery", "--quiet", "-A", "postmate"]
     return {
         # One process serves pages and streams here; production splits them (docs/ARCHITECTURE.md).
         "web": [
