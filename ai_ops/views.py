@@ -421,6 +421,26 @@ async def operate(request: SignedInRequest, name: str) -> HttpResponse | Streami
     return await _run_to_the_end(request, operation, form, first, events)
 
 
+@require_GET
+@login_required
+def outcome(request: SignedInRequest) -> JsonResponse:
+    """How the operation of this `idempotency_key` ended, for a page that hears no more of it: stopped, or cut off.
+
+    `state` is "running" until it is settled, "ended" then, and "unknown" where no operation has that key.
+    """
+    sending = SendingForm(request.GET)
+    usage = None
+    if sending.is_valid():
+        key = sending.cleaned_data["idempotency_key"]
+        usage = TokenUsage.objects.filter(account__user=request.user, idempotency_key=key).first()
+    if usage is None:
+        return JsonResponse({"state": "unknown"})
+    if usage.status == TokenUsage.Status.RESERVED:
+        return JsonResponse({"state": "running"})
+    result = operations.find_result(usage)
+    return JsonResponse({"state": "ended"} | _outcome(usage, result, _stopped_by(usage)))
+
+
 async def _refuse(
     request: SignedInRequest, operation: Operation, form: OperationForm, wants_stream: bool, message: str, status: int
 ) -> HttpResponse:
@@ -462,7 +482,8 @@ async def _stream(first: Started | Replayed, events: AsyncGenerator[Event, None]
                 elif isinstance(item, TextDelta):
                     yield _event("text", text=item.text)
                 elif isinstance(item, Finished):
-                    yield await in_thread(_done_event)(item.usage_id, first.result, item.stopped_by)
+                    usage = await in_thread(TokenUsage.objects.get)(pk=item.usage_id)
+                    yield await in_thread(_done_event)(usage, first.result, item.stopped_by)
         except ProviderError as error:
             yield await in_thread(_failed_event)(error.message, first)
 
@@ -496,15 +517,17 @@ def _first_event(first: Started | Replayed) -> str:
     )
 
 
-def _done_event(usage_id: int, result: Result | None, stopped_by: StoppedBy) -> str:
-    usage = TokenUsage.objects.get(pk=usage_id)
-    return _event(
-        "done",
-        billable_tokens=usage.billable_tokens,
-        result_url=result.get_absolute_url() if result else "",
-        stopped_by=stopped_by,
-        html=_result(usage, result, stopped_by),
-    )
+def _done_event(usage: TokenUsage, result: Result | None, stopped_by: StoppedBy) -> str:
+    return _event("done", stopped_by=stopped_by, **_outcome(usage, result, stopped_by))
+
+
+def _outcome(usage: TokenUsage, result: Result | None, stopped_by: StoppedBy) -> dict[str, Any]:
+    """What a script is told of an operation that has ended."""
+    return {
+        "billable_tokens": usage.billable_tokens,
+        "result_url": result.get_absolute_url() if result else "",
+        "html": _result(usage, result, stopped_by),
+    }
 
 
 def _failed_event(message: str, first: Started | Replayed) -> str:
@@ -519,8 +542,13 @@ def _replayed_events(item: Replayed) -> str:
         return _event("failed", message="This is already under way. Reload the page in a moment to see the result.")
     text = _event("text", text=operations.text_of(result)) if operations.text_of(result) else ""
     if usage.status == TokenUsage.Status.SUCCEEDED:
-        return text + _done_event(usage.pk, result, "")
+        return text + _done_event(usage, result, _stopped_by(usage))
     return text + _failed_event(usage.error_message, item)
+
+
+def _stopped_by(usage: TokenUsage) -> StoppedBy:
+    """What ended the text early, as its row says it."""
+    return next((by for by, note in STOP_NOTES.items() if note == usage.error_message), "")
 
 
 def _event(name: str, **data: Any) -> str:

@@ -17,6 +17,8 @@ class BalanceBadge:
     reserved_tokens: int
     status: str
     state: str  # healthy, low, critical
+    mark: str
+    user_id: int
 
     @classmethod
     def of(cls, account: TokenAccount) -> "BalanceBadge":
@@ -27,7 +29,15 @@ class BalanceBadge:
             state = "low"
         else:
             state = "healthy"
-        return cls(account.available, account.balance, account.reserved, account.status, state)
+        return cls(
+            available_tokens=account.available,
+            balance_tokens=account.balance,
+            reserved_tokens=account.reserved,
+            status=account.status,
+            state=state,
+            mark=account.mark,
+            user_id=account.user_id,
+        )
 
 
 def balance(request: HttpRequest) -> dict[str, Any]:

@@ -37,6 +37,7 @@ if settings.REHEARSAL:
 studio_urls = [
     path("", ai_ops.views.home, name="home"),
     path("quote/<slug:name>/", ai_ops.views.quote, name="quote"),
+    path("outcome/", ai_ops.views.outcome, name="outcome"),
     path("projects/", ai_ops.views.projects, name="projects"),
     path("projects/<int:pk>/", ai_ops.views.project, name="project"),
     path("content/<int:pk>/", ai_ops.views.content, name="content"),

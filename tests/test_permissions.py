@@ -129,6 +129,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "studio/images/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
     "studio/images/<int:pk>/": ("login 200 404 404 404 login", "405 405 405 405 405 405"),
     "studio/images/files/<int:pk>/": ("login 200 404 404 404 login", "405 405 405 405 405 405"),
+    "studio/outcome/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
     "studio/projects/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
     "studio/projects/<int:pk>/": ("login 200 404 404 404 login", "405 405 405 405 405 405"),
     "studio/quote/<slug:name>/": ("405 405 405 405 405 405", "login 200 200 200 200 login"),

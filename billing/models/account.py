@@ -115,6 +115,11 @@ class TokenAccount(models.Model):
         return self.balance - self.reserved
 
     @property
+    def mark(self) -> str:
+        """Another one whenever a page that shows the balance, or the ledger's end, is out of date."""
+        return f"{self.sequence}/{self.reserved}/{self.status}"
+
+    @property
     def auto_recharge_terms(self) -> str:
         """What auto-recharge may buy for how much, for people; empty when nothing was agreed."""
         if self.auto_recharge_price_cents is None or self.auto_recharge_package_tokens is None:

@@ -130,7 +130,7 @@
 
   // ---- htmx: clear words when a request fails -------------------------------------------------------------------
   function wordsFor(status) {
-    if (status === 401 || status === 403) return "You may have been signed out. Reload the page and try again.";
+    if (status === 401 || status === 403) return "You may not do this, or this page was out of date. Try once more.";
     if (status === 404) return "This no longer exists. Reload the page to see what is there now.";
     if (status === 409) return "This was already sent with other details. Reload the page and try again.";
     if (status === 429) return "That was a lot in a short time. Wait a moment and try again.";
@@ -140,26 +140,102 @@
 
   const OFFLINE = "We could not reach the server. Check your connection and try again.";
 
-  function requestFailed(event, words) {
-    const element = event.detail.elt;
-    // Regions that refresh by themselves fail quietly: they say so in place and try again.
-    const quiet = element.closest("[data-quiet]");
-    if (quiet) quiet.classList.add("is-stale");
-    else toast(words, "bad");
+  // Regions that refresh by themselves fail quietly: they say so in place and try again.
+  function failedQuietly(event) {
+    const quiet = event.detail.elt.closest("[data-quiet]");
+    quiet?.classList.add("is-stale");
+    return Boolean(quiet);
   }
 
-  document.addEventListener("htmx:responseError", (event) => requestFailed(event, wordsFor(event.detail.xhr.status)));
+  function requestFailed(event, words) {
+    if (!failedQuietly(event)) toast(words, "bad");
+  }
+
+  document.addEventListener("htmx:responseError", async (event) => {
+    const { status } = event.detail.xhr;
+    if (failedQuietly(event)) return;
+    if ((status === 401 || status === 403) && (await whoIsSignedIn()) === NOBODY) signedOut();
+    else toast(wordsFor(status), "bad");
+  });
   document.addEventListener("htmx:sendError", (event) => requestFailed(event, OFFLINE));
   document.addEventListener("htmx:timeout", (event) => requestFailed(event, OFFLINE));
   // Who was signed out is led to the sign-in page, which has no place inside of another.
   document.addEventListener("htmx:beforeSwap", (event) => {
     if (!new URL(event.detail.xhr.responseURL, location.href).pathname.startsWith("/accounts/login/")) return;
     event.detail.shouldSwap = false;
-    requestFailed(event, wordsFor(401));
+    if (!failedQuietly(event)) signedOut();
   });
   document.addEventListener("htmx:afterSwap", (event) => {
     event.detail.elt.closest?.("[data-quiet]")?.classList.remove("is-stale");
   });
+
+  // ---- signed out while a page is open: what was typed stays, and goes on after a sign-in in another tab -------------
+  const [SAME, OTHER, NOBODY, UNKNOWN] = ["same", "other", "nobody", "unknown"];
+  const reader = document.querySelector("#balance .balance")?.dataset.user;
+  const tokenOfCookie = () => /(?:^|; )csrftoken=([^;]+)/.exec(document.cookie)?.[1];
+  let token = tokenOfCookie();
+  const SIGN_IN_TAB = "sign-in"; // it is closed again as soon as somebody has signed in there
+  let signInTab = null;
+
+  /** Whether this page's reader is signed in still. If so, its forms get the token that a sign-in has renewed. */
+  async function whoIsSignedIn() {
+    const response = await fetch("/tokens/balance/", { credentials: "same-origin" }).catch(() => null);
+    if (response?.status === 401) return NOBODY;
+    if (!response?.ok) return UNKNOWN;
+    const page = new DOMParser().parseFromString(await response.text(), "text/html");
+    if (page.querySelector(".balance")?.dataset.user !== reader) return OTHER;
+    token = tokenOfCookie();
+    document.querySelectorAll("input[name=csrfmiddlewaretoken]").forEach((input) => {
+      if (token) input.value = token;
+    });
+    return SAME;
+  }
+
+  function sayOnce(words) {
+    document.getElementById("signed-out")?.remove();
+    toast(words, "bad");
+    const notice = document.getElementById("toasts").lastElementChild;
+    notice.id = "signed-out";
+    return notice;
+  }
+
+  /** The one thing to say to somebody who was signed out, until they are back. */
+  function signedOut() {
+    if (document.getElementById("signed-out")) return;
+    const notice = sayOnce("You have been signed out. What you typed is still here.");
+    const link = document.createElement("a");
+    link.href = "/accounts/login/?next=/studio/";
+    link.target = "_blank";
+    link.className = "btn btn-sm mt-2";
+    link.textContent = "Sign in";
+    link.setAttribute("aria-label", "Sign in, in another tab");
+    link.addEventListener("click", (event) => {
+      signInTab = window.open(link.href, SIGN_IN_TAB);
+      if (signInTab) event.preventDefault();
+    });
+    notice.querySelector("[data-text]").append(document.createElement("br"), link);
+  }
+
+  async function comeBack() {
+    const isSignInNew = reader && token !== tokenOfCookie();
+    if (!isSignInNew && !document.getElementById("signed-out")) return;
+    const who = await whoIsSignedIn();
+    if (who === OTHER) sayOnce("Somebody else has signed in here. Copy what you need of this page, then reload it.");
+    const notice = document.getElementById("signed-out");
+    if (who !== SAME || !notice) return;
+    notice.remove();
+    signInTab?.close();
+    toast("You are signed in again. Go on where you were.", "ok");
+    if (stream?.readyState === EventSource.CLOSED) window.htmx.trigger("#balance", "htmx:afterProcessNode");
+    document.querySelectorAll("[data-quote]").forEach((region) => window.htmx.trigger(region, "balance:changed"));
+  }
+
+  if (window.BroadcastChannel) {
+    const tabs = new BroadcastChannel("signed-in");
+    tabs.addEventListener("message", comeBack);
+    if (reader) tabs.postMessage(reader);
+  }
+  document.addEventListener("visibilitychange", () => !document.hidden && comeBack());
 
   // ---- the drawer: a page's part beside the list that it was opened from --------------------------------------------
   document.addEventListener("htmx:afterSwap", (event) => {
@@ -188,7 +264,7 @@
     window.htmx.createEventSource = (url) => {
       stream?.close();
       stream = new EventSource(url);
-      if (document.hidden) stream.close();
+      if (document.hidden || window.name === SIGN_IN_TAB) stream.close();
       return stream;
     };
   }
@@ -205,9 +281,26 @@
     const fresh = new DOMParser().parseFromString(html, "text/html").querySelector(".balance");
     const shown = region?.querySelector(".balance");
     const old = Boolean(fresh && shown) && fresh.outerHTML === shown.outerHTML;
-    if (old) region.classList.remove("is-stale");
+    if (old) {
+      region.classList.remove("is-stale");
+      followBalance(false);
+    }
     return old;
   }
+
+  // What else of the page shows the balance is brought up to date with it. Such a region says by a mark what it was
+  // made from; a quote has none, and while something runs here it waits for its end.
+  function followBalance(isNews) {
+    const { mark } = document.querySelector("#balance .balance")?.dataset ?? {};
+    const isRunning = document.querySelector("form[data-running]");
+    document.querySelectorAll("[data-follows-balance]").forEach((region) => {
+      const shown = region.dataset.followsBalance;
+      if (shown ? shown !== mark : isNews && !isRunning) window.htmx.trigger(region, "balance:changed");
+    });
+  }
+  document.addEventListener("htmx:afterSwap", (event) => {
+    if (event.target.closest?.("#balance")) followBalance(true);
+  });
 
   document.addEventListener("htmx:beforeSwap", (event) => {
     const { target, xhr } = event.detail;
@@ -217,5 +310,5 @@
     if (event.target.id === "balance" && isOldNews(event.detail.data)) event.preventDefault();
   });
 
-  window.postmate = { toast, wordsFor, OFFLINE };
+  window.postmate = { toast, wordsFor, OFFLINE, signedOut, whoIsSignedIn, SAME, NOBODY };
 })();

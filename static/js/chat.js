@@ -83,7 +83,7 @@
 
   form.addEventListener("operation:ended", async ({ detail }) => {
     isSending = false;
-    said.textContent = detail.outcome === "done" ? panel.querySelector("[data-operation-status]").textContent : "";
+    said.textContent = ["done", "stopped"].includes(detail.outcome) ? panel.querySelector("[data-operation-status]").textContent : "";
     if (turnUrl) await showTurn(turnUrl);
     else panel.hidden = true;
     if (isFollowing) showEnd();

@@ -19,11 +19,17 @@
     reader: "It was stopped. What was written is kept.",
   };
 
+  const OUTCOME_URL = "/studio/outcome/";
+  // How long to wait for the end of what was stopped, and for the beginning of what may never have reached the server.
+  const OUTCOME_WAITS_MS = [150, 250, 500, 1000, 2000, 3000, 4000];
+  const BEGINNING_WAITS = 4;
+
   // What runs: panel (or form, when it has none) → { form, controller }.
   const running = new Map();
 
   const panelOf = (form) => (form.dataset.panel ? document.querySelector(form.dataset.panel) : null);
   const inPanel = (form, part) => panelOf(form)?.querySelector(`[data-operation-${part}]`);
+  const costOf = ({ billable_tokens: count }) => `It cost ${count ? tokens(count) : "nothing"}.`;
   const tokens = (count) => `${Number(count).toLocaleString("en-US")} tokens`;
 
   function tell(form, name, detail) {
@@ -123,6 +129,7 @@
     const submit = form.querySelector("[type=submit]");
     submit.classList.toggle("btn-loading", isRunning);
     submit.disabled = isRunning;
+    form.toggleAttribute("data-running", isRunning);
     const stop = inPanel(form, "stop");
     if (stop) stop.hidden = !isRunning;
     const text = inPanel(form, "text");
@@ -160,8 +167,40 @@
     document.dispatchEvent(new CustomEvent("htmx:load", { detail: { elt: result } }));
   }
 
-  function brokeOff(form, started) {
-    if (started) {
+  /** How the operation of this key ended, `state` "unknown" when it never began; null when nobody says. */
+  async function outcomeOf(key) {
+    let unknown = 0;
+    for (const wait of OUTCOME_WAITS_MS) {
+      await new Promise((resolve) => setTimeout(resolve, wait));
+      const url = `${OUTCOME_URL}?${new URLSearchParams({ idempotency_key: key })}`;
+      const response = await fetch(url, { credentials: "same-origin" }).catch(() => null);
+      if (response?.redirected) return null;
+      const answer = response?.ok ? await response.json().catch(() => null) : null;
+      if (answer?.state === "ended") return answer;
+      if (answer?.state === "unknown" && ++unknown === BEGINNING_WAITS) return answer;
+    }
+    return null;
+  }
+
+  function wasStopped(form, outcome) {
+    if (outcome?.state === "ended") {
+      if (panelOf(form)?.hidden) openPanel(form);
+      showResult(form, outcome.html);
+      say(form, `Stopped. ${costOf(outcome)}`);
+    } else if (outcome) {
+      say(form, "Stopped before it began.");
+    } else {
+      say(form, "Stopped. You pay for what was read and written until then; your history says how much.");
+    }
+  }
+
+  function brokeOff(form, started, outcome) {
+    if (outcome?.state === "ended") {
+      const words = `The connection ended early. What was written is kept. ${costOf(outcome)}`;
+      showResult(form, outcome.html);
+      say(form, words);
+      showAlert(form, words);
+    } else if (started) {
       say(form, "The connection ended early.");
       showAlert(form, "The connection ended early. What was written is kept; you pay for what was read and written.");
     } else {
@@ -195,8 +234,7 @@
     },
     done(form, data) {
       renewKey(form);
-      const cost = data.billable_tokens ? tokens(data.billable_tokens) : "nothing";
-      say(form, `${KEPT_ANYWAY[data.stopped_by] || "Done."} It cost ${cost}.`);
+      say(form, `${KEPT_ANYWAY[data.stopped_by] || "Done."} ${costOf(data)}`);
       showResult(form, data.html);
     },
     failed(form, data) {
@@ -208,7 +246,7 @@
   };
 
   /** Runs the operation and returns how it ended. */
-  async function run(form, controller) {
+  async function run(form, controller, isSecondTry = false) {
     const response = await fetch(form.action, {
       method: "POST",
       body: new FormData(form),
@@ -218,8 +256,17 @@
     });
     if (response.redirected) {
       // To the sign-in page; going there would lose what was typed.
-      showAlert(form, "You have been signed out. Copy what you typed, sign in again and put it in again.");
+      window.postmate.signedOut();
       return { outcome: "refused" };
+    }
+    if (response.status === 403 && !isSecondTry) {
+      // Before anything was begun: the form's token is of another sign-in than the browser's.
+      const who = await window.postmate.whoIsSignedIn();
+      if (who === window.postmate.SAME) return run(form, controller, true);
+      if (who === window.postmate.NOBODY) {
+        window.postmate.signedOut();
+        return { outcome: "refused" };
+      }
     }
     if (!response.ok || !(response.headers.get("Content-Type") || "").startsWith("text/event-stream")) {
       await refused(form, response);
@@ -246,6 +293,7 @@
       return;
     }
     const controller = new AbortController();
+    const key = form.elements.namedItem("idempotency_key").value;
     let started = false;
     let end = { outcome: "broken" };
     const notice = () => (started = true);
@@ -263,19 +311,26 @@
       if (error.name === "AbortError") {
         end = { outcome: "stopped" };
         renewKey(form); // whoever stops and sends again wants another one
-        say(form, "Stopped. You pay for what was read and written until then.");
       }
-    } finally {
-      form.removeEventListener("operation:started", notice);
-      form.removeEventListener("operation:done", notice);
-      if (end.outcome === "broken") brokeOff(form, started);
-      running.delete(place);
-      setRunning(form, false);
-      const isPanelEmpty = !inPanel(form, "text")?.textContent && !inPanel(form, "result")?.hasChildNodes();
-      if (panelOf(form) && isPanelEmpty) panelOf(form).hidden = true;
-      form.dispatchEvent(new Event("change")); // the balance has changed, so has what the quote says about it
-      tell(form, "ended", { outcome: end.outcome, started });
     }
+    form.removeEventListener("operation:started", notice);
+    form.removeEventListener("operation:done", notice);
+    if (end.outcome === "stopped" || (end.outcome === "broken" && started)) {
+      const stop = inPanel(form, "stop");
+      if (stop) stop.hidden = true;
+      inPanel(form, "text")?.classList.remove("is-writing");
+      say(form, end.outcome === "stopped" ? "Stopping." : "The connection ended early.");
+      end.learnt = await outcomeOf(key);
+      started ||= end.learnt?.state === "ended";
+    }
+    if (end.outcome === "stopped") wasStopped(form, end.learnt);
+    if (end.outcome === "broken") brokeOff(form, started, end.learnt);
+    running.delete(place);
+    setRunning(form, false);
+    const isPanelEmpty = !inPanel(form, "text")?.textContent && !inPanel(form, "result")?.hasChildNodes();
+    if (panelOf(form) && isPanelEmpty) panelOf(form).hidden = true;
+    form.dispatchEvent(new Event("change")); // the balance has changed, so has what the quote says about it
+    tell(form, "ended", { outcome: end.outcome, started });
     if (end.outcome === "done" && end.resultUrl && "follow" in form.dataset) window.location.assign(end.resultUrl);
   }
 
@@ -291,7 +346,8 @@
   );
 
   window.addEventListener("beforeunload", (event) => {
-    if (running.size) event.preventDefault(); // to leave is to stop it
+    const isWorking = [...running.values()].some(({ controller }) => !controller.signal.aborted);
+    if (isWorking) event.preventDefault(); // to leave is to stop it
   });
 
   document.addEventListener("click", (event) => {

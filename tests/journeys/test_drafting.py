@@ -9,7 +9,7 @@ from accounts.models import User
 from ai_ops.models import ContentPiece
 from billing import ledger
 from billing.models import TokenTransaction, TokenUsage
-from tests.conftest import MakeUser
+from tests.conftest import PASSWORD, MakeUser
 from tests.journeys.conftest import OpenContext, shoot, sign_in
 
 SLOW = "A letter about green tea. [[fault:slow]]"
@@ -79,6 +79,7 @@ def test_draft_from_quote_to_ledger(alice: User, open_context: OpenContext) -> N
     quote = page.locator("#quote .quote-number")
     expect(quote).to_have_text(re.compile(r"^[\d,]+ tokens$"))
     shoot(page, "studio-quote")
+    expect(other_tab.locator("#transactions tbody tr")).to_have_count(1)
 
     after_the_first_words(page, "await gate")
     write(page)
@@ -104,7 +105,9 @@ def test_draft_from_quote_to_ledger(alice: User, open_context: OpenContext) -> N
     expect(page.get_by_role("cell", name=arithmetic)).to_be_visible()
     shoot(page, "content")
 
-    other_tab.reload()
+    # Nobody has reloaded it.
+    expect(other_tab.locator(".overview-balance")).to_contain_text(f"{left:,}")
+    expect(other_tab.locator("#account-now")).to_contain_text("Nothing is reserved")
     newest = other_tab.locator("#transactions tbody tr").first
     expect(newest).to_contain_text("Usage")
     expect(newest).to_contain_text(f"-{cost:,}")
@@ -146,15 +149,17 @@ def test_stop_charges_what_was_written(alice: User, page: Page) -> None:
     write(page)
     expect(written(page)).to_have_text(re.compile(r"^[\s\S]{80,}$"))
     page.get_by_role("button", name="Stop").click()
-    expect(status(page)).to_contain_text("Stopped.")
+    expect(status(page)).to_have_text(re.compile(r"^Stopped\. It cost [\d,]+ tokens\.$"))
+    expect(result(page).get_by_role("link", name="Open the piece")).to_be_visible()
     text = written(page).inner_text()
     shoot(page, "studio-stopped")
-    # The header tells when it is settled: no more is reserved, and a part of the quote is gone.
+    # No more is reserved, and a part of the quote is gone.
     expect(page.locator("#balance .balance")).to_have_attribute("title", re.compile(r", 0 of them reserved"))
     usage, piece = TokenUsage.objects.get(user=alice), ContentPiece.objects.get(author=alice)
     assert (usage.status, usage.is_estimated) == ("succeeded", True)
     assert 0 < usage.billable_tokens < 400
     assert balance(page) == 10_000 - usage.billable_tokens
+    expect(status(page)).to_contain_text(f"It cost {usage.billable_tokens:,} tokens.")
     assert piece.body.startswith(text[:100])
     assert piece.state == ContentPiece.State.CUT_SHORT
     page.goto("/studio/")
@@ -178,9 +183,11 @@ def test_connection_that_breaks_amid_the_text(alice: User, page: Page) -> None:
     after_the_first_words(page, "throw new TypeError('network error')")
     fill(page, topic=SLOW)
     write(page)
-    expect(alert(page)).to_contain_text("What was written is kept; you pay for what was read and written.")
+    expect(alert(page)).to_contain_text(re.compile(r"What was written is kept\. It cost [\d,]+ tokens\."))
+    usage = TokenUsage.objects.get(user=alice)
+    assert usage.status == "succeeded"
+    expect(result(page)).to_contain_text(f"It cost {usage.billable_tokens:,} tokens.")
     expect(page.locator("#balance .balance")).to_have_attribute("title", re.compile(", 0 of them reserved"))
-    assert TokenUsage.objects.get(user=alice).status == "succeeded"
 
 
 def test_answer_that_is_lost_is_not_paid_for_twice(alice: User, page: Page) -> None:
@@ -218,18 +225,45 @@ def test_another_draft_after_going_back(alice: User, page: Page) -> None:
     assert ContentPiece.objects.filter(title="Black tea").exists()
 
 
-def test_signed_out_elsewhere(alice: User, page: Page) -> None:
-    """The sign-in page does not appear inside of the quote, and nothing typed is lost."""
+def test_signed_out_elsewhere(alice: User, make_user: MakeUser, page: Page) -> None:
+    """One message, nothing typed is lost, and after a sign-in in another tab the page goes on."""
     sign_in(page, "alice")
     fill(page)
     expect(page.locator("#quote .quote-number")).to_be_visible()
     page.context.clear_cookies(name="sessionid")
-    page.get_by_label("Length").select_option("long")
-    expect(page.locator("#toasts")).to_contain_text("You may have been signed out.")
-    expect(page.locator("#quote .quote-number")).to_be_visible()
     write(page)
-    expect(alert(page)).to_contain_text("You have been signed out.")
+    notice = page.locator("#toasts .notice")
+    expect(notice).to_contain_text("You have been signed out. What you typed is still here.")
+    page.get_by_label("Length").select_option("long")  # asks for a quote, which says the same again
+    expect(page.locator("#quote .quote-number")).to_be_visible()
+    expect(alert(page)).to_be_hidden()
+    expect(notice).to_have_count(1)
+    shoot(page, "studio-signed-out")
+
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name="Sign in, in another tab").click()
+    tab = opened.value
+    tab.get_by_label("Email").fill("alice@example.com")
+    tab.get_by_label("Password").fill(PASSWORD)
+    with tab.expect_event("close"):
+        tab.get_by_role("button", name="Sign in", exact=True).click()
+    expect(notice).to_have_text(re.compile("You are signed in again"))
     expect(page.get_by_label("Title")).to_have_value("Green tea")
+    write(page)
+    expect(status(page)).to_have_text(re.compile(r"^Done\. "))
+
+    # Signed out and in without a word here: the form's token is of the sign-in before.
+    sign_in_elsewhere = page.context.new_page()
+    page.context.clear_cookies()
+    sign_in(sign_in_elsewhere, "alice")
+    write(page)
+    expect(status(page)).to_have_text(re.compile(r"^Done\. "))
+    assert TokenUsage.objects.filter(user=alice, status="succeeded").count() == 2
+
+    make_user("bob")
+    page.context.clear_cookies()
+    sign_in(sign_in_elsewhere, "bob")
+    expect(notice.last).to_contain_text("Somebody else has signed in here.")
 
 
 @pytest.mark.usefixtures("no_thinking")
