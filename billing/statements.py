@@ -208,8 +208,8 @@ def render_statement(statement: Statement, *, user: User, written_at: datetime) 
     pdf.rule()
     for label, tokens, style in (
         ("Opening balance", f"{statement.opening_tokens:,}", ""),
-        ("Tokens in", f"+{statement.totals.tokens_in:,}", ""),
-        ("Tokens out", f"−{statement.totals.tokens_out:,}", ""),
+        ("Tokens in", signed(statement.totals.tokens_in), ""),
+        ("Tokens out", signed(-statement.totals.tokens_out), ""),
         ("Closing balance", f"{statement.closing_tokens:,}", "B"),
     ):
         pdf.fact(label, f"{tokens} tokens", style=style, align="R")
@@ -246,8 +246,8 @@ def _render_lines(pdf: "Document", statement: Statement) -> None:
 
 
 def signed(tokens: int) -> str:
-    """ "+1,500", "−20"."""
-    return f"{tokens:+,}".replace("-", "−")
+    """ "+1,500", "−20", "0"."""
+    return f"{tokens:+,}".replace("-", "−") if tokens else "0"
 
 
 def count_of(count: int, noun: str) -> str:

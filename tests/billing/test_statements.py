@@ -1,5 +1,8 @@
 """Monthly statements: each entry in exactly one, and each adds up."""
 
+import re
+import shutil
+import subprocess
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -13,7 +16,13 @@ from django.utils import timezone
 from accounts.models import User, Workspace
 from billing import history, statements
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
-from billing.statements import NoSuchStatement, StatementDoesNotAddUp, get_statement, list_months
+from billing.statements import (
+    NoSuchStatement,
+    StatementDoesNotAddUp,
+    get_statement,
+    list_months,
+    render_statement,
+)
 
 TODAY = datetime(2026, 5, 20, 12, tzinfo=UTC)
 
@@ -162,3 +171,36 @@ def test_time_zones_part_the_same_ledger(spring: User) -> None:
         statement = get_statement(user_id=spring.pk, year=2026, month=5)
         assert [line.day.isoformat() for line in statement.lines] == ["2026-05-01"]
         assert not statement.is_complete
+
+
+@pytest.mark.skipif(not shutil.which("pdftotext"), reason="reads PDFs with pdftotext")
+def test_whatever_people_are_called_can_be_read(alice: User, caplog: pytest.LogCaptureFixture) -> None:
+    """In any script and direction, with marks and emoji, however long."""
+    # What is printed where it is not what was given; scripts that run from right to left come back in reading order.
+    names = {
+        "李明 Wang": "LiMing Wang",
+        "김민수": "GimMinSu",
+        "สมชาย ใจดี": "สมชาย ใจดี",
+        "राहुल शर्मा": "राहुल शर्मा",
+        "தமிழ் ሰላም": "தமிழ் ሰላም",
+        "محمد علي": "محمد علي",
+        "Zoë דוד כהן": "דוד כהן",
+        "e\u0301a \U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd": "éa👩\u200d👧👍\U0001f3fd",
+        "\u202egro.live\ue000": "gro.live[U+E000]",
+        "W" * 300: "W" * 300,
+        "김" * 300: "Gim" * 300,
+    }
+    today = timezone.localdate()
+    statement = get_statement(user_id=alice.pk, year=today.year, month=today.month)
+    for name, printed in names.items():
+        alice.name = name
+        pdf = render_statement(statement, user=alice, written_at=timezone.now())
+        command = ["pdftotext", "-layout", "-", "-"]
+        text = subprocess.run(command, input=pdf, capture_output=True, check=True).stdout.decode()
+        # Where lines break is the page's affair; marks of direction are pdftotext's.
+        text = re.sub("[\\s\u202a-\u202e]", "", text)
+        assert "".join(printed.split()) in text, name
+    assert "missing the following glyphs" not in caplog.text
+    # Nothing was used, and nothing is not less than nothing.
+    assert statement.totals.tokens_out == 0
+    assert "Tokensout0tokens" in text
