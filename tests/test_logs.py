@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import httpx2
 import pytest
+from allauth.account.models import EmailAddress
 from django.db import connection
 from django.test import Client
 
@@ -98,6 +99,7 @@ def test_ids_are_in_the_log_and_secrets_are_not(
 ) -> None:
     """Real operations with faults, each with a marker where something could leak."""
     alice = make_user(Secret.email, tokens=200_000)
+    EmailAddress.objects.create(user=alice, email=alice.email, verified=True, primary=True)
     account = ledger.get_account(user_id=alice.pk)
     writer = Writer(alice, web)
     worker_log = Log(tmp_path / "worker")
@@ -125,21 +127,20 @@ def test_ids_are_in_the_log_and_secrets_are_not(
     wrong = {"Authorization": f"Bearer {Secret.bearer}"}
     assert web.get(f"/api/v1/accounts/{alice.pk}/balance", headers=wrong).status_code == 401
 
-    # Stripe refuses a checkout and repeats what it was sent; another one is bought after a decline, and a worker does
-    # what follows; an event cannot be handled.
+    # Stripe does not know a customer and repeats what it was sent; a package is bought after a decline, and a worker
+    # does what follows; an event cannot be handled.
     request_id = f"tests-{uuid4().hex}"
     accounts = TokenAccount.objects.filter(pk=account.pk)
     accounts.update(stripe_customer_id=Secret.stripe)
-    writer.http.post("/tokens/checkout/", data=checkout_form())
-    refused = Purchase.objects.get(state="failed")
-    accounts.update(stripe_customer_id=None)
+    writer.http.post("/tokens/checkout/", data=checkout_form("Pro"))
+    other = Purchase.objects.get()
     page = writer.http.post("/tokens/checkout/", data=checkout_form())
     assert page.status_code == 302
     stripe.pay(page.headers["Location"], "4000000000000002")
     stripe.pay(page.headers["Location"])
     event = event_of(stripe, "checkout.session.completed")
     # The database's error quotes the row.
-    Purchase.objects.filter(pk=refused.pk).update(stripe_payment_intent_id=Secret.event)
+    Purchase.objects.filter(pk=other.pk).update(stripe_payment_intent_id=Secret.event)
     broken = changed(event, {"payment_intent": Secret.event})
     assert deliver(web, broken, uuid4().hex).status_code == 500
     with worker_log.path.open("w") as file, running_worker(log=file, LOG_FORMAT="json", LOG_LEVEL="DEBUG"):
@@ -155,7 +156,7 @@ def test_ids_are_in_the_log_and_secrets_are_not(
     assert provider["request_id"]
     charged = log.one(event="An operation ended", account_id=account.pk, user_id=alice.pk)
     assert charged["billed_tokens"] > 0
-    assert log.one(event="A checkout was not opened", purchase_id=refused.pk)["error_request_id"]
+    assert log.one(event="Stripe has forgotten an id", purchase_id=other.pk)["error_request_id"]
     credited = log.one(event="A purchase was credited", purchase_id=bought.pk, account_id=account.pk)
     assert credited["request_id"] == request_id
     done = worker_log.one(event="task_succeeded", task="billing.tasks.remember_card", request_id=request_id)
