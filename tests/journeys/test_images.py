@@ -182,7 +182,8 @@ def test_stopped_images_are_charged_as_the_page_says(alice: User, page: Page) ->
     assert abs(box["width"] / box["height"] - 1.5) < 0.05
     shoot(page, "images-being-made")
     panel.get_by_role("button", name="Stop").click()
-    expect(panel).to_be_hidden()
+    expect(panel.locator("[role=status]")).to_have_text("Stopped. It cost 3,000 tokens.")
+    expect(panel.locator(".image-awaited")).to_have_count(0)
     expect(tiles(page)).to_contain_text("Not made")
     expect(page.locator("#balance .balance-number")).to_have_text("7,000")
     assert TokenUsage.objects.get(user=alice).status == "succeeded"
