@@ -202,6 +202,7 @@ TEMPLATES = [
                 "billing.context_processors.balance",
                 "billing.context_processors.unread_notifications",
                 "postmate.context_processors.rehearsal",
+                "postmate.context_processors.sign_in",
             ],
         },
     },

@@ -10,6 +10,7 @@ from django.contrib.auth.decorators import login_required
 from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.http import HttpRequest, HttpResponse
+from django.middleware.csrf import get_token
 from django.shortcuts import get_object_or_404, redirect, render
 from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
@@ -80,10 +81,13 @@ def _render_home(
 
 @require_GET
 def balance(request: HttpRequest) -> HttpResponse:
-    """The badge in the header, for pages whose live stream is down."""
+    """The badge in the header, for pages whose live stream is down; and a token for the forms of a page that a sign-in
+    elsewhere has outdated: no script can read it from the cookie."""
     if not request.user.is_authenticated:
         return HttpResponse(status=401)  # a redirect would bring the sign-in page into the header
-    return render(request, "billing/_balance.html")
+    response = render(request, "billing/_balance.html")
+    response["X-CSRFToken"] = get_token(request)
+    return response
 
 
 @require_GET

@@ -172,8 +172,7 @@
   // ---- signed out while a page is open: what was typed stays, and goes on after a sign-in in another tab -------------
   const [SAME, OTHER, NOBODY, UNKNOWN] = ["same", "other", "nobody", "unknown"];
   const reader = document.querySelector("#balance .balance")?.dataset.user;
-  const tokenOfCookie = () => /(?:^|; )csrftoken=([^;]+)/.exec(document.cookie)?.[1];
-  let token = tokenOfCookie();
+  let signIn = document.body.dataset.signIn; // which one this page belongs to: forms of another are refused
   const SIGN_IN_TAB = "sign-in"; // it is closed again as soon as somebody has signed in there
   let signInTab = null;
 
@@ -184,7 +183,7 @@
     if (!response?.ok) return UNKNOWN;
     const page = new DOMParser().parseFromString(await response.text(), "text/html");
     if (page.querySelector(".balance")?.dataset.user !== reader) return OTHER;
-    token = tokenOfCookie();
+    const token = response.headers.get("X-CSRFToken");
     document.querySelectorAll("input[name=csrfmiddlewaretoken]").forEach((input) => {
       if (token) input.value = token;
     });
@@ -216,10 +215,10 @@
     notice.querySelector("[data-text]").append(document.createElement("br"), link);
   }
 
-  async function comeBack() {
-    const isSignInNew = reader && token !== tokenOfCookie();
-    if (!isSignInNew && !document.getElementById("signed-out")) return;
+  async function comeBack(newSignIn = signIn) {
+    if (newSignIn === signIn && !document.getElementById("signed-out")) return;
     const who = await whoIsSignedIn();
+    if (who === SAME) signIn = newSignIn;
     if (who === OTHER) sayOnce("Somebody else has signed in here. Copy what you need of this page, then reload it.");
     const notice = document.getElementById("signed-out");
     if (who !== SAME || !notice) return;
@@ -232,8 +231,8 @@
 
   if (window.BroadcastChannel) {
     const tabs = new BroadcastChannel("signed-in");
-    tabs.addEventListener("message", comeBack);
-    if (reader) tabs.postMessage(reader);
+    tabs.addEventListener("message", (event) => reader && comeBack(event.data));
+    if (reader) tabs.postMessage(signIn);
   }
   document.addEventListener("visibilitychange", () => !document.hidden && comeBack());
 

@@ -203,14 +203,13 @@ def clickers(alice: User) -> list[Client]:
 def all_look_before_any_writes(monkeypatch: pytest.MonkeyPatch, *, racers: int) -> Iterator[None]:
     """The worst moment: each click has found no purchase to go on with before any has made one."""
     everyone_has_looked = Barrier(racers, timeout=RACE_SECONDS)
-    create = Purchase.objects.create
 
-    def create_together(**fields: Any) -> Purchase:
+    def lock_together(name: str) -> None:
         everyone_has_looked.wait()
-        return create(**fields)
+        lock_until_commit(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Purchase.objects, "create", create_together)
+        patch.setattr("billing.purchases.lock_until_commit", lock_together)
         yield
 
 
