@@ -209,7 +209,8 @@ def test_requests_are_counted_by_route_and_outcome(
     expected = {("", "2xx"): 1, ("", "5xx"): 1, ("api/v1/usage", "4xx"): 1, ("tokens/", "3xx"): 1, ("(none)", "4xx"): 2}
     for (route, status), number in {**expected, ("admin/", "3xx"): 1}.items():
         assert value("postmate_requests_total", samples, route=route, status=status) == number
-    assert value("postmate_requests_total", samples) == 7
+    routes = {dict(labels)["route"] for name, labels in samples if name == "postmate_requests_total"}
+    assert not any("nowhere" in route or "7" in route for route in routes)
     assert value("postmate_request_seconds_count", samples, route="") == 2
     assert value("postmate_request_seconds_bucket", samples, route="", le="+Inf") == 2
     assert 0 < value("postmate_request_seconds_sum", samples, route="") < 60

@@ -94,4 +94,4 @@ def test_every_end_is_one_for_all(tmp_path: Path, how: str, code: int) -> None:
     assert runner.returncode == code
     assert ("last (code 0) ended by itself" in said) == (how == "by itself")
     wait_until(lambda: not any(keeper.signalled(group, 0) for group in groups), "nothing is left")
-    assert not running.read(tmp_path)
+    wait_until(lambda: not running.read(tmp_path), "nothing is said to run")
