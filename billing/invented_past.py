@@ -525,6 +525,9 @@ class History:
 
     def _grant(self, person: Person, at: datetime) -> None:
         """What billing/grants.py writes when a superadmin gives or takes tokens: request, entry and audit log."""
+        account_id, user_id, _ = self._ids(person).split("\t")
+        if int(user_id) == self.superadmin_id:  # nobody gives tokens to themselves
+            return
         tokens = self.random.choice((5_000, 10_000, 25_000))
         is_deduction = person.balance > tokens and self.random.random() < 0.1
         kind, reason = (
@@ -541,7 +544,6 @@ class History:
         )  # fmt: skip
         if not is_deduction:
             person.granted += tokens
-        account_id, user_id, _ = self._ids(person).split("\t")
         self.tables.add(
             "billing_grantrequest",
             f"{kind}\t{account_id}\t{user_id}\t{tokens}\t{reason}\t{admin_id}\tsuperadmin\tdemo-{request_id}\t0\tfalse"
