@@ -3,10 +3,9 @@ BIN := .venv/bin
 UPGRADE := --upgrade
 .DEFAULT_GOAL := help
 
-# On a shared CI machine what was kept waiting too long gets a second chance, and so does a page that was closed while it
-# opened a stream, of which the browser tells as an error. The summary names them.
+# On a shared CI machine what was kept waiting too long gets a second chance. The summary names them.
 RERUN := -rR --reruns 1 --only-rerun '^AssertionError: (Page|Locator) ' --only-rerun 'TimeoutError: .*Timeout [0-9]+ms exceeded' \
-	--only-rerun 'It did not happen in time' --only-rerun 'ReadTimeout' --only-rerun '^AssertionError: assert .*console: .object Event'
+	--only-rerun 'It did not happen in time' --only-rerun 'ReadTimeout'
 
 .PHONY: help installed-local installed-dev run run-production restart-production manage-production manage stop test test-dates screenshots audit audit-dependencies reference css doctor backup lint format bench bench-history bench-dashboard bench-serving bench-tokens storm lock clean
 
