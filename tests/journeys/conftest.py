@@ -66,9 +66,16 @@ class Watch:
         context.on("response", self._response)
 
     def _console(self, message: ConsoleMessage) -> None:
-        # Chromium's own line about an answer that the journey asked for: 400, 402, 404. Those of 500 and more are
-        # seen below.
-        is_echo = message.text.startswith("Failed to load resource: the server responded with a status of 4")
+        # Chromium's own line about an answer that the journey asked for: 400, 402, 404 (those of 500 and more are seen
+        # below), and htmx's two about a request that the person left behind with its page. After one that failed htmx
+        # says so in a line of another name.
+        is_echo = message.text.startswith(
+            (
+                "Failed to load resource: the server responded with a status of 4",
+                "htmx:afterRequest, ",
+                "htmx:sendAbort, ",
+            )
+        )
         if (message.type in ("error", "warning") and not is_echo) or "Content Security Policy" in message.text:
             self.problems.append(f"console: {message.text}")
 
