@@ -11,6 +11,7 @@ import shutil
 import socket
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from postmate import embedded
@@ -52,8 +53,14 @@ BILLING_SECRET = "tests-billing-secret-0123456789abcdef0123456789abcdef"  # noqa
 MEDIA_ROOT = tempfile.mkdtemp(prefix="postmate-tests-")
 atexit.register(shutil.rmtree, MEDIA_ROOT, ignore_errors=True)
 
+# Nothing here speaks TLS to strangers, and to read the machine's certificates costs each new client 22 ms.
+NO_CERTIFICATES = Path(MEDIA_ROOT) / "no-certificates"
+NO_CERTIFICATES.mkdir()
+os.environ.pop("SSL_CERT_FILE", None)
+
 os.environ |= {
     "DEBUG": "true",
+    "SSL_CERT_DIR": str(NO_CERTIFICATES),
     "MEDIA_ROOT": MEDIA_ROOT,
     "SECRET_KEY": "tests",
     "PORT": str(WEB_PORT),
