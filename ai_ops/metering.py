@@ -1,7 +1,8 @@
 """Quote → reserve → run → settle or release: the one way an AI operation is paid for.
 
 The hold is committed before the provider is called, no transaction is open while it answers, and the result is kept in
-the same transaction that charges for it. Killed anywhere in between, the hold expires and nothing is charged.
+the same transaction that charges for it. Killed anywhere in between, the hold expires and nothing is charged; what the
+provider has read by then was noted with the hold, so that what it cost us is not lost.
 """
 
 import asyncio
@@ -31,11 +32,11 @@ from ai_ops.providers import (
     TextEnd,
 )
 from ai_ops.providers.counts import Counted, Said, count_call
-from billing import after_debit, catalogue, counters, ledger, notifications, pricing, usage
+from billing import after_debit, catalogue, counters, ledger, notifications, pricing, rollups, usage
 from billing.catalogue import CatalogueError
 from billing.database import DATABASE_AWAY, in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
-from billing.models import ModelPrice, TokenAccount
+from billing.models import ModelPrice, TokenAccount, TokenUsage
 from billing.pricing import TokenPools
 
 logger = structlog.get_logger(__name__)
@@ -60,6 +61,7 @@ STOP_NOTES: Mapping[StoppedBy, str] = {
 
 NOTHING_WRITTEN = "It was stopped before anything was written."
 SETTLEMENT_FAILED = "What this used could not be booked. Nothing was charged."
+ENDED_TOO_LATE = "Its reservation had expired before it ended. What came is kept, and nothing was charged."
 # What has been asked of a provider is read and paid for by us, whoever leaves then (law 9).
 LEFT_BEFORE_A_WORD = "It was stopped before anything was written. What the model had read is charged."
 LEFT_BEFORE_AN_IMAGE = "It was stopped when the provider had begun to make the images, which is charged."
@@ -99,7 +101,8 @@ class Quote:
     multiplier: Decimal | None  # text; None for images
     fixed_cost_tokens: int | None  # images, for each; None for text
     is_free: bool  # billing is switched off
-    input_tokens: int
+    read_tokens: int  # what is asked, by our bare count
+    input_tokens: int  # the same as a ceiling; 0 for images, which are priced by the image
     thinking_tokens: int  # room for it, on top of the text
     wanted_output_tokens: int  # the text and the room for thinking
     output_limit_tokens: int  # what is affordable of it now
@@ -202,6 +205,7 @@ def quote_text(*, user_id: int, ask: Ask) -> Quote:
         multiplier=multiplier,
         fixed_cost_tokens=None,
         is_free=operation.is_free,
+        read_tokens=read_tokens,
         input_tokens=input_tokens,
         thinking_tokens=wanted_tokens - text_tokens,
         wanted_output_tokens=wanted_tokens,
@@ -228,6 +232,7 @@ def quote_images(*, user_id: int, ask: Ask) -> Quote:
         multiplier=None,
         fixed_cost_tokens=operation.fixed_cost_tokens,
         is_free=operation.is_free,
+        read_tokens=_count_tokens(ask, ask.prompt.text),
         input_tokens=0,
         thinking_tokens=0,
         wanted_output_tokens=0,
@@ -284,8 +289,12 @@ def _count_tokens(ask: Ask, text: str) -> int:
 
 
 def reserve_quote(quote: Quote, *, idempotency_key: str, request: Mapping[str, Any]) -> Posting:
-    """Hold what the quote says. Raises what `ledger.reserve_tokens` raises."""
+    """Hold what the quote says, and note what the provider will have read. Raises what `ledger.reserve_tokens` raises.
+
+    The provider is asked right after the commit. Noting it here costs no statement of its own.
+    """
     ask = quote.ask
+    read_pools = TokenPools(input_tokens=quote.read_tokens)
     return ledger.reserve_tokens(
         user_id=quote.user_id,
         tokens=quote.held_tokens,
@@ -307,7 +316,16 @@ def reserve_quote(quote: Quote, *, idempotency_key: str, request: Mapping[str, A
         idempotency_key=idempotency_key,
         lifetime_seconds=settings.RESERVATION_SECONDS,
         request=request,
+        read_pools=read_pools,
+        provider_cost_microusd=_begun_cost_microusd(quote, read_pools),
     )
+
+
+def _begun_cost_microusd(quote: Quote, read_pools: TokenPools) -> int:
+    """What it costs us as soon as the provider has begun: a text, what it reads; images, all of them."""
+    if quote.fixed_cost_tokens is None:
+        return catalogue.provider_cost_microusd(quote.price, read_pools)
+    return _images_cost_microusd(quote, TokenPools(), quote.ask.image_count)
 
 
 def _log_ids(quote: Quote, usage_id: int) -> dict[str, Any]:
@@ -366,20 +384,42 @@ def _take_back_if_closed_before(posting: Posting) -> None:
         transaction.set_rollback(True)
 
 
-def _close_somehow(log_ids: Mapping[str, Any], *ways: Callable[[], Posting]) -> Posting:
+def _close_somehow(
+    log_ids: Mapping[str, Any], *ways: Callable[[], Posting], too_late: Callable[[], Posting]
+) -> Posting:
     """Close by the first of `ways` that works: no error of ours may leave a hold open, nor lose what was written.
 
-    Each way is a transaction of its own, so one that failed has left nothing. Raises what says that no way can help:
-    that the database is away, or that the hold is closed; and what the last way raised.
+    Each way is a transaction of its own, so one that failed has left nothing. When the hold is closed already, none of
+    them can help, and it is `too_late`. Raises what says that the database is away, and what the last way raised.
     """
-    for way in ways[:-1]:
-        try:
-            return way()
-        except (*DATABASE_AWAY, UsageAlreadyClosed):
-            raise
-        except Exception:
-            logger.exception("An operation could not be closed as it should be", **log_ids)
-    return ways[-1]()
+    try:
+        for way in ways[:-1]:
+            try:
+                return way()
+            except (*DATABASE_AWAY, UsageAlreadyClosed):
+                raise
+            except Exception:
+                logger.exception("An operation could not be closed as it should be", **log_ids)
+        return ways[-1]()
+    except UsageAlreadyClosed:
+        logger.warning("An operation ended when its hold had expired", **log_ids)
+        return too_late()
+
+
+def _keep_too_late(usage_id: int, keep: Callable[[], None], **used: Any) -> Posting:
+    """Keep what came after the hold had expired, and what it cost us, once; charge nothing.
+
+    What is charged is at most what is held (law 5), and nothing is held any more: the tokens may be spent. `used` are
+    fields of the usage row. Raises UsageAlreadyClosed when it was closed otherwise.
+    """
+    with transaction.atomic(durable=True):
+        usage = TokenUsage.objects.select_for_update(of=("self",)).select_related("account").get(pk=usage_id)
+        if usage.status != TokenUsage.Status.EXPIRED:
+            raise UsageAlreadyClosed(f"This operation was already closed as {usage.get_status_display().lower()}.")
+        if usage.error_message != ENDED_TOO_LATE:  # else this is done, and only its answer was lost
+            keep()
+            rollups.amend(usage_id, error_message=ENDED_TOO_LATE, **used)
+    return ledger.outcome_of(usage.account, None, usage_id, is_replay=False)
 
 
 def _release_unsettled(usage_id: int, failure: Exception | None, duration_ms: int) -> Posting:
@@ -410,7 +450,7 @@ async def abandon(*, usage_id: int, keep_nothing: Callable[[], None]) -> None:
     def close() -> Posting:
         with transaction.atomic(durable=True):
             keep_nothing()
-            posting = ledger.release_usage(usage_id=usage_id, error_message=NOTHING_WRITTEN)
+            posting = ledger.release_usage(usage_id=usage_id, error_message=NOTHING_WRITTEN, provider_cost_microusd=0)
             _take_back_if_closed_before(posting)
         return posting
 
@@ -541,6 +581,7 @@ class _TextRun:
             partial(self._close, keep, text, partial(self._settle_by_our_count, text)),
             partial(self._close, keep, text, self._release_unsettled),
             self._release_unsettled,
+            too_late=partial(self._keep_too_late, keep, text),
         )
         if self.failure is None:
             _log_end(self.log_ids, posting, self.duration_ms)
@@ -548,18 +589,41 @@ class _TextRun:
 
     def _close(self, keep: KeepText, text: str, settle: Callable[[], Posting]) -> Posting:
         with transaction.atomic(durable=True):
-            keep(text, self.stopped_by == "" and self.failure is None)
+            keep(text, self._is_complete)
             posting = settle()
             _take_back_if_closed_before(posting)
             after_debit.follow_debit(posting)
         return posting
 
+    @property
+    def _is_complete(self) -> bool:
+        return self.stopped_by == "" and self.failure is None
+
+    def _has_left(self, text: str) -> bool:
+        """The reader has, before a word."""
+        return self.failure is None and not text and self.is_asked
+
+    def _paid_calls(self, text: str) -> list[TokenPools]:
+        """What each call used that we have to pay for, whether or not the user does."""
+        was_slow = isinstance(self.failure, ProviderTimedOut)  # to answer, not to read
+        has_read = self.said or text or not self.is_call_under_way or self._has_left(text) or was_slow
+        return self.calls if has_read else []
+
+    def _keep_too_late(self, keep: KeepText, text: str) -> Posting:
+        calls = self._paid_calls(text)
+        pools = sum(calls, TokenPools())
+        return _keep_too_late(
+            self.usage_id,
+            partial(keep, text, self._is_complete),
+            **{name: getattr(pools, name) for name in ledger.COUNTS},
+            provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, *calls),
+            is_estimated=self.is_estimated or self.is_call_under_way,
+            duration_ms=self.duration_ms,
+        )
+
     def _settle_or_release(self, text: str) -> Posting:
         # What failed we may have to pay for all the same; the user does not (law 9). Who leaves does: it has been read.
-        has_left = self.failure is None and not text and self.is_asked
-        was_slow = isinstance(self.failure, ProviderTimedOut)  # to answer, not to read
-        has_read = self.said or text or not self.is_call_under_way or has_left or was_slow
-        calls = self.calls if has_read else []
+        has_left, calls = self._has_left(text), self._paid_calls(text)
         provider_cost_microusd = catalogue.provider_cost_microusd(self.quote.price, *calls)
         if self.failure is not None or not (text or has_left):
             return ledger.release_usage(
@@ -632,6 +696,13 @@ def _hold_more(run: _TextRun) -> _NextCall | StoppedBy:
             ledger.extend_reservation(usage_id=run.usage_id, tokens=needed_tokens - run.held_tokens)
         except (InsufficientTokens, AccountNotActive, UsageAlreadyClosed):
             return "balance"  # another operation was faster
+    # The next call reads all of it anew; should a crash cut it, what both cost us is on the row (law 9).
+    calls = [*run.ended_calls, TokenPools(input_tokens=_count_tokens(quote.ask, prompt.text))]
+    ledger.note_use(
+        usage_id=run.usage_id,
+        pools=sum(calls, TokenPools()),
+        provider_cost_microusd=catalogue.provider_cost_microusd(quote.price, *calls),
+    )
     return _NextCall(prompt, output_limit_tokens, max(needed_tokens, run.held_tokens))
 
 
@@ -723,21 +794,40 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
 
     log_ids = _log_ids(quote, usage_id)
 
-    def settle_or_release() -> Posting:
+    def used() -> tuple[TokenPools, int, int]:
+        """What the provider counted, the images that came, and what it cost us."""
         pools, count = (images.usage or TokenPools(), len(images.images)) if images else (TokenPools(), 0)
         if images is None and isinstance(failure, ProviderError) and failure.usage:
             pools = failure.usage
+        if images is None and failure is None:  # the reader left
+            pools = TokenPools(input_tokens=quote.read_tokens)
+            return pools, 0, _begun_cost_microusd(quote, pools)
+        is_nothing_used = count == 0 and pools == TokenPools()
+        return pools, count, 0 if is_nothing_used else _images_cost_microusd(quote, pools, count)
+
+    def keep_too_late() -> Posting:
+        pools, count, provider_cost_microusd = used()
+        return _keep_too_late(
+            usage_id,
+            partial(keep, images),
+            **{name: getattr(pools, name) for name in ledger.COUNTS},
+            image_count=count,
+            provider_cost_microusd=provider_cost_microusd,
+            is_estimated=images is None,
+            duration_ms=duration_ms(),
+        )
+
+    def settle_or_release() -> Posting:
+        pools, count, provider_cost_microusd = used()
         if images is None and failure is None:
             return ledger.settle_usage(
                 usage_id=usage_id,
-                pools=TokenPools(input_tokens=_count_tokens(ask, ask.prompt.text)),
+                pools=pools,
                 is_estimated=True,
-                provider_cost_microusd=_images_cost_microusd(quote, TokenPools(), ask.image_count),
+                provider_cost_microusd=provider_cost_microusd,
                 duration_ms=duration_ms(),
                 error_message=LEFT_BEFORE_AN_IMAGE,
             )
-        is_nothing_used = count == 0 and pools == TokenPools()
-        provider_cost_microusd = 0 if is_nothing_used else _images_cost_microusd(quote, pools, count)
         if images is None:
             return ledger.release_usage(
                 usage_id=usage_id,
@@ -770,6 +860,7 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
             partial(close_by, settle_or_release),
             partial(close_by, release_unsettled),
             release_unsettled,
+            too_late=keep_too_late,
         )
         if failure is None:
             _log_end(log_ids, posting, duration_ms())

@@ -19,6 +19,7 @@ from hashlib import sha256
 from typing import Any
 
 import psycopg
+import structlog
 from django.core.serializers.json import DjangoJSONEncoder
 from django.db import IntegrityError, connection, transaction
 from psycopg.rows import namedtuple_row
@@ -33,6 +34,8 @@ from billing.pricing import (
     calculate_image_billable_tokens,
     calculate_llm_billable_tokens,
 )
+
+logger = structlog.get_logger(__name__)
 
 MAX_TOKENS = 10**15  # per posting; far above any sale, far below what a bigint sum can hold
 WELCOME_BONUS_KEY = "welcome-bonus"
@@ -449,16 +452,24 @@ _SETTLE = _Statement.of(
     _OUTCOME,
 )
 
+# What a usage row keeps of `TokenPools`.
+COUNTS = (
+    "input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens", "actual_tokens",
+)  # fmt: skip
+
+# With no cost given, what was noted at the beginning stands: nobody knows better.
 _RELEASE = _Statement.of(
     _LOCKED_ACCOUNT,
     _HOLD,
-    """, posting AS MATERIALIZED (
+    f""", posting AS MATERIALIZED (
     SELECT account.*, 0::bigint AS amount, -hold.reserved_tokens AS reserved_change, hold.id AS usage_id
       FROM account, hold
 ), released AS (
     UPDATE billing_tokenusage AS usage
        SET status = %(status)s::text,
-           provider_cost_microusd = %(provider_cost_microusd)s::bigint,
+           provider_cost_microusd = coalesce(%(provider_cost_microusd)s::bigint, usage.provider_cost_microusd),
+           {", ".join(f"{c} = usage.{c} * (%(provider_cost_microusd)s::bigint IS NULL)::int" for c in COUNTS)},
+           is_estimated = usage.is_estimated AND %(provider_cost_microusd)s::bigint IS NULL,
            error_message = %(error_message)s::text,
            duration_ms = %(duration_ms)s::bigint,
            completed_at = clock_timestamp()
@@ -466,7 +477,7 @@ _RELEASE = _Statement.of(
      WHERE usage.id = posting.usage_id
 ), entry AS (
     SELECT NULL::bigint AS id
-)""",
+)""",  # noqa: S608 – our own names, no input
     _UPDATED_ACCOUNT,
     _OUTCOME,
 )
@@ -574,6 +585,8 @@ def reserve_tokens(
     idempotency_key: str,
     lifetime_seconds: int,
     request: Mapping[str, Any] | None = None,
+    read_pools: TokenPools | None = None,
+    provider_cost_microusd: int = 0,
 ) -> Posting:
     """Hold `tokens`, the most the operation can cost, until it is settled, released, or `lifetime_seconds` are over.
 
@@ -583,15 +596,21 @@ def reserve_tokens(
 
     `request` is what the person or service asked for, when tokens and prices were worked out from it: a retry after
     a change of price is still the same request. A free operation holds nothing, whatever `tokens` says.
+
+    `read_pools` and `provider_cost_microusd` are what the provider will have read and cost us as soon as it is asked,
+    by our own count. They stand on the row from now on, so that a crash cannot lose them (law 9): whoever closes the
+    operation puts what is known better in their place, and the expiry of the hold leaves them.
     """
     if operation.is_free:
         tokens = 0
     else:
         _require_amount(tokens)
     fingerprint = _request_fingerprint(request or {"tokens": tokens, "operation": _fields(operation)})
-    parameters = _usage_parameters(operation, TokenPools(), idempotency_key, fingerprint) | {
+    parameters = _usage_parameters(operation, read_pools or TokenPools(), idempotency_key, fingerprint) | {
         "user_id": user_id,
         "status": TokenUsage.Status.RESERVED,
+        "provider_cost_microusd": provider_cost_microusd,
+        "is_estimated": read_pools is not None,
         "billable_tokens": 0,
         "reserved_tokens": tokens,
         "lifetime_seconds": lifetime_seconds,
@@ -681,12 +700,13 @@ def release_usage(
     usage_id: int,
     status: str = TokenUsage.Status.FAILED,
     error_message: str = "",
-    provider_cost_microusd: int = 0,
+    provider_cost_microusd: int | None = None,
     duration_ms: int | None = None,
 ) -> Posting:
-    """Give the whole hold back: the operation failed or expired and costs nothing (law 9).
+    """Give the whole hold back: the operation failed or expired and costs its user nothing (law 9).
 
-    Releasing twice changes nothing. Raises UsageAlreadyClosed when it was settled, UsageNotFound.
+    `provider_cost_microusd` is what it cost us; None leaves what was noted when it began. Releasing twice changes
+    nothing. Raises UsageAlreadyClosed when it was settled, UsageNotFound.
     """
     usage = _get_usage(usage_id)
     parameters = {
@@ -703,7 +723,11 @@ def release_usage(
 
 
 def expire_reservations(*, limit: int = 1_000) -> int:
-    """Release the reservations whose time is over by the database's clock, oldest first. Returns how many."""
+    """Release the reservations whose time is over by the database's clock, oldest first. Returns how many.
+
+    Their process died, or could not reach the database any more. Nothing of what they made is known, so their users
+    pay nothing; what they have cost us, as far as it was noted, stays on their rows (law 9) and is logged.
+    """
     with connection.cursor() as cursor:
         cursor.execute(
             """SELECT id FROM billing_tokenusage
@@ -722,8 +746,22 @@ def expire_reservations(*, limit: int = 1_000) -> int:
             )
         except UsageAlreadyClosed:  # it finished between the look and the lock
             continue
-        expired += not posting.is_replay
+        if not posting.is_replay:
+            expired += 1
+            logger.warning("An operation was cut off and its hold expired", usage_id=usage_id, user_id=posting.user_id)
     return expired
+
+
+def note_use(*, usage_id: int, pools: TokenPools, provider_cost_microusd: int) -> None:
+    """Note what a running operation has used so far and cost us, as `reserve_tokens` does for its beginning.
+
+    No balance and no hold moves. Nothing happens when it is closed.
+    """
+    TokenUsage.objects.filter(pk=usage_id, status=TokenUsage.Status.RESERVED).update(
+        **{name: getattr(pools, name) for name in COUNTS},
+        provider_cost_microusd=provider_cost_microusd,
+        is_estimated=True,
+    )
 
 
 def _close(statement: _Statement, parameters: Mapping[str, Any], *, closed_as: str) -> Posting:

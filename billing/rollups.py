@@ -17,10 +17,12 @@ is read from the raw rows.
 
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from django.db import connection, transaction
+from django.db.models import F
 
-from billing.models import LedgerHour, RollUp, TokenTransaction, UsageDay, UsageHour
+from billing.models import LedgerHour, RollUp, TokenTransaction, TokenUsage, UsageDay, UsageHour
 
 LAG = timedelta(minutes=1)  # far more than clocks are set back by
 BATCH = timedelta(days=7)  # of hours in one transaction: whoever is killed loses no more than that
@@ -138,6 +140,36 @@ def rebuild(*, progress: Progress | None = None) -> datetime | None:
                 progress((end - first) // HOUR, (target - first) // HOUR)
             if end == target:
                 return end
+
+
+def amend(usage_id: int, **changes: Any) -> None:
+    """Write `changes` to an operation that has ended, and what they come to into the roll-ups that have it already.
+
+    For what is learned of it too late; its status and its end stay as they are. Waits for a roll-up that is under way.
+    """
+    with transaction.atomic():
+        RollUp.objects.bulk_create([RollUp()], ignore_conflicts=True)
+        RollUp.objects.select_for_update().get()  # nobody adds the operation up between our two writes
+        operation = TokenUsage.objects.filter(pk=usage_id)
+        before = _sums(operation.select_for_update().get())
+        operation.update(**changes)
+        usage = operation.get()
+        more = {name: F(name) + (after - before[name]) for name, after in _sums(usage).items()}
+        same = {name: getattr(usage, name) for name in USAGE_DIMENSIONS.split(", ")}
+        if usage.completed_at is None:
+            raise ValueError("An operation that runs is in no roll-up: it can be closed.")
+        UsageHour.objects.filter(hour=hour_of(usage.completed_at), **same).update(**more)
+        UsageDay.objects.filter(day=day_of(usage.completed_at), **same).update(**more)
+
+
+def _sums(usage: TokenUsage) -> dict[str, int]:
+    """What one operation adds to a roll-up, but for itself."""
+    return {
+        "actual_tokens": usage.actual_tokens,
+        "provider_cost_microusd": usage.provider_cost_microusd,
+        "timed_operations": int(usage.duration_ms is not None),
+        "duration_ms": usage.duration_ms or 0,
+    }
 
 
 def _seal(state: RollUp) -> datetime | None:

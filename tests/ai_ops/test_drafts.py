@@ -20,17 +20,17 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from ai_ops import counting, metering, operations, views
+from ai_ops import counting, metering, operations, prompts, views
 from ai_ops.metering import Finished
-from ai_ops.models import ContentPiece, Project
+from ai_ops.models import ContentPiece, ImageBatch, Project
 from ai_ops.operations import LEFT_AT_MOST, LEFT_WITHIN, DraftRequest, Started
 from ai_ops.providers import TextDelta
-from billing import ledger, system_settings
+from billing import catalogue, ledger, system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
-from billing.pricing import ceil_multiply
+from billing.pricing import TokenPools, ceil_multiply
 from postmate.standins.ai import count_tokens as count_as_the_provider
 from tests import servers
-from tests.ai_ops.studio import GOOGLE, OPENAI, Writer, asked, each_provider, events_of, until
+from tests.ai_ops.studio import ANTHROPIC, GOOGLE, OPENAI, Writer, asked, each_provider, events_of, until
 from tests.conftest import MakeUser
 from tests.environment import free_port
 from tests.servers import Server
@@ -392,34 +392,74 @@ def test_reader_who_leaves_before_the_first_word_pays_for_what_was_read(writer: 
 
 
 def test_killed_process_charges_nothing(alice: User, web: Server, ai: Server) -> None:
-    """Row 50: kill -9 in the middle of a stream. The hold expires and the piece is closed."""
-    with servers.running_web(port=free_port()) as doomed:
+    """Rows 50 and 102: kill -9 in the middle of a text, before its first word, and while images are made. The holds
+    expire, the results are closed, the user pays nothing; what the provider had begun is our cost, and stays."""
+    ModelPrice.objects.filter(kind="image").update(image_cost_tokens={"1024x1024": 100})
+    titles = ("Killed in the middle", "Killed before a word")
+    with servers.running_web(port=free_port()) as doomed, ExitStack() as stack:
         writer = Writer(alice, doomed)
-        with writer.open_draft(title="Killed", topic="Tea. [[fault:stall]]") as response:
-            events = events_of(response.iter_lines())
-            assert next(events).name == "started"
-            assert next(events).name == "text"
-            doomed.process.send_signal(signal.SIGKILL)
-            doomed.process.wait()
+        forms: list[tuple[str, dict[str, Any]]] = [
+            ("draft", writer.form(title=titles[0], length="short", topic="Tea. [[fault:stall]]")),
+            ("draft", writer.form(title=titles[1], length="short", topic="Tea. [[fault:timeout]]", model=ANTHROPIC)),
+            ("images", IMAGES),
+        ]
+        streams = []
+        for operation, form in forms:
+            streams.append(events_of(stack.enter_context(writer.open(operation, **form)).iter_lines()))
+            assert next(streams[-1]).name == "started"
+        assert next(streams[0]).name == "text"
+        until(lambda: asked(ai, titles[1]) and painted(ai))
+        doomed.process.send_signal(signal.SIGKILL)
+        doomed.process.wait()
+        for events in streams:
             with pytest.raises(httpx2.TransportError):
                 list(events)
-    until(lambda: asked(ai, "Killed")[0]["disconnected"])
-    usage = writer.usage
-    assert usage.status == TokenUsage.Status.RESERVED
-    assert writer.account.reserved == usage.reserved_tokens != 0
+    until(lambda: all(asked(ai, title)[0]["disconnected"] for title in titles))
+    held = TokenUsage.objects.filter(status=TokenUsage.Status.RESERVED)
+    assert writer.account.reserved == sum(usage.reserved_tokens or 0 for usage in held) > 0
     assert ledger.expire_reservations() == 0  # its time is not over
 
     with connection.cursor() as cursor:
         cursor.execute("UPDATE billing_tokenusage SET expires_at = clock_timestamp() - interval '1 second'")
-    assert ledger.expire_reservations() == 1
+    assert ledger.expire_reservations() == 3
     assert (writer.account.balance, writer.account.reserved) == (10_000, 0)
-    assert writer.usage.status == TokenUsage.Status.EXPIRED
     assert TokenTransaction.objects.filter(account__user=alice).count() == 1  # the bonus
+    for usage, (operation, form) in zip(TokenUsage.objects.order_by("id"), forms, strict=True):
+        assert (usage.status, usage.billable_tokens, usage.is_estimated) == ("expired", 0, True)
+        assert (usage.actual_tokens, usage.output_tokens) == (usage.input_tokens, 0)
+        price = ModelPrice.objects.get(provider=usage.provider, model=usage.model)
+        if operation == "images":
+            cost_microusd = catalogue.provider_cost_microusd(
+                price, image_count=2, image_size=usage.image_size, image_quality=usage.image_quality
+            )
+        else:
+            prompt = prompts.draft_prompt(**{name: form[name] for name in ("title", "topic", "tone", "length")}).text
+            read_tokens = counting.count_tokens(prompt, provider=usage.provider, model=usage.model)
+            assert usage.input_tokens == read_tokens
+            cost_microusd = catalogue.provider_cost_microusd(price, TokenPools(input_tokens=read_tokens))
+        assert usage.provider_cost_microusd == cost_microusd > 0
 
     assert operations.close_abandoned_results() == 0
     ContentPiece.objects.update(updated_at=timezone.now() - timedelta(hours=1))
-    assert operations.close_abandoned_results() == 1
-    assert writer.piece.state == ContentPiece.State.FAILED
+    ImageBatch.objects.update(updated_at=timezone.now() - timedelta(hours=1))
+    assert operations.close_abandoned_results() == 3
+    assert {piece.state for piece in ContentPiece.objects.all()} == {ContentPiece.State.FAILED}
+
+
+IMAGES = {
+    "prompt": "Rain on the day of the crash [[fault:timeout]]",
+    "model": "openai:gpt-image-2",
+    "size": "1024x1024",
+    "quality": "low",
+    "count": 2,
+    "style": "",
+    "project": "Tea shop",
+}
+
+
+def painted(ai: Server) -> bool:
+    requests = ai.get("/control/requests").raise_for_status().json()["requests"]
+    return any("the day of the crash" in request["prompt"] for request in requests)
 
 
 # --- Sent twice -----------------------------------------------------------------------------------------------------

@@ -6,21 +6,26 @@ Rows 49–53, 101 and 109, with answers as they were recorded, from the operatio
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
+from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from django.db import connection
+from django.db.models import F
+from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from ai_ops import counting, metering, operations
-from ai_ops.models import ContentPiece
-from ai_ops.operations import DraftRequest
+from ai_ops.models import ContentPiece, GeneratedImage, ImageBatch
+from ai_ops.operations import DraftRequest, ImageRequest
 from ai_ops.providers import ProviderError, TextDelta
-from billing.models import Notification, TokenAccount, TokenTransaction, TokenUsage
-from billing.pricing import ceil_multiply
+from billing import ledger, rollups
+from billing.database import in_thread
+from billing.models import ModelPrice, Notification, RollUp, TokenAccount, TokenTransaction, TokenUsage, UsageDay
+from billing.pricing import TokenPools, ceil_multiply
 from billing.verification import verify
 from tests.standins.ai_server import AiServer, running_ai_standin
 
@@ -251,3 +256,86 @@ def test_a_settlement_that_fails_leaves_no_hold(
     else:
         assert (paid, usage.error_message) == (0, metering.SETTLEMENT_FAILED)
         assert not TokenTransaction.objects.filter(usage=usage).exists()
+
+
+def expire_the_hold(user: User) -> None:
+    """As it happens to who is suspended for hours, with the process: the hold is swept, what it held is spent, and the
+    hour of its end is rolled up."""
+    usage = TokenUsage.objects.filter(status="reserved")
+    usage.update(expires_at=F("created_at") - timedelta(seconds=1))
+    assert ledger.expire_reservations() == 1
+    long_ago = timezone.now() - timedelta(days=2)
+    TokenUsage.objects.update(created_at=long_ago, completed_at=long_ago)
+    RollUp.objects.update_or_create(defaults={"sealing_until": rollups.hour_of(timezone.now()), "sealing_xid": 1})
+    rollups.roll_up()
+    assert UsageDay.objects.get().status == "expired"
+    chat = ledger.Operation("chat", "openai", "gpt-6-luna", multiplier=Decimal(1))
+    pools = TokenPools(output_tokens=10_000)
+    ledger.deduct_tokens(user_id=user.pk, tokens=10_000, operation=chat, pools=pools)
+
+
+TWO_HALVES = sse(
+    {"choices": [{"index": 0, "delta": {"content": TEXT}}], "usage": None},
+    {"choices": [{"index": 0, "delta": {"content": TEXT}, "finish_reason": "stop"}], "usage": None},
+    {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 560}},
+)
+
+
+@pytest.mark.parametrize(
+    ("how", "body", "options", "text", "state", "counts"),
+    [
+        ("ends", TWO_HALVES, {}, 2 * TEXT, "ready", (100, 560, False)),
+        ("leaves", openai_chunk(400, 44), {"then": "stall"}, FORTY_WORDS, "cut_short", (400, 44, True)),
+        ("breaks off", openai_chunk(400, 44), {"then": "cut"}, FORTY_WORDS, "cut_short", (400, 44, True)),
+    ],
+)
+def test_a_text_whose_hold_has_expired_is_kept(
+    alice: User, server: AiServer, how: str, body: str, options: Any, text: str, state: str, counts: tuple[Any, ...]
+) -> None:
+    """Row 54: what came is its user's, what it cost us is on its row; nothing is held any more, so nothing is charged
+    (law 5), whatever else became of the balance."""
+    marker = server.play(f"expired-{how.replace(' ', '-')}", body, **options)
+    request = DraftRequest("Tea", f"Tea. {marker}", "Letters", "openai", MODELS["openai"], "neutral", "medium")
+
+    async def read() -> None:
+        draft = operations.generate_draft(user_id=alice.pk, request=request, idempotency_key=f"key-{how[:4]}-of-test")
+        async with aclosing(draft):
+            async for event in draft:
+                if isinstance(event, TextDelta):
+                    if await in_thread(TokenUsage.objects.filter(status="reserved").exists)():
+                        await in_thread(expire_the_hold)(alice)
+                    if how == "leaves":
+                        return
+
+    with suppress(ProviderError):
+        asyncio.run(read())
+    usage, piece = TokenUsage.objects.get(status="expired"), ContentPiece.objects.get()
+    assert (piece.body, piece.state) == (text, state)
+    assert piece.versions.get().usage_id == usage.pk
+    assert (usage.input_tokens, usage.output_tokens, usage.is_estimated) == counts
+    assert usage.provider_cost_microusd == -(-(counts[0] + 5 * counts[1]) // 10)
+    assert (usage.billable_tokens, usage.error_message) == (0, metering.ENDED_TOO_LATE)
+    assert usage.duration_ms is not None
+    assert not TokenTransaction.objects.filter(usage=usage).exists()
+    assert TokenAccount.objects.get(user=alice).balance == 0
+    day = UsageDay.objects.get(status="expired")
+    assert (day.provider_cost_microusd, day.actual_tokens) == (usage.provider_cost_microusd, usage.actual_tokens)
+
+
+def test_images_whose_hold_has_expired_are_kept(alice: User, settings: Settings) -> None:
+    """Row 54, for images."""
+    ModelPrice.objects.filter(kind="image").update(image_cost_tokens={"1024x1024": 3_000})
+    request = ImageRequest("Rain", "", "Letters", "openai", "gpt-image-2", "1024x1024", "low", 2)
+
+    async def read() -> None:
+        async for event in operations.generate_images(user_id=alice.pk, request=request, idempotency_key="late-images"):
+            if isinstance(event, operations.Started):
+                await in_thread(expire_the_hold)(alice)
+
+    asyncio.run(read())
+    usage = TokenUsage.objects.get(status="expired")
+    assert ImageBatch.objects.get().state == "ready"
+    assert GeneratedImage.objects.count() == usage.image_count == 2
+    assert usage.provider_cost_microusd > 0
+    assert (usage.billable_tokens, usage.error_message) == (0, metering.ENDED_TOO_LATE)
+    assert TokenAccount.objects.get(user=alice).balance == 0
