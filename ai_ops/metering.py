@@ -63,9 +63,10 @@ NOTHING_WRITTEN = "It was stopped before anything was written."
 SETTLEMENT_FAILED = "What this used could not be booked. Nothing was charged."
 ENDED_TOO_LATE = "Its reservation had expired before it ended. What came is kept, and nothing was charged."
 # What has been asked of a provider is read and paid for by us, whoever leaves then (law 9).
-LEFT_BEFORE_A_WORD = "It was stopped before anything was written. What the model had read is charged."
+LEFT_BEFORE_A_WORD = "It was stopped before anything was written. What the model had read and thought is charged."
 LEFT_BEFORE_AN_IMAGE = "It was stopped when the provider had begun to make the images, which is charged."
 LEFT_EARLY = (LEFT_BEFORE_A_WORD, LEFT_BEFORE_AN_IMAGE)
+ONLY_THOUGHT = "thought until nothing was left to write with"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,10 @@ class TooLongForModel(CatalogueError):
 class OnlyThought(ProviderError):
     """The model used up all that it may write by thinking, before the first word."""
 
-    template = "{name} thought until nothing was left to write with. Please try again, or choose another model."
+    template = (
+        f"{{name}} {ONLY_THOUGHT}. You were not charged. Please try again with a shorter or simpler text, or choose "
+        "another model."
+    )
 
 
 class BalanceTooSmallToThink(OnlyThought):
@@ -153,7 +157,7 @@ class BalanceTooSmallToThink(OnlyThought):
 
     http_status = 402
     template = (
-        "Your balance is too small for this model: it thought until nothing was left to write with. "
+        f"Your balance is too small for this model: it {ONLY_THOUGHT}. You were not charged. "
         "Buy tokens, or choose another model."
     )
 
@@ -482,6 +486,7 @@ class _TextRun:
     call_begins_at: int = 0  # in `written`
     said: Said | None = None  # by the provider, of the call under way
     output_counted_to: int = 0  # in `written`: how far it had come when the provider last counted its output
+    thought: list[str] = field(default_factory=list)  # by the call under way, as far as the provider tells
     is_asked: bool = False  # the request has gone to the provider
     is_call_under_way: bool = True
     ended_calls: list[TokenPools] = field(default_factory=list)
@@ -494,8 +499,7 @@ class _TextRun:
         return self._text_from(0)
 
     def _text_from(self, start: int) -> str:
-        # What PostgreSQL cannot keep, and what has no bytes to count, must not keep the hold open.
-        return "".join(self.written[start:]).encode(errors="replace").decode().replace("\0", "")
+        return _storable("".join(self.written[start:]))
 
     @property
     def counted(self) -> TokenPools:
@@ -520,6 +524,8 @@ class _TextRun:
         """Note the text and what the provider counted with it, before anybody else may stop us."""
         if delta.text:
             self.written.append(delta.text)
+        if delta.thought:
+            self.thought.append(delta.thought)
         if delta.said:
             self.said = self.said.updated(delta.said) if self.said else delta.said
             if delta.said.has_output:
@@ -548,6 +554,7 @@ class _TextRun:
         )
         self.call_begins_at = self.output_counted_to = len(self.written)
         self.said = None
+        self.thought = []
         self.is_call_under_way = True
         self.stopped_by = "reader"
 
@@ -561,6 +568,10 @@ class _TextRun:
             later_text_tokens=0
             if is_all_counted
             else _count_tokens(self.quote.ask, self._text_from(self.output_counted_to)),
+            # A count at the end is of the thoughts, too.
+            thought_tokens=0
+            if has_ended and self.said and self.said.has_output
+            else _count_tokens(self.quote.ask, _storable("".join(self.thought))),
         )
 
     def fail(self, error: Exception) -> None:
@@ -657,6 +668,11 @@ class _TextRun:
 
     def _release_unsettled(self) -> Posting:
         return _release_unsettled(self.usage_id, self.failure, self.duration_ms)
+
+
+def _storable(text: str) -> str:
+    # What PostgreSQL cannot keep, and what has no bytes to count, must not keep the hold open.
+    return text.encode(errors="replace").decode().replace("\0", "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias, cast
 from django.conf import settings
 from django.core.files.base import ContentFile
 from django.db import transaction
+from django.db.models import Q
 
 from accounts.models import Workspace
 from accounts.refusal import Refusal
@@ -47,7 +48,7 @@ CONTINUATION_TOKENS = 1_200
 REPURPOSED_TOKENS = 1_200
 IMAGE_PROMPT_TOKENS = 300
 MIN_REVISION_TOKENS = 300
-LEFT_AT_MOST, LEFT_WITHIN = 5, timedelta(minutes=10)  # operations left before anything had come
+LEFT_AT_MOST, LEFT_WITHIN = 5, timedelta(minutes=10)  # operations that ended before anything had come
 FILE_ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 Type = TokenUsage.OperationType
@@ -78,7 +79,8 @@ class PriceChanged(OperationError):
 
 
 class LeftTooOften(OperationError):
-    """Who starts operations and leaves each before anything has come, again and again, waits for a while."""
+    """Who starts operations of which nothing comes, again and again, waits for a while: because they leave each, or
+    because the model thinks until its limit each time."""
 
     http_status = 429
 
@@ -631,13 +633,15 @@ def _quote_and_hold(
 def _require_patience(user_id: int) -> None:
     # Each of them cost us more than it brought: providers think, and paint, on the way to what nobody waits for.
     left = TokenUsage.objects.filter(
-        user_id=user_id, created_at__gt=database.now() - LEFT_WITHIN, error_message__in=metering.LEFT_EARLY
+        Q(error_message__in=metering.LEFT_EARLY) | Q(error_message__contains=metering.ONLY_THOUGHT),
+        user_id=user_id,
+        created_at__gt=database.now() - LEFT_WITHIN,
     )
     if left[:LEFT_AT_MOST].count() == LEFT_AT_MOST:
         minutes = LEFT_WITHIN // timedelta(minutes=1)
         raise LeftTooOften(
-            f"You stopped {LEFT_AT_MOST} operations within {minutes} minutes before anything had come. "
-            f"Please wait for some minutes, then try again."
+            f"Within {minutes} minutes {LEFT_AT_MOST} of your operations ended before anything had come: you stopped "
+            f"them, or the model only thought. Please wait for some minutes, then try again."
         )
 
 

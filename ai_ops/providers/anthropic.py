@@ -119,6 +119,10 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                 elif event.type == "content_block_delta" and part(event, "delta", "type") == "text_delta":
                     if text := only_text(part(event, "delta", "text")):
                         yield TextDelta(text)
+                elif event.type == "content_block_delta" and part(event, "delta", "type") == "thinking_delta":
+                    thought = part(event, "delta", "thinking")
+                    if thought and isinstance(thought, str):  # for our count alone: no reason to fail
+                        yield TextDelta("", thought=thought)
                 elif event.type == "message_delta":
                     yield TextDelta("", _said(event.usage))
                     finish_reason = FINISH_REASONS.get(part(event, "delta", "stop_reason"), "other")

@@ -57,11 +57,14 @@ class Counted:
     is_estimated: bool
 
 
-def count_call(said: Said | None, *, prompt_tokens: int, text_tokens: int, later_text_tokens: int = 0) -> Counted:
+def count_call(
+    said: Said | None, *, prompt_tokens: int, text_tokens: int, later_text_tokens: int = 0, thought_tokens: int = 0
+) -> Counted:
     """What a call used, by the provider's word as far as it can be true and by our own count where it cannot.
 
     `prompt_tokens` and `text_tokens` are our own counts of what was asked and of all that was written,
-    `later_text_tokens` of that part of it which came after the provider had last counted its output.
+    `later_text_tokens` of that part of it which came after the provider had last counted its output, `thought_tokens`
+    of what it told of its thoughts, where it has not counted them: they are reasoning, and at least so much.
 
     - Each half stands for itself. A half that was not said, or is zero beside a text, is counted by us; one that was
       said is kept, also beside one that was not.
@@ -88,13 +91,14 @@ def count_call(said: Said | None, *, prompt_tokens: int, text_tokens: int, later
     elif not read + cached + written or _count(said.input) is None:
         read, is_estimated = max(0, prompt_tokens - cached - written), True
 
-    output, reasoning = number["output"], number["reasoning"]
+    output, reasoning = number["output"], max(number["reasoning"], thought_tokens)
+    is_estimated |= reasoning > number["reasoning"]
     if not output:
         is_estimated |= bool(text_tokens or (reasoning and said.is_reasoning_in_output))
         output = text_tokens + reasoning
     elif _is_reasoning_on_top(said, number, text_tokens):
         output += reasoning
-    if later_text_tokens and number["output"]:
+    if (later_text_tokens or thought_tokens) and number["output"]:
         # A count that came before the first word, as Anthropic's does, is of that word at most.
         begun = later_text_tokens == text_tokens
         ours = text_tokens + reasoning if begun else output + later_text_tokens

@@ -108,14 +108,15 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
             stream = await aio.models.generate_content_stream(model=model, contents=contents, config=config)
             async for chunk in stream:
                 blocked = blocked or _is_blocked(chunk)
-                text = ""
+                text = thought = ""
                 for candidate in chunk.candidates or ():
                     text += _text(candidate)
+                    thought += _text(candidate, is_thought=True)
                     if candidate.finish_reason:
                         finish_reason = candidate.finish_reason.value
                 said = _said(chunk.usage_metadata) if chunk.usage_metadata else None
-                if text or said:
-                    yield TextDelta(text, said)
+                if text or said or thought:
+                    yield TextDelta(text, said, thought)
     except Exception as error:
         raise _translate(error) from error
     if blocked:
@@ -214,9 +215,9 @@ def _contents(messages: Sequence[Message]) -> list[types.ContentUnion]:
     return [types.Content(role=roles[message.role], parts=[types.Part(text=message.text)]) for message in messages]
 
 
-def _text(candidate: types.Candidate) -> str:
+def _text(candidate: types.Candidate, *, is_thought: bool = False) -> str:
     parts = (candidate.content and candidate.content.parts) or ()
-    return "".join(part.text for part in parts if part.text and not part.thought)
+    return "".join(part.text for part in parts if part.text and bool(part.thought) == is_thought)
 
 
 def _image(answer: types.GenerateContentResponse) -> Image | None:

@@ -121,14 +121,15 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
         ):
             # The SDK builds its objects unchecked: anything may stand in any field.
             async for chunk in stream:
-                text = ""
+                text = thought = ""
                 for choice in each(chunk.choices):
                     text += only_text(part(choice, "delta", "content")) or only_text(part(choice, "delta", "refusal"))
+                    thought += _thought(choice)
                     if reason := part(choice, "finish_reason"):
                         finish_reason = FINISH_REASONS.get(reason, "other")
                 said = _said(chunk.usage) if chunk.usage else None
-                if text or said:
-                    yield TextDelta(text, said)
+                if text or said or thought:
+                    yield TextDelta(text, said, thought)
     except Exception as error:
         raise _translate(error) from error
     if finish_reason is None:
@@ -193,6 +194,13 @@ def _turns(system: str, messages: Sequence[Message]) -> list[ChatCompletionMessa
         else:
             turns.append({"role": "assistant", "content": message.text})
     return turns
+
+
+def _thought(choice: Any) -> str:
+    """OpenAI keeps its models' thoughts to itself; servers that speak its protocol send them under either name. They
+    are for our count alone, so what is no text is no reason to fail."""
+    thoughts = (part(choice, "delta", name) for name in ("reasoning_content", "reasoning"))
+    return next((thought for thought in thoughts if thought and isinstance(thought, str)), "")
 
 
 def _said(usage: Any) -> Said:

@@ -98,24 +98,31 @@ def test_what_it_costs_the_user() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "text", "later", "output"),
+    ("said", "text", "later", "thought", "output", "reasoning"),
     [
-        (anthropic(400, 1), 50, 50, 50),  # said before the first word, of that word
-        (anthropic(400, 300, reasoning=300), 50, 50, 350),  # … or of what was thought before it
-        (anthropic(400, 1), 0, 0, 1),
-        (google(400, 30), 50, 0, 30),  # said with the last word
-        (google(400, 30), 50, 20, 50),
-        (google(400, 30, reasoning=100), 50, 20, 150),
-        (google(400), 50, 50, 50),
-        (openai(400, 30), 50, 20, 50),
-        (None, 50, 50, 50),
+        (anthropic(400, 1), 50, 50, 0, 50, 0),  # said before the first word, of that word
+        (anthropic(400, 300, reasoning=300), 50, 50, 0, 350, 300),  # … or of what was thought before it
+        (anthropic(400, 1), 0, 0, 0, 1, 0),
+        (google(400, 30), 50, 0, 0, 30, 0),  # said with the last word
+        (google(400, 30), 50, 20, 0, 50, 0),
+        (google(400, 30, reasoning=100), 50, 20, 0, 150, 100),
+        (google(400), 50, 50, 0, 50, 0),
+        (openai(400, 30), 50, 20, 0, 50, 0),
+        (None, 50, 50, 0, 50, 0),
+        # Thoughts that were heard and not counted, and such as were counted better.
+        (anthropic(400, 1), 0, 0, 90, 90, 90),
+        (anthropic(400, 1), 50, 50, 90, 140, 90),
+        (google(400, None, reasoning=200), 0, 0, 90, 200, 200),
+        (google(400), 0, 0, 90, 90, 90),
+        (None, 0, 0, 90, 90, 90),
+        (None, 50, 50, 90, 140, 90),
     ],
 )
 def test_a_text_that_was_left_is_counted_from_where_the_provider_stopped(
-    said: Said | None, text: int, later: int, output: int
+    said: Said | None, text: int, later: int, thought: int, output: int, reasoning: int
 ) -> None:
-    counted = count_call(said, prompt_tokens=PROMPT, text_tokens=text, later_text_tokens=later)
-    assert counted.pools.output_tokens == output
+    counted = count_call(said, prompt_tokens=PROMPT, text_tokens=text, later_text_tokens=later, thought_tokens=thought)
+    assert (counted.pools.output_tokens, counted.pools.reasoning_tokens) == (output, reasoning)
     assert counted.pools.input_tokens == (400 if said else PROMPT)
 
 
@@ -155,14 +162,19 @@ anything_said = st.builds(
     said=st.none() | st.lists(anything_said, min_size=1, max_size=3),
     prompt=st.integers(0, 10**6),
     texts=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    thought=st.integers(0, 10**6),
 )
-def test_whatever_is_said_the_books_can_keep_it(said: list[Said] | None, prompt: int, texts: tuple[int, int]) -> None:
+def test_whatever_is_said_the_books_can_keep_it(
+    said: list[Said] | None, prompt: int, texts: tuple[int, int], thought: int
+) -> None:
     """Each constraint of the usage row, for any value in any field, in any order."""
     heard = None
     for each in said or ():
         heard = heard.updated(each) if heard else each
     text, later = sum(texts), texts[1]
-    pools = count_call(heard, prompt_tokens=prompt, text_tokens=text, later_text_tokens=later).pools
+    pools = count_call(
+        heard, prompt_tokens=prompt, text_tokens=text, later_text_tokens=later, thought_tokens=thought
+    ).pools
     for name in TokenPools.__slots__:
         assert type(getattr(pools, name)) is int
         assert 0 <= getattr(pools, name) <= 4 * MAX_POOL_TOKENS
@@ -170,5 +182,5 @@ def test_whatever_is_said_the_books_can_keep_it(said: list[Said] | None, prompt:
     assert pools.image_input_tokens + pools.audio_input_tokens <= pools.input_tokens
     assert pools.cache_write_1h_tokens <= pools.cache_write_tokens
     # No text is free, and no prompt was unread.
-    assert pools.output_tokens > 0 or text == 0
+    assert pools.output_tokens > 0 or text + thought == 0
     assert pools.actual_tokens - pools.output_tokens > 0 or prompt == 0

@@ -391,6 +391,54 @@ def test_reader_who_leaves_before_the_first_word_pays_for_what_was_read(writer: 
     assert writer.draft(title="Later").last.name == "done"
 
 
+@each_provider
+@pytest.mark.usefixtures("no_thinking")
+def test_a_model_that_only_thinks_is_no_free_work(writer: Writer, ai: Server, model: str) -> None:
+    """Row 102: to its limit, which costs the user nothing, or until the reader leaves, which costs what we heard of it.
+    Both cost us, and both count: who goes on with it waits."""
+    for number in range(LEFT_AT_MOST):
+        title, balance_tokens = f"Only thinks {model} {number}", writer.account.balance
+        if number % 2 == 0:
+            answer = writer.draft(title=title, topic="Tea. [[fault:think]]", model=model, length="short")
+            assert answer.names == ["started", "failed"]
+            assert "thought until nothing was left to write with. You were not charged." in answer.last.data["message"]
+            assert "This cost nothing." in answer.last.data["html"]
+            usage = writer.usage
+            assert (usage.status, usage.billable_tokens) == ("failed", 0)
+            assert usage.error_message == answer.last.data["message"]
+            cost_of_limit_microusd = usage.provider_cost_microusd
+        else:
+            with writer.open_draft(title=title, topic="Tea. [[fault:think-on]]", model=model) as response:
+                events = events_of(response.iter_lines())
+                assert next(events).name == "started"
+                until(lambda title=title: asked(ai, title) and asked(ai, title)[0]["thought_tokens"] == 256)  # type: ignore[misc]
+            until(lambda: writer.usage.status != TokenUsage.Status.RESERVED)
+            usage = writer.usage
+            assert (usage.status, usage.is_estimated) == ("succeeded", True)
+            assert usage.error_message == metering.LEFT_BEFORE_A_WORD
+            # Anthropic tells what it thinks, the others keep silent meanwhile.
+            assert (usage.output_tokens > 100) == (usage.reasoning_tokens > 100) == (model == ANTHROPIC)
+            assert usage.input_tokens > 0
+            assert usage.billable_tokens == ceil_multiply(usage.actual_tokens, Decimal("1.5")) > 0
+            assert 0 < usage.provider_cost_microusd < cost_of_limit_microusd
+        assert usage.provider_cost_microusd > 0
+        assert writer.account.balance == balance_tokens - usage.billable_tokens
+        assert (writer.piece.body, writer.piece.state) == ("", ContentPiece.State.FAILED)
+    refused = writer.draft(title="Once more")
+    assert (refused.status_code, asked(ai, "Once more")) == (429, [])
+    assert "the model only thought" in refused.refusal["message"]
+
+
+@pytest.mark.usefixtures("no_thinking")
+def test_a_small_balance_that_is_thought_away(make_user: MakeUser, web: Server) -> None:
+    """Row 102: the words say what would help."""
+    writer = Writer(make_user("carol", tokens=600), web)
+    answer = writer.draft(topic="Tea. [[fault:think]]", length="long")
+    assert "Your balance is too small for this model" in answer.last.data["message"]
+    assert (writer.usage.status, writer.account.balance, writer.account.reserved) == ("failed", 600, 0)
+    assert writer.usage.provider_cost_microusd > 0
+
+
 def test_killed_process_charges_nothing(alice: User, web: Server, ai: Server) -> None:
     """Rows 50 and 102: kill -9 in the middle of a text, before its first word, and while images are made. The holds
     expire, the results are closed, the user pays nothing; what the provider had begun is our cost, and stays."""

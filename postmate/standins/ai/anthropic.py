@@ -23,6 +23,8 @@ from postmate.standins.ai.protocols import (
     turns_of,
 )
 
+SIGNATURE = "c3RhbmQtaW4="  # opaque to everybody
+
 
 class Anthropic(Protocol):
     """Messages."""
@@ -91,7 +93,9 @@ class Anthropic(Protocol):
 
     def whole(self, call: Call, answer: Answer) -> Json:
         stop_reason = self.finish_reasons[answer.finish_reason]
-        content = [{"type": "text", "text": answer.text}] if answer.tokens else []
+        content: list[Json] = [{"type": "text", "text": answer.text}] if answer.tokens else []
+        if answer.thoughts:
+            content.insert(0, {"type": "thinking", "thinking": answer.thought, "signature": SIGNATURE})
         message = {**self._message(call, answer), "content": content, "stop_reason": stop_reason}
         return {**message, "usage": self._usage(answer.usage)} if answer.usage else message
 
@@ -106,18 +110,27 @@ class Anthropic(Protocol):
             }
         yield named_event({"type": "message_start", "message": message})
         block = {"type": "text", "text": ""}
+        if answer.thoughts:
+            block = {"type": "thinking", "thinking": "", "signature": ""}
         yield named_event({"type": "content_block_start", "index": 0, "content_block": block})
         yield named_event({"type": "ping"})
+
+    def thinking(self, call: Call, answer: Answer, tokens: Sequence[str]) -> bytes:
+        delta = {"type": "thinking_delta", "thinking": "".join(tokens)}
+        return named_event({"type": "content_block_delta", "index": 0, "delta": delta})
 
     def delta(self, call: Call, answer: Answer, tokens: list[str], sent: int) -> bytes:
         delta = {"type": "text_delta", "text": "".join(tokens)}
         return named_event({"type": "content_block_delta", "index": 0, "delta": delta})
 
     def closing(self, call: Call, answer: Answer) -> Iterator[bytes]:
+        if answer.thoughts:
+            delta = {"type": "signature_delta", "signature": SIGNATURE}
+            yield named_event({"type": "content_block_delta", "index": 0, "delta": delta})
         yield named_event({"type": "content_block_stop", "index": 0})
-        delta = {"stop_reason": self.finish_reasons[answer.finish_reason], "stop_sequence": None}
+        end = {"stop_reason": self.finish_reasons[answer.finish_reason], "stop_sequence": None}
         usage = {"usage": self._usage(answer.usage)} if answer.usage else {}
-        yield named_event({"type": "message_delta", "delta": delta, **usage})
+        yield named_event({"type": "message_delta", "delta": end, **usage})
         yield named_event({"type": "message_stop"})
 
     def stream_error(self) -> bytes:

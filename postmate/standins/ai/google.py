@@ -3,6 +3,7 @@
 import base64
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from starlette.requests import Request
@@ -152,6 +153,8 @@ class Google(Protocol):
         """A chunk may carry usage only."""
         if answer.usage:
             head = self._chunk(call, answer, "", 0)
+            if answer.thoughts:
+                head["usageMetadata"] = self._usage(replace(answer.usage, hidden=0), 0)  # nothing is thought yet
             yield event({key: value for key, value in head.items() if key != "candidates"})
 
     def delta(self, call: Call, answer: Answer, tokens: list[str], sent: int) -> bytes:
@@ -186,6 +189,8 @@ class Google(Protocol):
         self, call: Call, answer: Answer, text: str, sent: int, finish_reason: FinishReason | None = None
     ) -> Json:
         candidate: Json = {"content": {"parts": [{"text": text}], "role": "model"}, "index": 0}
+        if answer.thoughts and not answer.tokens:
+            del candidate["content"]["parts"]  # where all of it was thought
         if finish_reason:
             candidate["finishReason"] = self.finish_reasons[finish_reason]
         usage = {"usageMetadata": self._usage(answer.usage, sent)} if answer.usage else {}

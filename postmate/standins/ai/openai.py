@@ -195,6 +195,11 @@ class OpenAIResponses(OpenAI):
         response = self._response(call, answer, "in_progress")
         yield named_event({"type": "response.created", "sequence_number": 0, "response": response})
         yield named_event({"type": "response.in_progress", "sequence_number": 1, "response": response})
+        if answer.thoughts:
+            item: Json = {"id": f"rs_{answer.id}", "type": "reasoning", "summary": []}
+            added = {"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, "item": item}
+            yield named_event(added)
+            return
         item = {**self._item(answer, ""), "status": "in_progress", "content": []}
         yield named_event({"type": "response.output_item.added", "sequence_number": 2, "output_index": 0, "item": item})
         yield named_event(self._part_event("content_part.added", answer, 3, part=_output_text("")))
@@ -205,6 +210,10 @@ class OpenAIResponses(OpenAI):
 
     def closing(self, call: Call, answer: Answer) -> Iterator[bytes]:
         number = self.opening_events + _ceil_div(len(answer.tokens), DELTA_TOKENS)
+        if answer.thoughts:
+            incomplete = {"type": "response.incomplete", "sequence_number": number}
+            yield named_event({**incomplete, "response": self.whole(call, answer)})
+            return
         yield named_event(self._part_event("output_text.done", answer, number, text=answer.text, logprobs=[]))
         yield named_event(self._part_event("content_part.done", answer, number + 1, part=_output_text(answer.text)))
         item = self._item(answer, answer.text)

@@ -5,6 +5,7 @@ The files named after the providers say how each of them speaks, and are as stri
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 from abc import ABC, abstractmethod
@@ -25,6 +26,8 @@ FinishReason: TypeAlias = Literal["stop", "length", "refused"]
 DELTA_TOKENS = 4
 # What `pools` and `overrun` report as thought of and not written.
 HIDDEN_TOKENS = 64
+# What it thinks that has no limit, and what of it `think-on` thinks aloud.
+THOUGHT_TOKENS = 256
 
 FAULTS = {
     "400, 401, 403, 404, 413, 429, 500, 502, 503, 504, 529": "the provider's own error with this HTTP status",
@@ -37,6 +40,8 @@ FAULTS = {
     "no-usage": "a complete answer without token counts",
     "refused": "the model stops with a refusal",
     "half-refused": "half the answer, then the model stops with a refusal",
+    "think": "the model thinks until nothing is left of its limit, and writes not a word",
+    "think-on": "the model thinks, and goes on with that until the caller leaves",
     "pools": "counts that use every pool: cache reads and writes, reasoning; Gemini shows a sketch, too",
     "overrun": "counts more output than was allowed, as hidden reasoning",
     "fewer": "the first image of this prompt never comes",
@@ -46,6 +51,7 @@ FAULTS = {
     "recorded NAME": "the bytes that a test has put to `/control/recordings/NAME`",
 }
 RECORDED = "recorded "
+THINKING = ("think", "think-on")
 FAULT_NAMES = frozenset(name for names in FAULTS for name in names.split(", "))
 
 
@@ -128,10 +134,15 @@ class Answer:
     finish_reason: FinishReason
     usage: Usage | None
     images: tuple[str, ...] = ()
+    thoughts: tuple[str, ...] = ()  # tokens, of what is thought before or in the place of the text
 
     @property
     def text(self) -> str:
         return "".join(self.tokens)
+
+    @property
+    def thought(self) -> str:
+        return "".join(self.thoughts)
 
 
 def compose(call: Call, number: int = 0) -> Answer:
@@ -143,6 +154,12 @@ def compose(call: Call, number: int = 0) -> Answer:
         counted = call.fault != "first-no-usage" or number > 0
         usage = _usage(call, call.painting.tokens_per_image * len(images)) if counted else None
         return Answer(digest, [], "refused" if refused else "stop", usage, images)
+    if call.fault in THINKING:
+        number_of_thoughts = call.max_tokens or THOUGHT_TOKENS
+        musings = split_tokens(write(call.system, call.turns))
+        thoughts = tuple(itertools.islice(itertools.cycle(musings), number_of_thoughts))
+        usage = Usage(call.input_tokens, hidden=number_of_thoughts)
+        return Answer(digest, [], "length", usage, thoughts=thoughts)
     tokens = [] if refused else split_tokens(write(call.system, call.turns))
     finish_reason: FinishReason = "refused" if refused else "stop"
     if call.fault == "half-refused":
@@ -204,6 +221,10 @@ class Protocol(ABC):
 
     @abstractmethod
     def opening(self, call: Call, answer: Answer) -> Iterator[bytes]: ...
+
+    def thinking(self, call: Call, answer: Answer, tokens: Sequence[str]) -> bytes:
+        """The event for a few tokens of thought. Most providers keep silent while their models think."""
+        return b""
 
     @abstractmethod
     def delta(self, call: Call, answer: Answer, tokens: list[str], sent: int) -> bytes:

@@ -19,6 +19,7 @@ from postmate.standins.ai.protocols import (
     DELTA_TOKENS,
     FAULT_NAMES,
     RECORDED,
+    THOUGHT_TOKENS,
     Call,
     Json,
     Protocol,
@@ -61,6 +62,7 @@ class Record:
     disconnected: bool = False
     input_tokens: int = 0
     output_tokens_sent: int = 0
+    thought_tokens: int = 0
     images_sent: int = 0
 
 
@@ -182,8 +184,8 @@ class Server:
         painted = self.painted[call.prompt]
         self.painted[call.prompt] += call.painting.count if call.painting else 0
         answer = await asyncio.to_thread(compose, call, painted)  # painting may take a second
-        work_tokens = IMAGE_PACE_TOKENS if call.painting else len(answer.tokens)
-        hangs = call.fault in ("timeout", "stall")
+        work_tokens = IMAGE_PACE_TOKENS if call.painting else len(answer.tokens) + len(answer.thoughts)
+        hangs = call.fault in ("timeout", "stall", "think-on")
         await asyncio.wait({gone}, timeout=None if hangs else work_tokens / pace)
         record.disconnected, record.finished = gone.done(), time.time()
         gone.cancel()
@@ -252,6 +254,8 @@ class Performance(Response):
         if call.fault == "garbage":
             return await self._write(b'event: message_start\ndata: {"choices": [{"delta": {"cont\n\n', last=True)
         await self._write(b"".join(protocol.opening(call, answer)))
+        if answer.thoughts and not await self._think():
+            return None
         half = len(answer.tokens) // 2
         for start in range(0, len(answer.tokens), GROUP_TOKENS):
             if await self._left_within(min(GROUP_TOKENS, len(answer.tokens) - start) / self.tokens_per_second):
@@ -265,6 +269,17 @@ class Performance(Response):
         if call.fault in ("cut", "stream-error"):
             return await self._break_off()
         return await self._write(b"".join(protocol.closing(call, answer)), last=True)
+
+    async def _think(self) -> bool:
+        """Think at the pace of writing; says whether the reader is still there at the end of it."""
+        thoughts = self.answer.thoughts[: THOUGHT_TOKENS if self.call.fault == "think-on" else None]
+        for start in range(0, len(thoughts), GROUP_TOKENS):
+            group = thoughts[start : start + GROUP_TOKENS]
+            if await self._left_within(len(group) / self.tokens_per_second):
+                return False
+            await self._write(self.protocol.thinking(self.call, self.answer, group))
+            self.record.thought_tokens = start + len(group)
+        return not (self.call.fault == "think-on" and await self._left_within(None))
 
     async def _write_group(self, start: int) -> None:
         group = self.answer.tokens[start : start + GROUP_TOKENS]
