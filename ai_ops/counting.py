@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bpe_openai import Encoding, get_encoding
+if TYPE_CHECKING:
+    from bpe_openai import Encoding
 
 ENCODING = "o200k_base"
 COSTS_FILE = Path(__file__).with_name("token_costs.xz")
@@ -80,7 +82,10 @@ def _family(provider: str, model: str) -> str | None:
 
 
 @cache
-def _encoding() -> Encoding:
+def _encoding() -> "Encoding":
+    # As the package is imported it reads all vocabularies that it has: what does not count shall not wait for that.
+    from bpe_openai import get_encoding
+
     return get_encoding(ENCODING)
 
 

@@ -10,7 +10,7 @@ import pgtrigger
 import pytest
 import time_machine
 from allauth.account.models import EmailAddress
-from django.contrib.auth.hashers import Argon2PasswordHasher, make_password
+from django.contrib.auth.hashers import make_password
 from django.core.cache import cache
 from django.db import IntegrityError, OperationalError, connection, transaction
 from django.test import Client, TransactionTestCase
@@ -72,15 +72,6 @@ def _empty_tables() -> None:
         except (IntegrityError, OperationalError):  # a server of the test was still writing
             if not tries_left:
                 raise
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _cheap_password_hashes() -> Iterator[None]:
-    """The same Argon2, which is made to cost time and memory, for next to none of either."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"time_cost": 1, "memory_cost": 8, "parallelism": 1}.items():
-            patch.setattr(Argon2PasswordHasher, name, value)
-        yield
 
 
 @pytest.fixture
