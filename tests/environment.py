@@ -25,7 +25,7 @@ def free_port() -> int:
     """Below those that the system gives to outgoing connections: none of them takes it before its server does. Nor
     does another process of the run, for each has a range of its own; and none is given twice."""
     while True:
-        port = 12_000 + worker % 3 * 6_600 + secrets.randbelow(6_600)
+        port = 12_000 + worker % 4 * 4_900 + secrets.randbelow(4_900)
         if port in given_ports:
             continue
         with socket.socket() as probe, suppress(OSError):
