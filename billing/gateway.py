@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from functools import cache
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import stripe
@@ -187,6 +189,7 @@ class Dispute:
     reason: str
     # What Stripe has taken for it and not given back, in the dispute's currency; None: it does not say yet.
     withdrawn_cents: int | None = None
+    bookings: int = 0  # the lines of our balance that it comes from; they only become more
 
 
 @dataclass(frozen=True, slots=True)
@@ -706,20 +709,28 @@ def read_dispute(dispute: Mapping[str, Any]) -> Dispute:
         status=dispute["status"],
         reason=dispute.get("reason") or "",
         withdrawn_cents=_withdrawn_cents(dispute),
+        bookings=len(_bookings(dispute)),
     )
+
+
+def _bookings(dispute: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """In the order in which they were made."""
+    lines = [line for line in dispute.get("balance_transactions") or () if isinstance(line, Mapping)]
+    return sorted(lines, key=lambda line: line.get("created") or 0)
 
 
 def _withdrawn_cents(dispute: Mapping[str, Any]) -> int | None:
     """What the lines of our balance at Stripe come to, without fees; None where there is no line yet."""
-    lines = [line for line in dispute.get("balance_transactions") or () if isinstance(line, Mapping)]
+    lines = _bookings(dispute)
     if not lines:
         return None
-    withdrawn = -sum(line["amount"] for line in lines)
-    taken = -sum(line["amount"] for line in lines if line["amount"] < 0)
-    if any(line.get("currency", dispute["currency"]) != dispute["currency"] for line in lines) and taken:
-        # Booked in the currency that we are paid out in: the same part of what is disputed, rounded up.
-        withdrawn = -(-dispute["amount"] * withdrawn // taken)
-    return max(0, withdrawn)
+    if all(line.get("currency", dispute["currency"]) == dispute["currency"] for line in lines):
+        return max(0, -sum(line["amount"] for line in lines))
+    # Booked in the currency that we are paid out in, each line at the rate of its own day: before that rate, they are
+    # the same parts of what is disputed.
+    gone = list(accumulate(-line["amount"] / Decimal(str(line.get("exchange_rate") or 1)) for line in lines))
+    most = max(gone)  # what is disputed; it may have been withdrawn more than once, and in parts
+    return max(0, round(gone[-1] * dispute["amount"] / most)) if most > 0 else 0
 
 
 def read_fraud_warning(warning: Mapping[str, Any]) -> FraudWarning:

@@ -82,10 +82,10 @@ class _Walk:
         for dispute in gateway.list_disputes(since=self.since):
             self.dispute(dispute)
         # Stripe lists them by when they began. An older one that was open when we last heard of it may have ended, and
-        # a dispute that ended in its buyer's disfavour may have been opened again.
+        # a dispute that has ended may have been opened again, or its money given back all the same.
         is_over = Q(status__in=(*PaymentReversal.FINAL_STATUSES, "succeeded", ""))
         may_open = Q(
-            status__in=("warning_closed", "prevented", "won"),
+            status__in=("warning_closed", "prevented", "won", "lost"),
             created_at__gt=timezone.now() - DISPUTES_OPEN_AGAIN_WITHIN,
         )
         pending = PaymentReversal.objects.filter(~is_over | may_open).exclude(
@@ -317,4 +317,5 @@ def _sum_taking(returned: Iterable[Refund]) -> int:
 
 
 def _picture_of(stripe_id: str) -> Any:
-    return PaymentReversal.objects.filter(stripe_id=stripe_id).values_list("status", "amount_cents", "purchase").first()
+    reversal = PaymentReversal.objects.filter(stripe_id=stripe_id).first()
+    return reversal and (reversal.status, reversal.amount_cents, reversal.taken_cents, reversal.purchase_id)

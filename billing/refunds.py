@@ -35,9 +35,10 @@ Kind = PaymentReversal.Kind
 Picture = TypeVar("Picture", Refund, Dispute)
 REQUESTED, REFUSED = PaymentReversal.REQUESTED, PaymentReversal.REFUSED
 
-# Stripe's events come in any order: a status never gives way to an earlier one. What was over may begin anew (an
-# inquiry that was closed becomes a dispute): what contradicts the end of a thing is neither believed nor passed over,
-# Stripe is asked how it stands.
+# Stripe's events come in any order. A dispute's bookings only become more, so they tell which picture is the newer one,
+# whatever its status; among equals a status never gives way to an earlier one. What was over may begin anew (an inquiry
+# that was closed becomes a dispute): what contradicts the end of a thing is neither believed nor passed over, Stripe is
+# asked how it stands.
 RANKS = {
     Kind.REFUND: {"pending": 0, "requires_action": 0, "succeeded": 1, "failed": 2, "canceled": 2},
     Kind.DISPUTE: {
@@ -252,7 +253,7 @@ def _locked_reversal(kind: str, picture: Refund | Dispute, request_id: str) -> P
 
 
 def _held(reversal: PaymentReversal) -> Held:
-    return (reversal.status, reversal.amount_cents, reversal.withdrawn_cents)
+    return (reversal.status, reversal.amount_cents, reversal.withdrawn_cents, reversal.bookings)
 
 
 def _seen(picture: Refund | Dispute) -> tuple[str, int, int | None]:
@@ -281,11 +282,14 @@ def _advance(reversal: PaymentReversal, picture: Refund | Dispute, *, is_current
     """Bring our row up to the picture, unless it is older than what we know. Returns whether anything changed."""
     before = _held(reversal)
     ranks = RANKS[Kind(reversal.kind)]
-    is_older = ranks.get(picture.status, 0) < ranks.get(reversal.status, -1)
+    bookings = picture.bookings if isinstance(picture, Dispute) else 0
+    is_earlier = ranks.get(picture.status, 0) < ranks.get(reversal.status, -1)
+    # Without any booking it says nothing of them: an inquiry, or a dispute that was opened this moment.
+    is_older = is_earlier if bookings in (0, reversal.bookings) else bookings < reversal.bookings
     says_less = picture.status == reversal.status and _seen(picture)[-1] is None
     if is_current or not (is_older or says_less):
         reversal.status, reversal.amount_cents, reversal.withdrawn_cents = _seen(picture)
-        reversal.currency = picture.currency
+        reversal.currency, reversal.bookings = picture.currency, bookings
     return before != _held(reversal)
 
 

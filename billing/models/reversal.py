@@ -45,6 +45,7 @@ class PaymentReversal(models.Model):
     withdrawn_cents = models.BigIntegerField(
         "withdrawn by Stripe and not reinstated (cents); empty: its status tells", null=True, blank=True
     )
+    bookings = models.SmallIntegerField("bookings at Stripe that say so", default=0, db_default=0)
     currency = models.CharField(max_length=3, choices=Currency)
     status = models.CharField("status at Stripe", max_length=30)
     reason = models.CharField(max_length=500, blank=True, default="")

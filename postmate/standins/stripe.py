@@ -1375,6 +1375,17 @@ class Account:
         self.withdraw(found)
         return found
 
+    def move_dispute(self, dispute: str, *, status: str, withdrawn_cents: int, reinstated_cents: int) -> Object:
+        """What else a dispute may come to: another round, a part of its money back, a state without money."""
+        found = self.load("dispute", dispute)
+        previous, found["status"] = {"status": found["status"]}, status
+        self.emit("charge.dispute.updated", self.store.put(found), previous)
+        for event, amount in (("funds_withdrawn", -withdrawn_cents), ("funds_reinstated", reinstated_cents)):
+            if amount:
+                found["balance_transactions"].append(public(self.book("adjustment", found, amount)))
+                self.emit(f"charge.dispute.{event}", self.store.put(found))
+        return found
+
     def warn_of_fraud(self, intent_id: str) -> Object:
         """The card's bank suspects fraud. No money moves; a seller may refund before a dispute comes."""
         charge = self.charge_of({"payment_intent": intent_id})
@@ -2065,6 +2076,13 @@ class Standin:
             case ["disputes", dispute, "close"]:
                 outcome = check_choice(form.get("outcome", "lost"), ("won", "lost"), "outcome")
                 return self.account.close_dispute({}, dispute, outcome)
+            case ["disputes", dispute, "move"]:
+                return self.account.move_dispute(
+                    dispute,
+                    status=form.get("status", "needs_response"),
+                    withdrawn_cents=number(form, "withdraw", 0),
+                    reinstated_cents=number(form, "reinstate", 0),
+                )
             case ["refunds", refund, "fail"]:
                 return self.account.fail_refund(refund)
             case ["sessions", session, "tax"]:

@@ -412,6 +412,77 @@ def test_an_older_event_of_the_same_state(stripe: StripeStandIn, bought: Purchas
     assert amounts == {opened["id"]: 700, made["id"]: 300}
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("won", 0, 1_500), ("needs_response", 1_500, 0)),  # arbitration
+        (("under_review", 0, 1_500), ("needs_response", 1_500, 0)),  # given back for as long as it is looked at
+        (("lost", 0, 700), ("under_review", 700, 0)),
+    ],
+)
+@pytest.mark.parametrize("is_told", [True, False])
+def test_another_round(
+    stripe: StripeStandIn,
+    bought: Purchase,
+    *,
+    first: tuple[str, int, int],
+    second: tuple[str, int, int],
+    is_told: bool,
+) -> None:
+    """46: withdrawn, given back and withdrawn again: what comes late of the first round gives nothing back, and
+    reconciliation sees the second one where its events were lost."""
+
+    def move(status: str, withdraw: int, reinstate: int) -> list[dict[str, Any]]:
+        told = len(reversal_events(stripe))
+        stripe.control(f"disputes/{opened['id']}/move", status=status, withdraw=withdraw, reinstate=reinstate)
+        return reversal_events(stripe)[told:]
+
+    opened = dispute(stripe)
+    before = [*reversal_events(stripe), *move(*first)]
+    deliver_all(before)
+    assert sum(cents or 0 for _, cents in movements(bought)) == first[2] - STARTER_CENTS
+    after = move(*second)
+    if is_told:
+        deliver_all(after)
+    else:
+        assert len(reconcile.reconcile(since=timezone.now() - timedelta(days=1)).healed) == 1
+    deliver_all([changed(event) for event in before])
+    assert sum(cents or 0 for _, cents in movements(bought)) == -STARTER_CENTS
+
+
+def test_what_was_lost_is_given_back_after_all(stripe: StripeStandIn, bought: Purchase) -> None:
+    """29, 46: months later, and the events were lost: reconciliation looks at it again."""
+    opened = dispute(stripe)
+    stripe.control(f"disputes/{opened['id']}/close", outcome="lost")
+    deliver_all(reversal_events(stripe))
+    stripe.control(f"disputes/{opened['id']}/move", status="won", reinstate=STARTER_CENTS)
+    report = reconcile.reconcile(since=timezone.now() + timedelta(days=1))
+    assert [drift.kind for drift in report.healed] == ["dispute_won"]
+    assert sum(tokens for tokens, _ in movements(bought)) == 0
+
+
+@pytest.mark.parametrize(
+    ("currency", "booked", "taken_cents"),
+    [
+        ("eur", [(-1_610, None)], 1_500),
+        ("eur", [(-1_610, None), (805, None)], 750),
+        ("eur", [(-1_523, 1.0153), (1_498, 0.9987)], 0),  # all of it, at the rate of another day
+        ("eur", [(-1_523, 1.0153), (1_550, 1.0333)], 0),
+        ("jpy", [(-2_250, 150.0), (1_100, 146.667)], 750),
+        ("jpy", [(-2_250, 150.0), (2_200, 146.667), (-2_190, 146.0)], 1_500),
+    ],
+)
+def test_booked_in_the_currency_that_we_are_paid_out_in(
+    stripe: StripeStandIn, bought: Purchase, currency: str, booked: list[tuple[int, float | None]], taken_cents: int
+) -> None:
+    """46: the part of what is disputed that is gone, whatever the rates of the days on which it was booked."""
+    lines = [{"amount": amount, "currency": currency, "exchange_rate": rate} for amount, rate in booked]
+    dispute(stripe)
+    other = {"id": "du_other", "status": "under_review", "balance_transactions": lines}
+    deliver_all([changed(event_of(stripe, "charge.dispute.created"), other)])
+    assert sum(cents or 0 for _, cents in movements(bought)) == -taken_cents
+
+
 @pytest.mark.parametrize("is_credited_first", [True, False])
 def test_dispute_in_another_currency(
     stripe: StripeStandIn, paid: Purchase, alice: User, *, is_credited_first: bool
