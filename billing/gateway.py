@@ -50,16 +50,17 @@ class GatewayBroken(GatewayError):
 
 
 class GatewayRefused(GatewayError):
-    """Stripe understood and said no. It did not happen."""
+    """Stripe understood and said no. It did not happen. `parameter` is what it did not like, "" where it does not
+    say."""
+
+    def __init__(self, message: str, *, parameter: str = "") -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class GatewayMissing(GatewayRefused):
     """Stripe does not know an id that we named: deleted there, or of the other mode. `parameter` named it; it is "id"
     for the thing that was asked for itself."""
-
-    def __init__(self, message: str, *, parameter: str) -> None:
-        super().__init__(message)
-        self.parameter = parameter
 
 
 class GatewayKeyConflict(GatewayError):
@@ -266,7 +267,7 @@ def _call(request: Callable[[], Result]) -> Result:
     except stripe.InvalidRequestError as error:
         if error.code == "resource_missing":
             raise GatewayMissing("Stripe refused this.", parameter=error.param or "id") from error
-        raise GatewayRefused("Stripe refused this.") from error
+        raise GatewayRefused("Stripe refused this.", parameter=error.param or "") from error
     except stripe.StripeError as error:
         raise GatewayRefused("Stripe refused this.") from error
 

@@ -133,7 +133,8 @@ def update_package(package_id: int, *, changed_by_id: int | None = None, **field
 
 
 def forget_stripe_price(stripe_price_id: str) -> None:
-    """Stripe does not know the price any more: from now on the package's own is given inline. The audit log says so."""
+    """Stripe does not sell at the price, or not what we sell: from now on the package's own is given inline. The audit
+    log says so."""
     for currency in Currency.values:
         name = f"stripe_price_id_{currency}"
         for package in TokenPricing.objects.filter(**{name: stripe_price_id}):

@@ -291,7 +291,8 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
 def _open_session(purchase: Purchase) -> None:
     """Make the customer and the session at Stripe, with keys that come from our rows, and store them.
 
-    An id that Stripe does not know any more is forgotten, a key that is taken is given up, and it goes on.
+    An id that Stripe does not know any more is forgotten, and so is a price that it does not sell at, or not at what we
+    sell for; a key that is taken is given up; and it goes on.
     """
     for tries_left in reversed(range(OPEN_TRIES)):
         try:
@@ -300,10 +301,10 @@ def _open_session(purchase: Purchase) -> None:
             if not tries_left:
                 raise
             logger.warning("A key at Stripe was taken", **log_ids(purchase), error=error.__cause__)
-        except gateway.GatewayMissing as error:
-            if not tries_left or not _forget_missing(purchase, error.parameter):
+        except gateway.GatewayRefused as error:
+            if not tries_left or not _forget_refused(purchase, error):
                 raise
-            logger.warning("Stripe has forgotten an id", **log_ids(purchase), error=error.__cause__)
+            logger.error("Stripe refused an id of ours", **log_ids(purchase), error=error.__cause__ or error)
         else:
             return
         # Committed before Stripe is asked again: the old key would give the same answer for a day.
@@ -315,13 +316,14 @@ def _open_session(purchase: Purchase) -> None:
             return
 
 
-def _forget_missing(purchase: Purchase, parameter: str) -> bool:
-    """Forget the id that Stripe does not know. Returns whether there is a way without it."""
-    if parameter == "customer":
+def _forget_refused(purchase: Purchase, error: gateway.GatewayRefused) -> bool:
+    """Forget the id that Stripe refuses. Returns whether there is a way without it."""
+    if isinstance(error, gateway.GatewayMissing) and error.parameter == "customer":
         customers.forget_customer(customer_id=purchase.metadata["customer_id"])
         return True
-    if parameter.startswith("line_items") and purchase.stripe_price_id:
-        packages.forget_stripe_price(purchase.stripe_price_id)
+    if purchase.stripe_price_id:  # gone, archived, for subscriptions … Stripe does not always say that it is the price
+        if error.parameter.startswith("line_items"):
+            packages.forget_stripe_price(purchase.stripe_price_id)
         purchase.stripe_price_id = ""  # the price is given inline, as agreed
         return True
     return False
@@ -346,6 +348,14 @@ def _try_to_open_session(purchase: Purchase) -> None:
         cancel_url=f"{settings.SITE_URL}{reverse('tokens:cancelled', args=[purchase.pk])}",
         idempotency_key=purchase.stripe_key("checkout"),
     )
+    if purchase.stripe_price_id and (session.amount_subtotal_cents, session.currency) != (
+        purchase.amount_cents,
+        purchase.currency,
+    ):
+        # What was paid on that page would not be what was agreed, and nothing would be credited. Nobody was sent there.
+        with suppress(gateway.GatewayError):
+            gateway.expire_checkout_session(session.id)
+        raise gateway.GatewayRefused("The price at Stripe is another one than ours.", parameter="line_items")
     purchase.stripe_session_id = session.id
     purchase.checkout_url = session.url
     purchase.expires_at = session.expires_at

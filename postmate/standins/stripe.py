@@ -1084,6 +1084,9 @@ class Account:
             path, quantity = f"line_items[{index}]", given.get("quantity", 1)
             if "price" in given:
                 price = self.load("price", given["price"], f"{path}[price]")
+                if not price["active"]:
+                    message = "The price specified is inactive. This field only accepts active prices."
+                    raise invalid(message, f"{path}[price]")
             elif "price_data" in given:
                 price = self.create_price(given["price_data"] | {"active": False}, f"{path}[price_data]")
             else:

@@ -93,6 +93,31 @@ def test_what_stripe_has_forgotten(
     assert reconcile.reconcile(since=timezone.now() - timedelta(days=1)).differing == []
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"active": False},
+        {"recurring": {"interval": "month"}},
+        {"unit_amount": 1_900},
+        {"currency": "eur"},
+    ],
+    ids=str,
+)
+def test_a_price_that_stripe_has_otherwise(
+    stripe: StripeStandIn, buyer: Client, alice: User, other: dict[str, Any]
+) -> None:
+    """21, 37: archived, for subscriptions, or edited on one side alone: the same click opens a page at our price, so
+    that nobody pays something else than they were shown, for which nothing would be credited."""
+    made = {"unit_amount": 1_500, "currency": "usd", "product_data": {"name": "Starter"}} | other
+    price = gateway._client().v1.prices.create(made)  # type: ignore[arg-type]
+    TokenPricing.objects.filter(name="Starter").update(stripe_price_id_usd=price.id)
+    buy(stripe, buyer)
+    assert deliver(event_of(stripe, COMPLETED)).status_code == 200
+    assert credits_of(alice) == ONE_STARTER
+    assert TokenPricing.objects.get(name="Starter").stripe_price_id_usd == ""
+    assert [each["status"] for each in stripe.state()["sessions"]].count("open") == 0
+
+
 def test_a_forgotten_customer_has_no_card(bought: Purchase, buyer: Client, alice: User) -> None:
     """37: Stripe's page for the card, and looking the card up, forget them, too."""
     for ask in (
