@@ -529,6 +529,15 @@ def retrieve_saved_card(customer_id: str, *, preferred_id: str) -> SavedCard | N
     return by_id.get(default_id or "") or by_id.get(preferred_id) or (cards[0] if cards else None)
 
 
+def has_card(customer_id: str, payment_method_id: str) -> bool:
+    """Whether Stripe still has a card of the customer's. Raises GatewayError."""
+    try:
+        method = _call(lambda: _client().v1.payment_methods.retrieve(payment_method_id)).to_dict()
+    except GatewayMissing:
+        return False
+    return _id_of(method.get("customer")) == customer_id
+
+
 def list_payment_intents(*, since: datetime) -> Iterator[PaymentIntent]:
     """All payments made since, newest first. Raises GatewayError while it is read."""
     not_before = int(since.timestamp())

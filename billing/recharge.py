@@ -45,6 +45,8 @@ State = Purchase.State
 RETRY_AFTER_DECLINE = (timedelta(hours=1), timedelta(hours=24))
 # After a fault of Stripe's own, which is no decline.
 RETRY_AFTER_FAULT = timedelta(minutes=10)
+# After a refusal that is not about the card, such as of an account that may not charge: an operator has to mend it.
+RETRY_AFTER_REFUSAL = timedelta(hours=1)
 # Codes of a card that no patience helps: https://docs.stripe.com/declines/codes
 HOPELESS_CODES = frozenset(
     {
@@ -346,10 +348,25 @@ def _charge(purchase: Purchase) -> None:
         _look_up(purchase, or_else=_close_uncharged)
     except GatewayRefused as error:
         logger.error("An auto-recharge was refused", **purchases.log_ids(purchase), error=error.__cause__)
-        _look_up(purchase, or_else=_refuse)
-        refresh_card(user_id=purchase.user_id)
+        _end_refused(purchase)
     else:
         apply_payment_intent(payment)
+
+
+def _end_refused(purchase: Purchase) -> None:
+    """Close an attempt that Stripe does not carry out: for the card or customer that it does not have any more, which
+    their owner can mend, or for a reason of our own, which they cannot. Out of reach, it stays as it is."""
+    try:
+        has_card = gateway.has_card(purchase.metadata["customer_id"], purchase.metadata["payment_method_id"])
+    except GatewayError as error:
+        ids, cause = purchases.log_ids(purchase), error.__cause__ or error
+        logger.warning("A card could not be looked up", **ids, error=cause)
+        return
+    if has_card:
+        _look_up(purchase, or_else=partial(_close_uncharged, retry_after=RETRY_AFTER_REFUSAL))
+    else:
+        _look_up(purchase, or_else=_refuse)
+        refresh_card(user_id=purchase.user_id)
 
 
 def _look_up(purchase: Purchase, *, or_else: Callable[[Purchase], None]) -> None:
@@ -444,12 +461,12 @@ def _fail(purchase: Purchase, *, message: str, code: str = "", state: str = Stat
         notifications.auto_recharge_failed(purchase, retry_at=account.auto_recharge_retry_at)
 
 
-def _close_uncharged(purchase: Purchase) -> None:
+def _close_uncharged(purchase: Purchase, *, retry_after: timedelta = RETRY_AFTER_FAULT) -> None:
     """Close a locked attempt that never reached the card: no decline, so it does not count as one."""
     message = "The payment service had a problem. Your card was not charged."
     set_state(purchase, State.FAILED, message)
     TokenAccount.objects.filter(pk=purchase.account_id, auto_recharge_enabled=True).update(
-        auto_recharge_retry_at=database.now() + RETRY_AFTER_FAULT, auto_recharge_last_outcome=message
+        auto_recharge_retry_at=database.now() + retry_after, auto_recharge_last_outcome=message
     )
 
 

@@ -1758,7 +1758,7 @@ class Courier:
 # Faults on demand and the web server
 
 
-FAULT_KINDS = ("500", "500_after", "429", "timeout_after", "slow", "processing", "requires_action")
+FAULT_KINDS = ("500", "500_after", "429", "refused", "timeout_after", "slow", "processing", "requires_action")
 
 
 @dataclass
@@ -1828,6 +1828,8 @@ class Standin:
         fault = self.take_fault(request.method, request.url.path) or self.chaos_fault(operation, ids, params)
         if fault and fault.kind == "429":
             raise StripeError(429, "Too many requests.", type="invalid_request_error", code="rate_limit")
+        if fault and fault.kind == "refused":  # for a reason of the account, not of the call
+            raise invalid("Your account cannot currently make charges.")
         fingerprint = hashlib.sha256(
             json.dumps([request.method, request.url.path, params], sort_keys=True).encode()
         ).hexdigest()

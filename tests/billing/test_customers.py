@@ -212,6 +212,27 @@ def test_a_charge_that_was_made_with_other_parameters(stripe: StripeStandIn, bou
     assert stripe.state()["succeeded_charges"] == 2
 
 
+def test_what_its_owner_cannot_mend_is_not_told_as_the_cards(
+    stripe: StripeStandIn, bought: Purchase, alice: User
+) -> None:
+    """34, 37: Stripe refuses us, not the card: it stays on, with the card, and is tried again later."""
+    tasks.remember_card(bought.pk)
+    saved_card(alice)
+    stripe.control("faults", kind="refused", path_prefix="/v1/payment_intents", method="POST", count=1)
+    attempt = recharge.trigger_auto_recharge(user_id=alice.pk)
+    assert attempt is not None
+    assert attempt.state == "failed"
+    account = account_of(alice)
+    assert (account.auto_recharge_enabled, account.auto_recharge_failures, account.card_last4) == (True, 0, "4242")
+    assert not any("card cannot" in said for said in (attempt.message, account.auto_recharge_last_outcome))
+    assert recharge.trigger_auto_recharge(user_id=alice.pk) is None
+    TokenAccount.objects.filter(user=alice).update(auto_recharge_retry_at=None)
+    # The same answer, and the card is gone: that is its owner's to mend.
+    gateway._client().v1.payment_methods.detach(account.stripe_payment_method_id)
+    assert recharge.trigger_auto_recharge(user_id=alice.pk) is not None
+    assert not account_of(alice).auto_recharge_enabled
+
+
 def test_off_session_charges_name_the_card_alone(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
     """35: Stripe refuses a payment that might lead its owner to another page when nobody is there."""
     tasks.remember_card(bought.pk)
