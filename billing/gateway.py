@@ -196,7 +196,7 @@ class Dispute:
 @dataclass(frozen=True, slots=True)
 class FraudWarning:
     id: str
-    payment_intent_id: str  # empty for a charge made without one
+    payment: PaymentIntent | None  # None for a charge made without one
     fraud_type: str
 
 
@@ -618,7 +618,7 @@ def as_it_stands(event: Event) -> Event:
 
 
 def with_payment(event: Event) -> Event:
-    """The event of a refund, dispute or warning with its payment intent, which its charge names where it does not.
+    """The event of a refund or dispute with its payment intent, which its charge names where it does not.
 
     Raises GatewayError.
     """
@@ -631,6 +631,18 @@ def _with_payment(object: Mapping[str, Any]) -> Mapping[str, Any]:
         return object
     charge = _call(lambda: _client().v1.charges.retrieve(charge_id)).to_dict()
     return {**object, "payment_intent": _id_of(charge.get("payment_intent"))}
+
+
+def with_warned_payment(event: Event) -> Event:
+    """The event of a fraud warning with its payment in it: it tells whose it is before we have heard of it otherwise.
+
+    Raises GatewayError.
+    """
+    payment_intent_id = _id_of(_with_payment(event.object).get("payment_intent"))
+    if not payment_intent_id:
+        return event
+    payment = _call(lambda: _client().v1.payment_intents.retrieve(payment_intent_id)).to_dict()
+    return replace(event, object={**event.object, "payment_intent": payment})
 
 
 def with_refunds(event: Event) -> Event:
@@ -744,10 +756,11 @@ def _withdrawn_cents(dispute: Mapping[str, Any]) -> int | None:
 
 
 def read_fraud_warning(warning: Mapping[str, Any]) -> FraudWarning:
-    """From an event's JSON. Raises KeyError or TypeError on another shape."""
+    """From an event's JSON `with_warned_payment`. Raises KeyError or TypeError on another shape."""
+    payment = warning.get("payment_intent")
     return FraudWarning(
         id=warning["id"],
-        payment_intent_id=_id_of(warning.get("payment_intent")) or "",
+        payment=read_payment_intent(payment) if payment else None,
         fraud_type=warning.get("fraud_type") or "",
     )
 

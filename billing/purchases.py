@@ -426,11 +426,7 @@ def apply_payment_intent(payment_intent: PaymentIntent, *, asked: Asked | None =
     to the session's event, the success page or the sweeper.
     """
     with transaction.atomic():
-        by_intent = Purchase.objects.filter(stripe_payment_intent_id=payment_intent.id).values_list("pk").first()
-        purchase_id = by_intent[0] if by_intent else payment_intent.purchase_id
-        purchase = _lock(purchase_id)
-        # Metadata can be edited at Stripe. It only helps to find our row; customer and amount must be the row's.
-        _require_customer(purchase, payment_intent.customer_id)
+        purchase = lock_purchase_behind(payment_intent)
         if asked is not None and _is_settled(purchase):
             return purchase
         amount_is_price = purchase.kind != Purchase.Kind.CHECKOUT or not gateway.amounts_may_differ()
@@ -520,6 +516,16 @@ def require_asked(purchase: Purchase, stripe_id: str, asked: Asked | None) -> No
     held = (purchase.state,)
     if asked is not None and asked.get(stripe_id) != held:
         raise AskAgain(stripe_id, held)
+
+
+def lock_purchase_behind(payment_intent: PaymentIntent) -> Purchase:
+    """Our purchase that a payment is for, also before we know its id, locked. Raises PurchaseNotFound."""
+    by_intent = Purchase.objects.filter(stripe_payment_intent_id=payment_intent.id).values_list("pk").first()
+    purchase = _lock(by_intent[0] if by_intent else payment_intent.purchase_id)
+    if not by_intent:
+        # Metadata can be edited at Stripe. It only helps to find our row; customer and amount must be the row's.
+        _require_customer(purchase, payment_intent.customer_id)
+    return purchase
 
 
 def _locked_purchase_of(session: CheckoutSession) -> Purchase:

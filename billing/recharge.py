@@ -673,9 +673,12 @@ def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
 
 
 def _keep_card(account_id: int, card: gateway.SavedCard) -> None:
-    """Store the card, unless its owner is nobody by now. Another one than before starts without the declines of the
-    one before."""
-    accounts = TokenAccount.objects.filter(pk=account_id).exclude(status_reason=TokenAccount.ANONYMISED)
+    """Store the card, unless its owner is nobody by now or its bank has warned of it. Another one than before starts
+    without the declines of the one before."""
+    is_distrusted = Purchase.objects.filter(account=OuterRef("pk"), metadata__distrusted_card=card.payment_method_id)
+    accounts = TokenAccount.objects.filter(~Exists(is_distrusted), pk=account_id).exclude(
+        status_reason=TokenAccount.ANONYMISED
+    )
     accounts.exclude(stripe_payment_method_id=card.payment_method_id).update(
         auto_recharge_failures=0, auto_recharge_retry_at=None
     )
@@ -734,6 +737,18 @@ def open_card_page(*, user_id: int, return_url: str) -> str:
     except GatewayMissing:
         customers.forget_customer(customer_id=account.stripe_customer_id)
         return ""
+
+
+def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> None:
+    """A bank says that the card's owner knows nothing of a locked purchase: nothing is charged by itself any more, and
+    the card is not kept for it, whoever switches it on again. In the caller's transaction; `key` names the warning."""
+    purchase.metadata = {**purchase.metadata, "distrusted_card": payment_method_id}
+    purchase.save(update_fields=["metadata"])
+    reason = "Your bank reported a payment as made without your consent."
+    switch_off(account_id=purchase.account_id, reason=reason, key=key)
+    TokenAccount.objects.filter(pk=purchase.account_id, stripe_payment_method_id=payment_method_id).exclude(
+        stripe_payment_method_id=""
+    ).update(stripe_payment_method_id="", card_brand="", card_last4="")
 
 
 def update_card(card: gateway.SavedCard) -> None:

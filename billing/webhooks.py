@@ -17,7 +17,7 @@ from accounts.models import User
 from billing import customers, gateway, purchases, recharge, refunds
 from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.gateway import AskAgain, Event, GatewayMissing, GatewayRefused
-from billing.models import Purchase, StripeEvent
+from billing.models import StripeEvent
 
 logger = structlog.get_logger(__name__)
 
@@ -78,16 +78,11 @@ def _on_dispute(event: Event) -> None:
 
 def _on_fraud_warning(event: Event) -> None:
     warning = gateway.read_fraud_warning(event.object)
-    purchase = Purchase.objects.filter(stripe_payment_intent_id=warning.payment_intent_id).first()
-    if purchase is None and warning.payment_intent_id:
-        raise purchases.NotOurPayment(f"No purchase of ours was paid by {warning.payment_intent_id}.")
-    if purchase is not None:
-        customers.switch_off(
-            account_id=purchase.account_id,
-            reason="Your bank reported a payment as made without your consent.",
-            key=warning.id,
-        )
-    paid_what = f"{purchase.price_display} of purchase {purchase.pk}" if purchase else "a payment"
+    paid_what = "a payment"
+    if warning.payment is not None:
+        purchase = purchases.lock_purchase_behind(warning.payment)
+        recharge.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
+        paid_what = f"{purchase.price_display} of purchase {purchase.pk}"
     raise NeedsPerson(
         f"The card's bank warns of fraud ({warning.fraud_type or 'no reason given'}) in {paid_what}. "
         "A refund now may avert the dispute."
@@ -120,7 +115,7 @@ HANDLERS: Mapping[str, Callable[[Event], None]] = {
 # Of these only the id is read, which is the same in every version.
 WITHOUT_VERSION = ("payment_method.detached", "customer.updated", "customer.deleted")
 # Which of them come without a payment intent, though their charge has one.
-NAME_A_PAYMENT = (_on_refund, _on_dispute, _on_fraud_warning)
+NAME_A_PAYMENT = (_on_refund, _on_dispute)
 ASK_TRIES = 10  # one for each thing that an event contradicts, and for what others change meanwhile
 
 
@@ -217,6 +212,8 @@ def _completed(event: Event) -> Event:
     handler = HANDLERS[event.type]
     if handler is _on_charge_refunded:
         return gateway.with_refunds(event)
+    if handler is _on_fraud_warning:
+        return gateway.with_warned_payment(event)
     return gateway.with_payment(event) if handler in NAME_A_PAYMENT else event
 
 

@@ -14,7 +14,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, reconcile, refunds, tasks, webhooks
+from billing import gateway, ledger, recharge, reconcile, refunds, tasks, webhooks
 from billing.ledger import Operation
 from billing.models import (
     Notification,
@@ -623,11 +623,15 @@ def test_early_fraud_warning(stripe: StripeStandIn, bought: Purchase, alice: Use
     """17, 46: kept aside for a person with what they need to know, and nothing more is charged by itself; of another
     product's payment, ignored."""
     switch_auto_recharge_on(alice)
+    mug = gateway._client().v1.payment_intents.create(
+        {"amount": 900, "currency": "usd", "payment_method": "pm_card_visa", "confirm": True}
+    )
     stripe.control(f"payments/{bought.stripe_payment_intent_id}/warn")
-    event = event_of(stripe, "radar.early_fraud_warning.created")
-    other = changed(event, {"payment_intent": "pi_of_another"})
-    deliver_all([event, other])
-    assert [state_of(each) for each in (event, other)] == ["aside", "ignored"]
+    stripe.control(f"payments/{mug.id}/warn")
+    other, event = events_of(stripe, "radar.early_fraud_warning.created")
+    bare = changed(event, {"payment_intent": None, "actionable": False})
+    deliver_all([event, other, bare])
+    assert [state_of(each) for each in (event, other, bare)] == ["aside", "ignored", "aside"]
     message = StripeEvent.objects.get(event_id=event["id"]).message
     assert "made_with_stolen_card" in message
     assert f"$15.00 of purchase {bought.pk}" in message
@@ -638,6 +642,29 @@ def test_early_fraud_warning(stripe: StripeStandIn, bought: Purchase, alice: Use
         True,
     )
     assert notices(alice).count("auto_recharge_switched_off") == 1
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_card_that_its_bank_warned_of(
+    stripe: StripeStandIn, bought: Purchase, buyer: Client, alice: User, *, is_first: bool
+) -> None:
+    """17: the warning may be quicker than the credit. The card is not kept, and nobody switches it on again."""
+    tasks.remember_card(bought.pk)
+    switch_auto_recharge_on(alice)
+    again = buy(stripe, buyer, "5555555555554444")
+    stripe.control(f"payments/{stripe.state()['payment_intents'][0]['id']}/warn")
+    warning, credit = event_of(stripe, "radar.early_fraud_warning.created"), events_of(stripe, COMPLETED)[0]
+    for event in (warning, credit) if is_first else (credit, warning):
+        deliver_all([event])
+        if event is credit:
+            tasks.remember_card(again.pk)
+    account = TokenAccount.objects.get(user=alice)
+    assert (purchase_state(again), account.auto_recharge_enabled) == ("paid", False)
+    assert account.card_last4 == ("4242" if is_first else "")  # the one before is not in doubt
+    # Stripe still has both, and names the newest.
+    recharge.refresh_card(user_id=alice.pk)
+    account.refresh_from_db()
+    assert account.card_last4 != "4444"
 
 
 def test_promotion_code(stripe: StripeStandIn, buyer: Client, alice: User, settings: Settings) -> None:
