@@ -30,6 +30,7 @@ class Action(models.TextChoices):
     DEDUCTION = "deduction", "Deduction"
     GRANT_APPROVED = "grant_approved", "Request approved"
     GRANT_DECLINED = "grant_declined", "Request declined"
+    WELCOME_BONUS = "welcome_bonus", "Welcome bonus given by hand"
     ACCOUNT_STATUS = "account_status", "Account suspended, blocked or reactivated"
     ROLE_CHANGED = "role_changed", "Role changed"
     PERSON_CHANGED = "person_changed", "Person edited"

@@ -150,11 +150,13 @@ class User(AbstractBaseUser):
         return self.role == self.Role.SUPERADMIN
 
     @property
-    def has_verified_email(self) -> bool:
-        """True when the address is verified, or when this installation does not ask for that."""
-        if settings.ACCOUNT_EMAIL_VERIFICATION != "mandatory":
-            return True
-        return EmailAddress.objects.filter(user_id=self.pk, verified=True).exists()
+    def proven_addresses(self) -> set[str]:
+        """The addresses that count as theirs: those that are confirmed, and where this installation does not ask for
+        that, the one they sign in with. None of somebody who was anonymised."""
+        if self.anonymised_at:
+            return set()
+        proven = set(EmailAddress.objects.filter(user_id=self.pk, verified=True).values_list("email", flat=True))
+        return proven if settings.ACCOUNT_EMAIL_VERIFICATION == "mandatory" else proven | {self.email}
 
     def _get_session_auth_hash(self, secret: str | None = None) -> str:
         """What each session carries, made of the password and of the epoch: changed, the session is over."""

@@ -22,6 +22,8 @@ from accounts.models import User
 from billing import catalogue, ledger, packages, system_settings, webhooks
 from billing.forms import PlainDecimalField, WholeNumberField
 from billing.models import (
+    BonusKey,
+    BonusMark,
     BulkJob,
     BulkJobRow,
     Drift,
@@ -59,10 +61,11 @@ class TokenAccountAdmin(ReadOnlyAdmin):
         "reserved",
         "status",
         "status_reason",
+        "bonus_withheld",
         "lifetime_used_tokens",
         "created_at",
     )
-    list_filter = ("status", "auto_recharge_enabled", "currency")
+    list_filter = ("status", "bonus_withheld", "auto_recharge_enabled", "currency")
     list_select_related = ("user",)
     search_fields = ("user__email", "stripe_customer_id__exact")
 
@@ -141,6 +144,16 @@ class DriftAdmin(ReadOnlyAdmin):
 @admin.register(Installation)
 class InstallationAdmin(ReadOnlyAdmin):
     list_display = ("name", "created_at")
+
+
+@admin.register(BonusMark)
+class BonusMarkAdmin(ReadOnlyAdmin):
+    list_display = ("digest",)
+
+
+@admin.register(BonusKey)
+class BonusKeyAdmin(ReadOnlyAdmin):
+    list_display = fields = ("secret_id",)
 
 
 @admin.register(StripeEvent)

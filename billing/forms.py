@@ -11,6 +11,7 @@ from billing.models import Purchase, SystemSettings, TokenAccount, TokenPricing
 from billing.models.bulk_job import BulkKind
 from billing.models.fields import Currency
 from billing.models.grant_request import GrantKind
+from billing.models.system_settings import DisposableBonus
 from billing.pricing import display_price
 from billing.purchases import Terms
 
@@ -350,6 +351,11 @@ class SystemSettingsForm(forms.Form):
     )
     minimum_purchase_cents = MoneyField(label="Smallest purchase in US dollars")
     welcome_bonus_tokens = _tokens_setting("Welcome bonus", "Tokens, once for each person.")
+    welcome_bonus_disposable = forms.ChoiceField(
+        label="Welcome bonus for disposable addresses",
+        choices=DisposableBonus,
+        help_text="For who has no address but of services whose addresses are thrown away, or made at will.",
+    )
     low_balance_tokens = _tokens_setting("Low balance", "With this many tokens or fewer, people are told.")
     critical_balance_tokens = _tokens_setting("Critical balance", "With fewer tokens, they are told again.")
     admin_grant_limit_tokens = _tokens_setting(
@@ -365,7 +371,10 @@ class SystemSettingsForm(forms.Form):
     GROUPS = (
         ("Operations", ("billing_enabled", "token_multiplier")),
         ("Images without a price of their own", ("dalle3_cost_tokens", "dalle2_cost_tokens", "imagen_cost_tokens")),
-        ("Purchases and the welcome bonus", ("tokens_per_usd", "minimum_purchase_cents", "welcome_bonus_tokens")),
+        (
+            "Purchases and the welcome bonus",
+            ("tokens_per_usd", "minimum_purchase_cents", "welcome_bonus_tokens", "welcome_bonus_disposable"),
+        ),
         ("Balances", ("low_balance_tokens", "critical_balance_tokens")),
         ("Grants", ("admin_grant_limit_tokens", "grant_approval_tokens")),
     )
@@ -440,7 +449,7 @@ class SystemSettingsForm(forms.Form):
         try:
             number = Decimal(text)
         except InvalidOperation:
-            return text
+            return cls._in_words(name, text) if name == "welcome_bonus_disposable" else text
         return cls._in_words(name, int(number) if number == number.to_integral_value() else number)
 
     @staticmethod
@@ -451,4 +460,6 @@ class SystemSettingsForm(forms.Form):
             return "yes" if value else "no"
         if name == "minimum_purchase_cents":
             return display_price(value)
+        if name == "welcome_bonus_disposable":
+            return DisposableBonus(value).label
         return f"{value.normalize():,f}" if isinstance(value, Decimal) else f"{value:,}"

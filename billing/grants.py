@@ -26,6 +26,7 @@ from accounts.text import one_line
 from billing import database, ledger, notifications, system_settings
 from billing.database import repeated_after_conflicts
 from billing.models import GrantRequest, SystemSettings, TokenAccount, TokenTransaction
+from billing.models.account import WithheldBonus
 from billing.models.fields import ClockTimestamp
 from billing.models.grant_request import GrantKind as Kind
 from billing.models.grant_request import GrantState as State
@@ -286,6 +287,39 @@ def _require_open(request: GrantRequest) -> None:
     # Row 76: by the database's clock.
     if GrantRequest.objects.filter(pk=request.pk, expires_at__lt=ClockTimestamp()).exists():
         raise GrantAlreadyDecided("This request has expired. It can be made again.")
+
+
+# --- A welcome bonus that waits -------------------------------------------------------------------------------------
+
+
+def give_waiting_bonus(*, admin: User, user_id: int) -> TokenAccount:
+    """Give the welcome bonus that waits for an admin, since the person's addresses are all disposable.
+
+    No grant, so no superadmin decides: how much it is and that admins give it is what superadmins set. Twice is once
+    (law 8); entry, mark and audit entry are one transaction. Raises GrantNotAllowed, GrantNotPossible.
+    """
+    giver = User.objects.filter(pk=admin.pk, is_active=True).first()  # the role of this moment, not of the sign-in
+    if giver is None or not giver.is_admin or giver.pk == user_id:
+        _refuse(admin, user_id, "Was refused to give a welcome bonus", Action.WELCOME_BONUS)
+        raise GrantNotAllowed("Only admins give a welcome bonus that waits, and nobody their own.")
+    with transaction.atomic():
+        account = TokenAccount.objects.select_for_update().filter(user_id=user_id).first()
+        if account is None or account.bonus_withheld != WithheldBonus.WAITS:
+            raise GrantNotPossible("No welcome bonus waits here any more.")
+        before_tokens = account.balance
+        account = ledger.initialize_account(user_id=user_id, may_be_disposable=True)
+        if given_tokens := account.balance - before_tokens:
+            audit.write(
+                action=Action.WELCOME_BONUS,
+                summary=f"Welcome bonus of {given_tokens:,} tokens given to a disposable address",
+                actor=giver,
+                subject_id=user_id,
+                before={"balance_tokens": before_tokens},
+                after={"balance_tokens": account.balance},
+            )
+    if not given_tokens:  # what has been found out stays written
+        raise GrantNotPossible("No token moved: this mailbox had the bonus before, or the bonus is 0 now.")
+    return account
 
 
 # --- What moves tokens ----------------------------------------------------------------------------------------------

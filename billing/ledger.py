@@ -11,7 +11,6 @@ Locks are taken in one order: purchase, account, operation.
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import partial
@@ -24,11 +23,14 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.db import IntegrityError, connection, transaction
 from psycopg.rows import namedtuple_row
 
+from accounts import mailboxes
 from accounts.models import User, Workspace
 from accounts.refusal import Refusal
-from billing import live, system_settings
+from billing import live, system_settings, welcome
 from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
+from billing.models.account import WithheldBonus
+from billing.models.system_settings import DisposableBonus
 from billing.pricing import (
     TokenPools,
     calculate_image_billable_tokens,
@@ -39,6 +41,8 @@ logger = structlog.get_logger(__name__)
 
 MAX_TOKENS = 10**15  # per posting; far above any sale, far below what a bigint sum can hold
 WELCOME_BONUS_KEY = "welcome-bonus"
+
+logger = structlog.get_logger(__name__)
 
 Type = TokenTransaction.Type
 
@@ -180,32 +184,77 @@ class BalanceCheck:
 # --- Accounts -------------------------------------------------------------------------------------------------------
 
 
-def initialize_account(*, user_id: int) -> TokenAccount:
+@repeated_after_conflicts
+def initialize_account(*, user_id: int, may_be_disposable: bool = False) -> TokenAccount:
     """Open the user's account and give the welcome bonus, each once, however often and in parallel it is called.
 
-    The bonus waits until the e-mail address is verified where that is required; call again then.
+    The bonus waits until the e-mail address is verified where that is required; call again then. It comes once for a
+    mailbox, too, whoever has it now and however its address is spelled, and to disposable addresses as the settings
+    say, unless an admin lets it through: `may_be_disposable`. `bonus_withheld` of the account says why there is none.
     """
-    account = TokenAccount.objects.filter(user_id=user_id).first()
-    if account is None:
+    with transaction.atomic():
+        account = _locked_account(user_id)
+        _give_welcome_bonus(account, may_be_disposable=may_be_disposable)
+        account.refresh_from_db()
+    return account
+
+
+def _locked_account(user_id: int) -> TokenAccount:
+    locked = TokenAccount.objects.select_for_update()
+    if (account := locked.filter(user_id=user_id).first()) is None:
         workspace = Workspace.objects.filter(owner_id=user_id).order_by("id").first()
         if workspace is None:
             raise AccountNotFound("There is no such user.")
         TokenAccount.objects.bulk_create([TokenAccount(user_id=user_id, workspace=workspace)], ignore_conflicts=True)
-        account = TokenAccount.objects.get(user_id=user_id)
-    bonus_tokens = system_settings.get_system_settings().welcome_bonus_tokens
-    had_bonus = TokenTransaction.objects.filter(account=account, idempotency_key=WELCOME_BONUS_KEY).exists()
-    if bonus_tokens and not had_bonus and User.objects.get(pk=user_id).has_verified_email:
-        # A conflict: given at this moment by another request, of another size if the setting just changed.
-        with suppress(IdempotencyConflict):
-            add_tokens(
-                user_id=user_id,
-                tokens=bonus_tokens,
-                type=Type.BONUS,
-                description="Welcome bonus",
-                idempotency_key=WELCOME_BONUS_KEY,
-            )
-        account.refresh_from_db()
+        account = locked.get(user_id=user_id)
     return account
+
+
+def _give_welcome_bonus(account: TokenAccount, *, may_be_disposable: bool) -> None:
+    """In the transaction that holds the account's lock: entry, marks and state are all there afterwards, or none."""
+    addresses = User.objects.get(pk=account.user_id).proven_addresses
+    if not addresses:
+        return
+    if has_had_bonus(account):
+        welcome.remember(addresses)  # an address that was added since
+        return
+    settings = system_settings.get_system_settings()
+    if not settings.welcome_bonus_tokens:
+        return
+    try:
+        withheld = _withheld_bonus(
+            addresses, DisposableBonus.GIVE if may_be_disposable else settings.welcome_bonus_disposable
+        )
+    except welcome.KeyLost:
+        logger.exception("No welcome bonus is given", user_id=account.user_id)
+        return
+    if withheld != account.bonus_withheld:
+        TokenAccount.objects.filter(pk=account.pk).update(bonus_withheld=withheld)
+    if not withheld:
+        add_tokens(
+            user_id=account.user_id,
+            tokens=settings.welcome_bonus_tokens,
+            type=Type.BONUS,
+            description="Welcome bonus",
+            idempotency_key=WELCOME_BONUS_KEY,
+        )
+
+
+def has_had_bonus(account: TokenAccount) -> bool:
+    """Whether the welcome bonus is in the account's ledger, or was refused since its owner had it elsewhere."""
+    given = TokenTransaction.objects.filter(account=account, idempotency_key=WELCOME_BONUS_KEY)
+    return account.bonus_withheld == WithheldBonus.GIVEN_BEFORE or given.exists()
+
+
+def _withheld_bonus(addresses: set[str], for_disposable: str) -> str:
+    """Why there is no bonus for these addresses; "" when there is: then they have had it from now on."""
+    if (
+        for_disposable != DisposableBonus.GIVE
+        and all(map(mailboxes.is_disposable, addresses))
+        and not welcome.had_bonus(addresses)
+    ):
+        return WithheldBonus.WAITS if for_disposable == DisposableBonus.WAIT else WithheldBonus.DISPOSABLE
+    return "" if welcome.claim(addresses) else WithheldBonus.GIVEN_BEFORE
 
 
 def get_account(*, user_id: int) -> TokenAccount:

@@ -8,7 +8,7 @@ from django.utils import timezone
 
 from accounts.models import User
 from accounts.refusal import Refusal
-from billing import customers, gateway, ledger, purchases
+from billing import customers, gateway, ledger, purchases, welcome
 from billing.background import enqueue_on_commit
 from billing.models import (
     Notification,
@@ -30,7 +30,7 @@ ACCOUNT_FIELDS = (
     "lifetime_granted_tokens", "lifetime_used_tokens", "lifetime_spent_cents", "card_brand", "card_last4",
     "stripe_customer_id", "auto_recharge_enabled", "auto_recharge_threshold_tokens", "auto_recharge_package__name",
     "auto_recharge_price_cents", "auto_recharge_package_tokens", "auto_recharge_monthly_cap_cents",
-    "auto_recharge_last_outcome", "created_at",
+    "auto_recharge_last_outcome", "bonus_withheld", "created_at",
 )  # fmt: skip
 ENTRY_FIELDS = (
     "sequence", "created_at", "type", "amount", "balance_before", "balance_after", "description", "usage_id",
@@ -136,6 +136,8 @@ def anonymize_account(account: TokenAccount) -> None:
         raise NotNow(
             "A payment of yours is under way. Wait until it has come through or failed; Tokens, History shows it."
         )
+    if ledger.has_had_bonus(account):
+        welcome.remember(account.user.proven_addresses)  # before nobody knows them any more
     # No debt's status is touched by this: a blocked account stays blocked whatever its balance does (law 12).
     TokenAccount.objects.filter(pk=account.pk).update(
         status=TokenAccount.Status.BLOCKED,

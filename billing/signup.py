@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 from allauth.account.models import EmailAddress
-from allauth.account.signals import email_confirmed
 from django.db import transaction
 from django.db.models import Q
 from django.db.models.signals import post_save
@@ -35,6 +34,8 @@ def tell_stripe(instance: User, created: bool, update_fields: Any = None, **kwar
         enqueue_on_commit("billing.tasks.tell_customer", account_id)
 
 
-@receiver(email_confirmed)
-def give_bonus_after_verification(email_address: EmailAddress, **kwargs: Any) -> None:
-    transaction.on_commit(partial(ledger.initialize_account, user_id=email_address.user_id))
+@receiver(post_save, sender=EmailAddress)
+def give_bonus_after_verification(instance: EmailAddress, **kwargs: Any) -> None:
+    # Whoever confirmed it, and also when it came confirmed: the bonus, or one mailbox more of who had it.
+    if instance.verified:
+        transaction.on_commit(partial(ledger.initialize_account, user_id=instance.user_id))

@@ -497,6 +497,15 @@ def checks() -> list[Check]:
             f"""SELECT user_id AS user, count(*) AS bonuses FROM billing_tokentransaction
                  WHERE idempotency_key = '{WELCOME_BONUS_KEY}' GROUP BY user_id HAVING count(*) > 1""",  # noqa: S608 – our own names and constants, no input
         ),
+        Check(
+            "An account whose welcome bonus is withheld has had none",
+            "8",
+            f"{ACCOUNTS} WHERE bonus_withheld <> ''",
+            f"""SELECT account.id AS account, bonus_withheld FROM billing_tokenaccount AS account
+                 WHERE bonus_withheld <> '' AND EXISTS (
+                   SELECT FROM billing_tokentransaction AS entry
+                    WHERE entry.account_id = account.id AND entry.idempotency_key = '{WELCOME_BONUS_KEY}')""",  # noqa: S608 – our own names and constants, no input
+        ),
         # --- The dashboard's roll-ups ---
         *_roll_up_checks(),
         # --- The database's own guards ---

@@ -37,7 +37,7 @@ from packaging.requirements import Requirement
 
 from accounts.models import User
 from ai_ops import providers
-from billing import finance, gateway, redis_client, webhooks
+from billing import finance, gateway, redis_client, webhooks, welcome
 from billing.models import (
     Drift,
     ModelPrice,
@@ -50,6 +50,7 @@ from billing.models import (
     TokenPricing,
     TokenUsage,
 )
+from billing.models.account import WithheldBonus
 from billing.models.fields import Provider
 from billing.verification import verify
 from postmate import backup, metrics
@@ -405,6 +406,20 @@ def superadmins() -> Outcomes:
     else:
         make = problem if secured == 0 else warning
         yield make(text, "Without one they cannot open the admin side. They set it up under /accounts/2fa/.")
+
+
+def welcome_bonus() -> Outcomes:
+    try:
+        welcome.read_key()
+    except welcome.KeyLost:
+        yield problem(
+            "Nobody can tell who had the welcome bonus, so nobody gets it: the key of these marks is encrypted with a "
+            "SECRET_KEY that is not set any more.",
+            "Run `SECRET_KEY=new,old manage.py seed_billing` once, then `manage.py initialize_accounts`.",
+        )
+        return
+    waiting = TokenAccount.objects.filter(bonus_withheld=WithheldBonus.WAITS).count()
+    yield ok(f"It comes once for a mailbox. {_count(waiting, 'account')} of disposable addresses waiting for an admin.")
 
 
 def holds() -> Outcomes:
@@ -797,6 +812,7 @@ CHECKS = (
     _on_tables("Sale", sale),
     _on_tables("Models", models_on_offer),
     _on_tables("Superadmins", superadmins),
+    _on_tables("Welcome bonus", welcome_bonus),
     _on_tables("Holds", holds),
     _on_tables("Events", events),
     _on_tables("Money", money_to_look_at),

@@ -71,6 +71,8 @@ REDIS_URL = _secret("REDIS_URL", "redis://localhost:6379/0")
 EMAIL_URL = _secret("EMAIL_URL")
 DEFAULT_FROM_EMAIL = env.str("DEFAULT_FROM_EMAIL", "Postmate <billing@localhost>")
 EMAIL_VERIFICATION = env.str("EMAIL_VERIFICATION", "optional" if DEBUG else "mandatory")
+# Beside those of the package's list: what is withheld from throw-away addresses is withheld from these.
+DISPOSABLE_EMAIL_DOMAINS = env.list("DISPOSABLE_EMAIL_DOMAINS", default=[])
 ADMIN_MFA_REQUIRED = env.bool("ADMIN_MFA_REQUIRED", not DEBUG)  # for admins and superadmins, on the admin side
 
 STRIPE_SECRET_KEY = _secret("STRIPE_SECRET_KEY")

@@ -87,6 +87,7 @@ dashboard_urls = [
     path("accounts/", dashboard_accounts.account_list, name="accounts"),
     path("accounts/<int:user_id>/", dashboard_accounts.account, name="account"),
     path("accounts/<int:user_id>/status/", dashboard_accounts.account_status, name="account-status"),
+    path("accounts/<int:user_id>/welcome-bonus/", dashboard_accounts.give_bonus, name="give-bonus"),
     path("grants/new/", dashboard_accounts.new_grant, name="new-grant"),
     path("events/", dashboard_payments.events, name="events"),
     path("events/<int:pk>/", dashboard_payments.handle_event, name="handle-event"),

@@ -154,6 +154,10 @@ def _hold_beyond_its_time(settings: Settings, stripe: StripeStandIn) -> None:
     TokenUsage.objects.filter(pk=posting.usage_id).update(expires_at=timezone.now() - timedelta(minutes=10))
 
 
+def _secret_key_replaced_at_once(settings: Settings, stripe: StripeStandIn) -> None:
+    settings.SECRET_KEY += "another"
+
+
 def _event_failed(settings: Settings, stripe: StripeStandIn) -> None:
     StripeEvent.objects.create(event_id="evt_1", type="refund.created", livemode=False, payload={}, state="failed")
 
@@ -183,6 +187,7 @@ def _lock_file_missing(settings: Settings, stripe: StripeStandIn) -> None:
         (_nothing_on_sale, "Sale", "No package", "seed_billing"),
         (_no_second_factor, "Superadmins", "0 of them", "/accounts/2fa/"),
         (_hold_beyond_its_time, "Holds", "1 hold past expiry", "beat"),
+        (_secret_key_replaced_at_once, "Welcome bonus", "Nobody can tell", "SECRET_KEY=new,old"),
         (_event_failed, "Events", "could not be handled", "replay_stripe_events"),
         (_mail_server_away, "E-mail", "does not let us in", "EMAIL_URL"),
         (_lock_file_missing, "Python", "could not be looked at", "bug"),

@@ -76,6 +76,7 @@ ROUTES: dict[str, tuple[str, str]] = {
     "admin/tokens/accounts/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/accounts/<int:user_id>/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/accounts/<int:user_id>/status/": ("405 405 405 405 405 405", "login 403 403 403 400 login"),
+    "admin/tokens/accounts/<int:user_id>/welcome-bonus/": ("405 405 405 405 405 405", "login 403 403 302 302 login"),
     "admin/tokens/audit/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/bulk/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
     "admin/tokens/bulk/new/": ("login 403 403 200 200 login", "login 403 403 400 400 login"),

@@ -13,8 +13,11 @@ from .system_settings import SettingChange, SystemSettings
 from .transaction import TokenTransaction
 from .usage import TokenUsage
 from .usage_hour import LedgerHour, RollUp, UsageDay, UsageHour
+from .welcome import BonusKey, BonusMark
 
 __all__ = [
+    "BonusKey",
+    "BonusMark",
     "BulkJob",
     "BulkJobRow",
     "Drift",

@@ -13,6 +13,14 @@ class AccountStatus(models.TextChoices):
     BLOCKED = "blocked", "Blocked"
 
 
+class WithheldBonus(models.TextChoices):
+    """Why an account got no welcome bonus when it was asked for."""
+
+    GIVEN_BEFORE = "given_before", "Given before to this mailbox"  # for good
+    WAITS = "waits", "Waits for an admin: a disposable address"
+    DISPOSABLE = "disposable", "None for a disposable address"
+
+
 class TokenAccount(models.Model):
     """One user's prepaid tokens. `balance`, `reserved`, `sequence`, the lifetime totals and a debt's status are
     written by billing/ledger.py alone (law 1)."""
@@ -69,6 +77,11 @@ class TokenAccount(models.Model):
     auto_recharge_retry_at = models.DateTimeField(null=True, blank=True)
     auto_recharge_last_outcome = models.CharField(max_length=200, blank=True, db_default="")
 
+    # Empty: the bonus was given, or nothing has been decided; the ledger knows which.
+    bonus_withheld = models.CharField(
+        "no welcome bonus", max_length=12, choices=WithheldBonus, blank=True, db_default=""
+    )
+
     created_at = created_at_field()
 
     class Meta:
@@ -76,6 +89,7 @@ class TokenAccount(models.Model):
             models.Index(fields=["status"], name="account_by_status"),
             # The few accounts that the auto-recharge sweep looks at.
             models.Index(fields=["id"], condition=Q(auto_recharge_enabled=True), name="account_auto_recharging"),
+            models.Index(fields=["id"], condition=Q(bonus_withheld=WithheldBonus.WAITS), name="account_bonus_waits"),
         ]
         constraints = [
             models.CheckConstraint(condition=Q(reserved__gte=0), name="account_reserved_not_negative"),
@@ -95,6 +109,9 @@ class TokenAccount(models.Model):
             ),
             choices_constraint("status", AccountStatus, "account_status_known"),
             choices_constraint("currency", Currency, "account_currency_known"),
+            models.CheckConstraint(
+                condition=Q(bonus_withheld__in=["", *WithheldBonus.values]), name="account_bonus_withheld_known"
+            ),
         ]
 
     def __str__(self) -> str:

@@ -4,7 +4,15 @@ from django.conf import settings
 from django.db import models
 from django.db.models import Q
 
-from .fields import created_at_field
+from .fields import choices_constraint, created_at_field
+
+
+class DisposableBonus(models.TextChoices):
+    """What becomes of the welcome bonus of somebody whose addresses are all disposable."""
+
+    WAIT = "wait", "An admin gives it"
+    NONE = "none", "There is none"
+    GIVE = "give", "It is given"
 
 
 class SystemSettings(models.Model):
@@ -23,6 +31,9 @@ class SystemSettings(models.Model):
     tokens_per_usd = models.DecimalField(max_digits=14, decimal_places=4, default=Decimal(10_000))
     minimum_purchase_cents = models.BigIntegerField("minimum purchase (cents)", default=500)
     welcome_bonus_tokens = models.BigIntegerField(default=10_000)
+    welcome_bonus_disposable = models.CharField(
+        "the bonus for disposable addresses", max_length=4, choices=DisposableBonus, default=DisposableBonus.WAIT
+    )
     low_balance_tokens = models.BigIntegerField("low balance up to (tokens)", default=1_000)
     critical_balance_tokens = models.BigIntegerField("critical balance below (tokens)", default=100)
     admin_grant_limit_tokens = models.BigIntegerField(
@@ -43,6 +54,7 @@ class SystemSettings(models.Model):
         verbose_name = verbose_name_plural = "system settings"
         constraints = [
             models.CheckConstraint(condition=Q(key="global"), name="settings_one_row"),
+            choices_constraint("welcome_bonus_disposable", DisposableBonus, "settings_disposable_bonus_known"),
             models.CheckConstraint(
                 condition=Q(
                     token_multiplier__gt=0,

@@ -22,7 +22,7 @@ from accounts.text import read_id
 from billing import accounts, grants, history, periods, settings_preview, system_settings
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
 from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
-from billing.models.account import AccountStatus
+from billing.models.account import AccountStatus, WithheldBonus
 from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
 from billing.tables import AccountLedgerTable
@@ -123,6 +123,20 @@ def account_status(request: SignedInRequest, user_id: int) -> HttpResponse:
     return redirect("dashboard:account", user_id)
 
 
+@require_POST
+@admin_required
+def give_bonus(request: SignedInRequest, user_id: int) -> HttpResponse:
+    """Give the welcome bonus that waits for an admin."""
+    person = _get_account(user_id).user
+    try:
+        grants.give_waiting_bonus(admin=request.user, user_id=user_id)
+    except grants.GrantError as error:
+        messages.error(request, error.message)
+    else:
+        messages.success(request, f"{person} has the welcome bonus now.")
+    return redirect("dashboard:account", user_id)
+
+
 def _get_account(user_id: int) -> TokenAccount:
     found = TokenAccount.objects.select_related("user", "workspace", "auto_recharge_package")
     return get_object_or_404(found, user_id=user_id)
@@ -151,6 +165,7 @@ def _render_account(
     open_requests = GrantRequest.objects.filter(account=account, state__in=GrantRequest.OPEN_STATES)
     context = {
         "account": account,
+        "bonus_waits": account.bonus_withheld == WithheldBonus.WAITS,
         "person": person,
         "is_anonymised": is_anonymised,
         "table": table,
@@ -336,8 +351,10 @@ def _render_requests(
         }
         for each in open_requests[:MAX_OPEN_REQUESTS]
     ]
+    bonuses = TokenAccount.objects.filter(bonus_withheld=WithheldBonus.WAITS).select_related("user").order_by("id")
     context = {
         "waiting": waiting,
+        "waiting_bonuses": bonuses[:ROWS_PER_PAGE],
         "changes": [(each, two_persons.may_decide(each, request.user)) for each in two_persons.list_open()],
         "change_refused": change_refused,
         "refused": refused,

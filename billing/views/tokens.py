@@ -4,6 +4,7 @@ from dataclasses import replace
 from email.utils import parseaddr
 from uuid import uuid4
 
+from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
@@ -19,7 +20,8 @@ from accounts.permissions import SignedInRequest
 from billing import gateway, history, ledger, packages, purchases, receipts, recharge, stats, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
 from billing.gateway import GatewayUnavailable
-from billing.models import Purchase, TokenUsage
+from billing.models import Purchase, TokenAccount, TokenUsage
+from billing.models.account import WithheldBonus
 from billing.models.fields import Currency
 from billing.tables import TransactionTable
 
@@ -52,6 +54,8 @@ def _render_home(
     averages = stats.average_tokens_by_operation(account)
     context = {
         "account": account,
+        "withheld_bonus": _withheld_bonus(account),
+        "contact_address": _contact_address(),
         "average_tokens_per_operation": stats.average_tokens_per_operation(account),
         "runway": stats.runway(account),
         "offers": [
@@ -77,6 +81,19 @@ def _render_home(
         ),
     }
     return render(request, "billing/tokens.html", context, status=status)
+
+
+def _withheld_bonus(account: TokenAccount) -> str:
+    """Why there is no welcome bonus; until it waits no more, or the first entry is there. Told to nobody who has not
+    shown that the mailbox is theirs: it says that somebody with it was here."""
+    is_told = account.bonus_withheld == WithheldBonus.WAITS or (account.bonus_withheld and not account.sequence)
+    if is_told and EmailAddress.objects.filter(user_id=account.user_id, verified=True).exists():
+        return account.bonus_withheld
+    return ""
+
+
+def _contact_address() -> str:
+    return parseaddr(settings.DEFAULT_FROM_EMAIL)[1]
 
 
 @require_GET
@@ -136,7 +153,7 @@ def _way_on(error: gateway.GatewayError) -> str:
         return "Your next click goes on where this one stopped."
     return (
         "Try again, or another package or amount. If it happens again, write to "
-        f"{parseaddr(settings.DEFAULT_FROM_EMAIL)[1]} and tell us when it was."
+        f"{_contact_address()} and tell us when it was."
     )
 
 

@@ -139,7 +139,7 @@ def test_bonus_waits_for_the_verified_address(
         response = sign_up(client)
     assert response["Location"] == reverse("account_email_verification_sent")
     user = User.objects.get()
-    assert not user.has_verified_email
+    assert not user.proven_addresses
     assert ledger.get_account(user_id=user.pk).balance == 0
     assert client.get(reverse("studio:home")).status_code == 302
 
@@ -151,7 +151,7 @@ def test_bonus_waits_for_the_verified_address(
     for _ in range(2):
         with run_on_commit():
             client.post(link)
-    assert user.has_verified_email
+    assert user.proven_addresses == {user.email}
     assert ledger.get_account(user_id=user.pk).balance == 10_000
     assert TokenTransaction.objects.count() == 1
 

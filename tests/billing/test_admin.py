@@ -28,6 +28,8 @@ from ai_ops.models import (
 )
 from billing import catalogue, ledger, system_settings, usage
 from billing.models import (
+    BonusKey,
+    BonusMark,
     ModelPrice,
     ModelPriceChange,
     Notification,
@@ -50,6 +52,8 @@ READ_ONLY = (
     TokenTransaction,
     TokenUsage,
     Purchase,
+    BonusMark,
+    BonusKey,
     StripeEvent,
     Notification,
     NotificationPreference,

@@ -52,7 +52,7 @@ def test_everybody_gets_an_account_and_the_bonus_once(alice: User, monkeypatch: 
     monkeypatch.setattr(initialize_accounts, "BATCH_USERS", 3)
     users = bring_in(8)
     assert initialize(dry_run=True) == (
-        "Accounts to open: 8. Welcome bonuses of 10,000 tokens to give: 8. "
+        "Accounts to open: 8. Welcome bonuses of 10,000 tokens to give at most: 8. "
         "Bonuses that wait until the e-mail address is verified: 0. Users: 9.\n"
     )
     assert TokenAccount.objects.count() == 1

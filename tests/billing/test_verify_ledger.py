@@ -335,6 +335,10 @@ TAMPERING: list[tuple[str, str]] = [
         "UPDATE billing_tokentransaction SET idempotency_key = 'welcome-bonus' WHERE type = 'admin_grant'",
     ),
     (
+        "An account whose welcome bonus is withheld has had none",
+        "UPDATE billing_tokenaccount SET bonus_withheld = 'waits' WHERE id = {idle}",
+    ),
+    (
         "Triggers refuse UPDATE, DELETE and TRUNCATE of the ledger and the audit log",
         "ALTER TABLE billing_tokentransaction DISABLE TRIGGER USER",
     ),

@@ -14,7 +14,7 @@ from django.db import connection
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger
+from billing import ledger, system_settings, welcome
 from billing.ledger import Operation, Posting
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools
@@ -194,6 +194,41 @@ def test_the_welcome_bonus_comes_once(make_user: MakeUser, settings: Settings) -
     assert TokenAccount.objects.get().balance == 10_000
     assert TokenTransaction.objects.get().type == "bonus"
     verify_ledger()
+
+
+def sign_ups_of_one_mailbox(settings: Settings) -> int:
+    """Twenty accounts, each with a spelling of one mailbox, ask for the bonus at the same moment; how many get it."""
+    # Whoever makes these two rows keeps all others waiting.
+    welcome.read_key()
+    system_settings.initialize_default_settings()
+    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
+    users = [User.objects.create_user(f"nora+{number}@example.com") for number in range(20)]
+    settings.ACCOUNT_EMAIL_VERIFICATION = "optional"
+    calls = [partial(ledger.initialize_account, user_id=user.pk) for user in users]
+    assert kinds(all_at_once(calls)) == {"TokenAccount": 20}
+    verify_ledger()
+    return TokenTransaction.objects.filter(type="bonus").count()
+
+
+def test_one_mailbox_has_one_bonus(seeded: None, settings: Settings) -> None:
+    """132: whichever spelling is first; the other nineteen are told that it was given before."""
+    assert sign_ups_of_one_mailbox(settings) == 1
+    assert TokenAccount.objects.filter(bonus_withheld="given_before").count() == 19
+
+
+def test_a_look_before_writing_is_not_enough(seeded: None, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: who looks first and writes then, without the unique digest between, gives several."""
+
+    def look_and_write(addresses: set[str]) -> bool:
+        is_new = not welcome.had_bonus(addresses)
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_sleep(0.1)")
+        claim(addresses)
+        return is_new
+
+    claim = welcome.claim
+    monkeypatch.setattr(welcome, "claim", look_and_write)
+    assert sign_ups_of_one_mailbox(settings) > 1
 
 
 def test_debits_and_credits_in_parallel_keep_the_chain(alice: User, bob: User) -> None:

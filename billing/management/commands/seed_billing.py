@@ -2,7 +2,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from billing import catalogue, packages, system_settings
+from billing import catalogue, packages, system_settings, welcome
 
 
 class Command(BaseCommand):
@@ -12,4 +12,5 @@ class Command(BaseCommand):
         system_settings.initialize_default_settings()
         new_packages = packages.seed_default_packages()
         new_models = catalogue.seed_default_models()
+        welcome.read_key()  # a SECRET_KEY that is new gets its copy while the old one is still there
         self.stdout.write(f"Settings are there; {new_packages} packages and {new_models} models were added.")
