@@ -24,7 +24,7 @@ from django.db.models import Max
 from django.utils import timezone
 
 from accounts.models import User
-from billing import catalogue, rollups, system_settings
+from billing import catalogue, rollups, system_settings, welcome
 from billing.ledger import WELCOME_BONUS_KEY
 from billing.models import ModelPrice, Purchase, TokenPricing, TokenUsage
 from billing.pricing import TokenPools, calculate_llm_billable_tokens
@@ -271,6 +271,7 @@ class History:
         joined = sorted(self.start + timedelta(seconds=span * self.random.random() ** 0.6) for _ in range(users))
         joined[: len(cast)] = [self.start] * len(cast)
         people = []
+        self.addresses: list[str] = []
         for number, joined_at in enumerate(joined):
             role = cast[number] if number < len(cast) else None
             pays = self.random.random() < 0.3 or role is not None
@@ -293,6 +294,7 @@ class History:
                 self._write_user(name, email, role.role, joined_at, role.password)
             else:
                 self._write_user(name, email, "user", joined_at)
+            self.addresses.append(email)
             workspace_id = self.tables.add(
                 "accounts_workspace", f"{user_id}\t{name.partition(' ')[0]}'s workspace\t{joined_at}"
             )
@@ -429,6 +431,8 @@ class History:
         self._do_what_is_due(self.end)
         self.tables.flush()
         self._write_accounts()
+        if self.settings.welcome_bonus_tokens:
+            welcome.remember(self.addresses)
         self.tables.set_sequences()
         yield self.tables.counts["billing_tokentransaction"]
 
