@@ -1,8 +1,7 @@
 """/accounts/data/ and /accounts/anonymise/: a person takes along what is theirs, or leaves."""
 
 from collections.abc import Callable
-from functools import wraps
-from tempfile import TemporaryFile
+from functools import partial, wraps
 from typing import Any
 
 from allauth.account.decorators import reauthentication_required
@@ -11,7 +10,7 @@ from django import forms
 from django.contrib import messages
 from django.contrib.auth import logout
 from django.contrib.auth.decorators import login_required
-from django.http import FileResponse, HttpResponse
+from django.http import HttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import redirect, render
 from django.utils import timezone
@@ -20,7 +19,7 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from accounts.permissions import SignedInRequest
 from ai_ops import own_data
-from billing import ledger
+from billing import ledger, outgoing
 from billing.own_data import NotNow
 
 CONFIRMATION = "anonymise me"
@@ -80,16 +79,9 @@ def download(request: SignedInRequest) -> HttpResponseBase:
     except own_data.TooManyDownloads as error:
         messages.error(request, error.message)
         return redirect("data-download")
-    # On the disk, not in memory; gone as soon as it is closed, which the answer does when it has been sent.
-    file = TemporaryFile()  # noqa: SIM115
-    try:
-        own_data.write_archive(request.user, file)
-        file.seek(0)
-    except BaseException:
-        file.close()
-        raise
     name = f"postmate-data-{timezone.localdate():%Y-%m-%d}.zip"
-    return FileResponse(file, as_attachment=True, filename=name, content_type="application/zip")
+    write = partial(own_data.write_archive, request.user)
+    return outgoing.send_new(request, write, filename=name, content_type="application/zip")
 
 
 @require_http_methods(["GET", "POST"])

@@ -14,7 +14,8 @@ from django.contrib.auth.decorators import login_required
 from django.contrib.auth.views import redirect_to_login
 from django.core.paginator import Paginator
 from django.db.models import Count
-from django.http import FileResponse, Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.template.loader import render_to_string
 from django.views.decorators.cache import cache_control
@@ -50,7 +51,7 @@ from ai_ops.models import (
 )
 from ai_ops.operations import Event, Events, OperationError, Replayed, Result, Started
 from ai_ops.providers import ProviderError, TextDelta
-from billing import catalogue, system_settings
+from billing import catalogue, outgoing, system_settings
 from billing.catalogue import CatalogueError
 from billing.database import in_thread
 from billing.ledger import IdempotencyConflict, InsufficientTokens, LedgerError
@@ -309,15 +310,19 @@ def image_batch(request: SignedInRequest, pk: int) -> HttpResponse:
 @require_GET
 @login_required
 @cache_control(private=True, max_age=31_536_000, immutable=True)
-def image_file(request: SignedInRequest, pk: int) -> FileResponse:
+def image_file(request: SignedInRequest, pk: int) -> HttpResponseBase:
     """The file of an image, to its author alone. It never changes."""
     image = get_object_or_404(GeneratedImage, pk=pk, batch__author=request.user)
     try:
-        file = image.file.open("rb")
+        return outgoing.send(
+            request,
+            image.file,
+            filename=f"postmate-{image.batch_id}-{image.position}.{operations.FILE_ENDINGS[image.media_type]}",
+            content_type=image.media_type,
+            as_attachment="download" in request.GET,
+        )
     except FileNotFoundError as error:
         raise Http404 from error
-    name = f"postmate-{image.batch_id}-{image.position}.{operations.FILE_ENDINGS[image.media_type]}"
-    return FileResponse(file, content_type=image.media_type, filename=name, as_attachment="download" in request.GET)
 
 
 def _page(request: HttpRequest, rows: Any) -> Any:

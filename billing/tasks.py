@@ -12,6 +12,7 @@ from billing import (
     grants,
     ledger,
     notifications,
+    outgoing,
     purchases,
     recharge,
     reconcile,
@@ -116,6 +117,11 @@ def sweep_bulk_jobs() -> int:
 @shared_task
 def export_finance() -> None:
     finance.export_missing()
+
+
+@shared_task
+def sweep_outgoing() -> int:
+    return outgoing.sweep_outgoing()
 
 
 @shared_task

@@ -247,6 +247,7 @@ def _proxy(ports: Ports) -> Process:
             **({"PROXY_BIND": "127.0.0.1"} if urlsplit(os.environ["SITE_URL"]).hostname == "localhost" else {}),
             "WEB_UPSTREAMS": to(ports.web),
             "LIVE_UPSTREAMS": to(ports.live),
+            "MEDIA_ROOT": os.environ.get("MEDIA_ROOT") or str(embedded.data_dir() / "media"),
             "XDG_DATA_HOME": str(embedded.data_dir()),
             "XDG_CONFIG_HOME": str(embedded.data_dir()),
         },

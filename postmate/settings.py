@@ -380,6 +380,7 @@ CELERY_TASK_ROUTES = {
     "billing.tasks.roll_up_usage": {"queue": "slow"},
     "billing.tasks.run_bulk_job": {"queue": "slow"},
     "billing.tasks.sweep_bulk_jobs": {"queue": "slow"},
+    "billing.tasks.sweep_outgoing": {"queue": "slow"},
     "billing.tasks.sweep_customers": {"queue": "slow"},
     "billing.tasks.tell_customer": {"queue": "slow"},
     "billing.tasks.tell_customers": {"queue": "slow"},
@@ -417,6 +418,7 @@ CELERY_BEAT_SCHEDULE = {
     },
     "erase anonymised people at Stripe": {"task": "billing.tasks.sweep_customers", "schedule": 600.0},
     "tell Stripe of new e-mail addresses and names": {"task": "billing.tasks.tell_customers", "schedule": 600.0},
+    "delete files that were sent": {"task": "billing.tasks.sweep_outgoing", "schedule": 300.0},
     "erase anonymised people's work": {"task": "ai_ops.tasks.sweep_content", "schedule": 600.0},
     # One that waited for its worker longer than that has a successor.
     "send e-mails": {

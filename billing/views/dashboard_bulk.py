@@ -5,13 +5,13 @@ from uuid import uuid4
 
 from django.contrib import messages
 from django.core.paginator import Paginator
-from django.http import HttpResponse, StreamingHttpResponse
+from django.http import HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import accounts, bulk, exports
+from billing import accounts, bulk, exports, outgoing
 from billing.accounts import AccountFilter
 from billing.forms import BulkForm
 from billing.models import BulkJob, BulkJobRow, GrantRequest
@@ -122,9 +122,6 @@ def job_export(request: SignedInRequest, pk: int) -> HttpResponse:
         actor=request.user,
         about=("bulk_job", job.pk),
     )
-    response = StreamingHttpResponse(
-        exports.csv_lines(bulk.exported_rows(job)),
-        content_type="text/csv; charset=utf-8",
-        headers={"Content-Disposition": f'attachment; filename="postmate-accounts-{job.pk}.csv"'},
-    )
+    rows = exports.csv_lines(bulk.exported_rows(job))
+    response = outgoing.send_lines(request, rows, filename=f"postmate-accounts-{job.pk}.csv")
     return cast(HttpResponse, response)

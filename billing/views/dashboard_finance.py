@@ -4,13 +4,13 @@ from datetime import date
 from typing import cast
 
 from django.core.paginator import Paginator
-from django.http import FileResponse, Http404, HttpResponse
+from django.http import Http404, HttpResponse
 from django.shortcuts import render
 from django.views.decorators.http import require_GET
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import finance
+from billing import finance, outgoing
 
 DAYS_PER_PAGE = 31
 
@@ -27,9 +27,13 @@ def home(request: SignedInRequest) -> HttpResponse:
 def file(request: SignedInRequest, day: str) -> HttpResponse:
     """A day's file. Each download is noted in the audit log before anything is sent."""
     try:
-        content = finance.path_of(date.fromisoformat(day)).open("rb")
+        response = outgoing.send(
+            request,
+            finance.path_of(date.fromisoformat(day)),
+            filename=f"postmate-{day}.zip",
+            content_type="application/zip",
+        )
     except (ValueError, FileNotFoundError):
         raise Http404 from None
     audit.write(action=audit.Action.EXPORT, summary=f"Downloaded the finance export of {day}", actor=request.user)
-    response = FileResponse(content, as_attachment=True, filename=f"postmate-{day}.zip", content_type="application/zip")
     return cast(HttpResponse, response)

@@ -3,14 +3,14 @@
 from typing import Any
 
 from django.contrib.auth.decorators import login_required
-from django.http import Http404, HttpResponse, HttpResponseBase, StreamingHttpResponse
+from django.http import Http404, HttpResponse, HttpResponseBase
 from django.shortcuts import redirect, render
 from django.urls import reverse
 from django.utils import timezone
 from django.views.decorators.http import require_GET
 
 from accounts.permissions import SignedInRequest
-from billing import exports, history, periods, statements
+from billing import exports, history, outgoing, periods, statements
 from billing.filters import TransactionFilter
 from billing.tables import TransactionTable
 
@@ -64,11 +64,7 @@ def export(request: SignedInRequest) -> HttpResponseBase:
     if not wanted.is_valid():
         return redirect(f"{reverse('tokens:history')}?{request.GET.urlencode()}")  # which says what is wrong
     name = f"postmate-history-{timezone.localdate().isoformat()}.csv"
-    return StreamingHttpResponse(
-        exports.export_transactions(wanted.selection),
-        content_type="text/csv; charset=utf-8",
-        headers={"Content-Disposition": f'attachment; filename="{name}"'},
-    )
+    return outgoing.send_lines(request, exports.export_transactions(wanted.selection), filename=name)
 
 
 @require_GET

@@ -1,11 +1,15 @@
-"""Who sends slowly, or never to the end, keeps nobody waiting but themselves (row 130)."""
+"""Who sends or reads slowly, or never to the end, keeps nobody waiting but themselves (rows 130 and 131)."""
 
+import hashlib
+import re
 import socket
 import ssl
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import httpx2
 import pytest
@@ -100,6 +104,7 @@ def another_proxy(production: Production, *changes: tuple[str, str]) -> Iterator
         "PROXY_BIND": "127.0.0.1",
         "WEB_UPSTREAMS": f"to 127.0.0.1:{first} 127.0.0.1:{first + 1}",
         "LIVE_UPSTREAMS": f"to 127.0.0.1:{first + 2} 127.0.0.1:{first + 3}",
+        "MEDIA_ROOT": str(production.directory / "media"),
         "XDG_DATA_HOME": str(production.directory),
         "XDG_CONFIG_HOME": str(production.directory),
     }
@@ -143,6 +148,102 @@ def test_without_the_buffer_they_hold_every_thread(production: Production) -> No
             assert not all(serves(production, production.port, seconds=3) for _ in range(5))
         wait_until(lambda: serves(production, production.port), "the processes are free again")
 
+
+@pytest.fixture(scope="module")
+def files(production: Production) -> dict[str, str]:
+    """Somebody's session, and where files of theirs are: one that lies there, larger than all buffers on the way
+    together, one that is written when it is asked for, and one that a form asks for."""
+    return dict(production.in_shell(MAKE_FILES))
+
+
+def taking(files: dict[str, str], port: int, path: str) -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost:{port}\r\nCookie: sessionid={files['session']}\r\n\r\n".encode()
+
+
+def test_a_page_is_answered_while_files_are_not_taken(production: Production, files: dict[str, str]) -> None:
+    """Each has its beginning and takes no more of it. Who does take it gets all of it, with what a browser needs."""
+    slow = [taking(files, production.port, files["image"])] * SENDERS + [
+        taking(files, production.port, files["export"])
+    ] * 4
+    with senders(production, production.port, *slow) as readers:
+        for reader in readers:
+            assert reader.recv(15).startswith(b"HTTP/1.1 200")
+        with production.http(timeout=20, cookies={"sessionid": files["session"]}) as http:
+            for path in ("/studio/", "/tokens/", "/live/balance/"):
+                with http.stream("GET", path) as answer:
+                    assert answer.status_code == 200
+            image = http.get(files["image"])
+            assert hashlib.sha256(image.content).hexdigest() == files["digest"]
+            assert image.headers["Content-Type"] == "image/png"
+            assert image.headers["X-Content-Type-Options"] == "nosniff"
+            assert image.headers["Cache-Control"] == "no-store, private"
+            export = http.get(files["export"])
+            assert export.headers["Content-Disposition"].startswith("attachment; filename=")
+            assert export.text.count("\n") == int(files["entries"]) + 1
+            page = http.get(files["form"]).text
+            [token] = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', page)[:1]
+            archive = http.post(
+                files["form"], data={"csrfmiddlewaretoken": token}, headers={"Referer": f"{production.url}/"}
+            )
+            assert archive.headers["Content-Type"] == "application/zip"
+            assert "X-Accel-Redirect" not in archive.headers
+            assert f"images/{files['name']}" in ZipFile(BytesIO(archive.content)).namelist()
+
+
+def test_without_the_proxys_help_they_hold_every_thread(production: Production, files: dict[str, str]) -> None:
+    """The control: a process that sends its files itself waits for those who take them."""
+    with another_proxy(production, ("header_up X-Sendfile-Type X-Accel-Redirect", "")) as port:
+        with senders(production, port, *[taking(files, port, files["image"])] * SENDERS):
+            assert not all(serves(production, production.port, seconds=3) for _ in range(5))
+        wait_until(lambda: serves(production, production.port), "the processes are free again")
+
+
+MAKE_FILES = r"""
+import hashlib, json, os
+from types import SimpleNamespace
+from allauth.account.internal.flows.login import record_authentication
+from django.core.files.base import ContentFile
+from django.db import connection
+from django.test import Client
+from accounts.models import User
+from ai_ops import operations
+from ai_ops.models import GeneratedImage, ImageBatch
+from billing import ledger
+user = User.objects.get_or_create(email="reader@example.com")[0]
+account = ledger.get_account(user_id=user.pk)
+entries = 20_000
+ledger.add_tokens(user_id=user.pk, tokens=1, type="bonus", description="Test", idempotency_key="test")
+account.refresh_from_db()
+with connection.cursor() as cursor:
+    cursor.execute(
+        "INSERT INTO billing_tokentransaction (account_id, user_id, workspace_id, sequence, type, amount,"
+        " balance_before, balance_after, description, created_at)"
+        " SELECT %s, %s, %s, %s + n, 'bonus', 1, %s + n - 1, %s + n, 'Number ' || n, clock_timestamp()"
+        " FROM generate_series(1, %s) AS n",
+        [account.pk, user.pk, account.workspace_id, account.sequence, account.balance, account.balance, entries],
+    )
+    cursor.execute(
+        "UPDATE billing_tokenaccount SET balance = balance + %s, sequence = sequence + %s,"
+        " lifetime_granted_tokens = lifetime_granted_tokens + %s WHERE id = %s",
+        [entries, entries, entries, account.pk],
+    )
+project = operations.get_project(user_id=user.pk, name="Slow")
+batch = ImageBatch.objects.create(project=project, author=user, prompt="Slow", size="1024x1024", count=1, state="ready")
+content = b"\x89PNG\r\n\x1a\n" + os.urandom(32 * 1024 * 1024)
+image = GeneratedImage.objects.create(
+    batch=batch, position=1, file=ContentFile(content, name="slow.png"), media_type="image/png"
+)
+client = Client()
+client.force_login(user)
+session = client.session
+record_authentication(SimpleNamespace(session=session), user, method="password", reauthenticated=True)
+session.save()
+print(json.dumps({
+    "session": session.session_key, "image": image.get_absolute_url(), "digest": hashlib.sha256(content).hexdigest(),
+    "name": f"{batch.pk}-1.png", "export": "/tokens/export.csv", "entries": str(account.sequence + entries),
+    "form": "/accounts/data/download/",
+}))
+"""
 
 SIGN_IN = """
 import json
