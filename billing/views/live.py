@@ -11,10 +11,9 @@ from django.views.decorators.http import require_GET
 from billing import ledger
 from billing.context_processors import BalanceBadge
 from billing.database import in_thread
-from billing.live import listener
+from billing.live import STREAM_SECONDS, listener
 
 KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies
-STREAM_SECONDS = 600  # then the browser asks anew, and whoever was signed out meanwhile is told to stop
 # At this event the page closes its stream; after any other end it would ask again for ever.
 CLOSED = "event: closed\ndata: -\n\n"
 
@@ -34,6 +33,7 @@ async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
 async def _badges(user_id: int) -> AsyncIterator[str]:
     ends_at = time.monotonic() + STREAM_SECONDS
     with listener.stream_of(user_id) as stream:
+        await listener.count(user_id, stream)
         while not listener.is_closed and time.monotonic() < ends_at:
             yield await listener.read_once(user_id, in_thread(_badge_event))
             while time.monotonic() < ends_at:

@@ -9,8 +9,10 @@ import httpx2
 from django.test import Client
 
 from accounts.models import User
-from billing import ledger, live
+from billing import ledger, live, redis_client
+from tests import servers
 from tests.ai_ops.studio import until
+from tests.environment import free_port
 from tests.servers import Server
 
 
@@ -37,26 +39,49 @@ class Reader(threading.Thread):
 
 
 def test_the_oldest_of_too_many_streams_is_told_to_close(web: Server, alice: User, bob: User) -> None:
-    """A page that is told so opens none anew; those of other people go on, and all that are left hear of a change."""
+    """In whichever process it is. A page that is told so opens none anew; those of other people go on, and all that are
+    left hear of a change. What a process counted that died is displaced first, and forgotten in time."""
     sessions = []
     for person in (alice, bob):
         client = Client()
         client.force_login(person)
         sessions.append(str(client.session.session_key))
-    [of_bob] = others = [Reader(web, sessions[1])]
-    until(of_bob.waits_for("event: balance"))
-    readers = []
-    for _ in range(live.STREAMS_PER_USER + 3):
-        readers.append(Reader(web, sessions[0]))
-        until(readers[-1].waits_for("event: balance"))
-    for reader in readers[:3]:
-        until(lambda reader=reader: not reader.is_alive())  # type: ignore[misc]
-        assert "event: closed" in reader.lines
-    for person in (alice, bob):
-        ledger.add_tokens(user_id=person.pk, tokens=5, type="bonus", description="Test", idempotency_key="five")
-    for reader in [*readers[3:], *others]:
-        until(reader.waits_for("10,005"))
-        assert "event: closed" not in reader.lines
+
+    def opened(server: Server, session: str, number: int = 1) -> list[Reader]:
+        readers = []
+        for _ in range(number):
+            readers.append(Reader(server, session))
+            until(readers[-1].waits_for("event: balance"))
+        return readers
+
+    def were_told(readers: list[Reader]) -> None:
+        for reader in readers:
+            until(lambda reader=reader: not reader.is_alive())  # type: ignore[misc]
+            assert "event: closed" in reader.lines
+
+    others = opened(web, sessions[1])
+    readers = opened(web, sessions[0], 2)
+    with servers.running_live(port=free_port()) as second:
+        readers += opened(second, sessions[0], 10)
+        readers += opened(web, sessions[0], live.STREAMS_PER_USER - 9)
+        were_told(readers[:3])
+        for person in (alice, bob):
+            ledger.add_tokens(user_id=person.pk, tokens=5, type="bonus", description="Test", idempotency_key="five")
+        for reader in [*readers[3:], *others]:
+            until(reader.waits_for("10,005"))
+            assert "event: closed" not in reader.lines
+        second.process.kill()
+        second.process.wait()
+    counted = redis_client.client().zcard(f"postmate:streams:{alice.pk}")
+    assert counted == live.STREAMS_PER_USER  # nine of them of the process that died
+    more = opened(web, sessions[0], 9)
+    assert all(reader.is_alive() for reader in [*readers[12:], *more])
+    were_told_before = set(readers[:12])
+    assert not any(reader.is_alive() for reader in were_told_before)
+    more += opened(web, sessions[0])
+    were_told([readers[12]])
+    for reader in [*readers[13:], *more]:
+        assert reader.is_alive()
 
 
 def test_a_change_is_read_once_for_all_streams_of_a_person_and_never_from_before_it() -> None:
