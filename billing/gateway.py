@@ -814,14 +814,21 @@ def verify_event(payload: bytes, signature_header: str) -> Event:
 
 
 def read_event(event: Mapping[str, Any]) -> Event:
-    """From an event's JSON, which has been verified. Raises KeyError, TypeError or ValueError on another shape."""
+    """From an event's JSON, which has been verified. A thin one names its object alone, and no version: the object is
+    to be asked for. Raises KeyError, TypeError or ValueError on another shape."""
+    is_thin = event.get("object") == "v2.core.event"
+    if is_thin:
+        related = event.get("related_object")  # a ping is about nothing
+        object = {"object": _text(related["type"]), "id": _text(related["id"])} if related else {}
+    else:
+        object = dict(event["data"]["object"])
     return Event(
         id=_text(event["id"]),
-        type=_text(event["type"]),
+        type=_text(event["type"]).removeprefix("v1.") if is_thin else _text(event["type"]),
         api_version=_text(event.get("api_version") or ""),
         livemode=event["livemode"] is True,
-        account=_text(event.get("account") or ""),
-        object=dict(event["data"]["object"]),
+        account=_text(event.get("context" if is_thin else "account") or ""),
+        object=object,
         payload=event,
     )
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
+from uuid import uuid4
 
 import pytest
 from django.conf import settings as project_settings
@@ -16,6 +17,7 @@ from billing import gateway, ledger, webhooks
 from billing.models import Purchase, StripeEvent, TokenAccount, TokenTransaction
 from tests.environment import WEBHOOK_SECRET
 from tests.payments import (
+    BONUS_TOKENS,
     ONE_STARTER,
     STARTER_TOKENS,
     begin_checkout,
@@ -343,6 +345,38 @@ def test_kinds_that_have_no_version(stripe: StripeStandIn, completed: dict[str, 
     event["data"]["object"] = {"object": kind, "id": id}
     assert deliver(event).status_code == 200
     assert state_of(event) == "processed"
+    assert TokenAccount.objects.get(user=alice).stripe_payment_method_id == ""
+
+
+def _thin(type: str, kind: str = "", id: str = "") -> dict[str, Any]:
+    """An event as an endpoint for thin ones gets it: no object, no version."""
+    return {
+        "id": f"evt_{uuid4().hex}",
+        "object": "v2.core.event",
+        "type": type,
+        "created": "2026-11-30T11:00:00.000Z",
+        "livemode": False,
+        "context": None,
+        "reason": None,
+        "related_object": {"id": id, "type": kind, "url": f"/v1/{kind}s/{id}"} if kind else None,
+    }
+
+
+def test_thin_events(stripe: StripeStandIn, completed: dict[str, Any], alice: User) -> None:
+    """18, 19: their object is asked for, or known by its id alone; what is about nothing of ours has no effect."""
+    paid = _thin(f"v1.{COMPLETED}", "checkout.session", completed["data"]["object"]["id"])
+    ping = _thin("v2.core.event_destination.ping")
+    of_another = paid | {"id": "evt_of_another", "context": "acct_another"}
+    for event, state in ((of_another, "aside"), (ping, "ignored"), (paid, "processed"), (completed, "processed")):
+        assert deliver(event).status_code == 200
+        assert state_of(event) == state
+    assert credits_of(alice) == ONE_STARTER
+    payment_id = event_of(stripe, SUCCEEDED)["data"]["object"]["id"]
+    opened = stripe.control(f"payments/{payment_id}/dispute")
+    assert deliver(_thin("v1.charge.dispute.created", "dispute", opened["id"])).status_code == 200
+    assert TokenAccount.objects.get(user=alice).balance == BONUS_TOKENS
+    TokenAccount.objects.filter(user=alice).update(stripe_payment_method_id="pm_old")
+    assert deliver(_thin("v1.payment_method.detached", "payment_method", "pm_old")).status_code == 200
     assert TokenAccount.objects.get(user=alice).stripe_payment_method_id == ""
 
 
