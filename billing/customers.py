@@ -69,7 +69,8 @@ def _note_told(account_id: int, customer_id: str, email: str, name: str) -> None
 def tell_changes(*, account_id: int) -> bool:
     """Tell Stripe the e-mail address and name that the account's owner has now. Returns whether it knows them.
 
-    Calls Stripe. Of two calls at once the later one may be overtaken; the sweep finds what differs.
+    Calls Stripe. Of two calls at once nobody knows which one Stripe has taken last: then it counts as untold, and the
+    sweep tells it anew.
     """
     account = TokenAccount.objects.select_related("user").get(pk=account_id)
     customer_id, email, name = account.stripe_customer_id, account.user.email, account.user.name
@@ -84,8 +85,12 @@ def tell_changes(*, account_id: int) -> bool:
     except gateway.GatewayError as error:
         logger.warning("Stripe was not told yet", account_id=account_id, error=error.__cause__ or error)
         return False
-    _note_told(account_id, customer_id, email, name)
-    return True
+    same_customer = TokenAccount.objects.filter(pk=account_id, stripe_customer_id=customer_id)
+    unchanged = same_customer.filter(stripe_email=account.stripe_email, stripe_name=account.stripe_name)
+    if unchanged.update(stripe_email=email, stripe_name=name):
+        return True
+    same_customer.update(stripe_email="", stripe_name="")
+    return False
 
 
 def sweep_changes(*, limit: int = 100) -> int:
@@ -147,7 +152,8 @@ def switch_off(*, account_id: int, reason: str, key: str) -> bool:
 
 
 def find_customers(account: TokenAccount) -> None:
-    """Note all customers at Stripe that were ever made for the account, while its e-mail address still finds them.
+    """Note all customers at Stripe that were ever made for the account: those that rows name, that its e-mail address
+    still finds, and that name the account, as one does whose making was not answered before the address changed.
 
     Calls Stripe. Raises GatewayError.
     """
@@ -160,6 +166,10 @@ def find_customers(account: TokenAccount) -> None:
                 # Those of before installations had names carry none.
                 if (customer.account_id, customer.installation or ours[1]) == ours:
                     named.add(customer.id)
+        try:
+            named |= {each.id for each in gateway.search_customers(account_id=account.pk, installation=ours[1])}
+        except gateway.GatewayRefused as error:  # not offered in every country
+            logger.warning("Customers were not searched", account_id=account.pk, error=error.__cause__)
     TokenAccount.objects.filter(pk=account.pk).update(stripe_customers_left=sorted(named))
 
 
@@ -180,8 +190,12 @@ def erase_customers(*, account_id: int) -> bool:
         cause = error.__cause__ or error
         logger.warning("A customer was not deleted at Stripe yet", account_id=account_id, error=cause)
         return False
-    anonymised.update(stripe_customer_id=None, stripe_customers_left=[])
-    return True
+    # A click that was under way when its owner left may have made another one meanwhile: the sweep deletes it.
+    return bool(
+        anonymised.filter(
+            stripe_customer_id=account.stripe_customer_id, stripe_customers_left=account.stripe_customers_left
+        ).update(stripe_customer_id=None, stripe_customers_left=[])
+    )
 
 
 def sweep_erased(*, limit: int = 100) -> int:

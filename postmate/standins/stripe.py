@@ -723,6 +723,21 @@ class Account:
         self.emit("customer.deleted", found)
         return self.store.put({"id": customer, "object": "customer", "deleted": True})
 
+    def search_customers(self, params: Params) -> Object:
+        """GET /v1/customers/search: by metadata that all match exactly, and by nothing else."""
+        clauses = [re.fullmatch(r"metadata\['([^']+)'\]:'([^']*)'", each) for each in params["query"].split(" AND ")]
+        if not all(clauses):
+            raise unsupported("query")
+        wanted = {clause[1]: clause[2] for clause in clauses if clause}
+        found = [each for each in self.store.find("customer") if wanted.items() <= (each.get("metadata") or {}).items()]
+        return {
+            "object": "search_result",
+            "url": "/v1/customers/search",
+            "has_more": False,
+            "next_page": None,
+            "data": found,
+        }
+
     def list_customer_methods(self, params: Params, customer: str) -> Object:
         """GET /v1/customers/{id}/payment_methods."""
         self.load("customer", customer)
@@ -1574,6 +1589,7 @@ OPERATIONS = [
         ),
         ("POST", "/v1/customers", p.CustomerCreateParams, Account.create_customer),
         ("GET", "/v1/customers", p.CustomerListParams, listing("customer", "email")),
+        ("GET", "/v1/customers/search", p.CustomerSearchParams, Account.search_customers),
         ("GET", "/v1/customers/{id}", p.CustomerRetrieveParams, retrieve("customer")),
         ("POST", "/v1/customers/{id}", p.CustomerUpdateParams, Account.update_customer),
         ("DELETE", "/v1/customers/{id}", p.CustomerDeleteParams, Account.delete_customer),

@@ -303,6 +303,69 @@ def test_what_changes_here_is_told_to_stripe(
     assert tasks.tell_customers() == 0
 
 
+@pytest.mark.parametrize("is_made_again", [True, False])
+def test_none_is_left_at_an_address_of_before(
+    stripe: StripeStandIn, buyer: Client, alice: User, impatient: None, *, is_made_again: bool
+) -> None:
+    """28: made at Stripe, not answered, and then the address changed."""
+    stripe.control("faults", kind="timeout_after", path_prefix="/v1/customers", count=3, seconds=3)
+    buyer.post("/tokens/checkout/", checkout_form())
+    stripe.control("faults/clear")
+    alice.email = "alice@new.example.com"
+    alice.save(update_fields=["email"])
+    tasks.tell_customers()
+    assert (len(at_stripe()), account_of(alice).stripe_customer_id) == (1, None)
+    if is_made_again:
+        begin_checkout(buyer)
+        assert len(at_stripe("alice@new.example.com")) == 1
+    own_data.anonymize_user(user_id=alice.pk)
+    tasks.sweep_customers()
+    assert [*at_stripe(), *at_stripe("alice@new.example.com")] == []
+
+
+def test_made_while_the_others_are_deleted(
+    stripe: StripeStandIn, bought: Purchase, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28: a click that was under way when its owner left stores its customer just then."""
+    own_data.anonymize_user(user_id=alice.pk)
+    delete = gateway.delete_customer
+
+    def delete_while_one_is_made(customer_id: str) -> None:
+        delete(customer_id)
+        monkeypatch.undo()
+        late = gateway.create_customer(
+            email="alice@example.com", name="", account_id=1, installation="x", idempotency_key="late"
+        )
+        TokenAccount.objects.filter(user=alice).update(stripe_customer_id=late)
+
+    monkeypatch.setattr(gateway, "delete_customer", delete_while_one_is_made)
+    assert tasks.sweep_customers() == 0
+    assert len(at_stripe()) == 1
+    assert tasks.sweep_customers() == 1
+    assert at_stripe() == []
+
+
+def test_the_address_that_is_last_here_is_last_at_stripe(
+    stripe: StripeStandIn, bought: Purchase, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """28: changed twice, and the first one arrives at Stripe last and is noted first: it is told anew."""
+    pk, tell = account_of(alice).pk, gateway.update_customer
+
+    def tell_and_be_overtaken(customer_id: str, *, email: str, name: str) -> None:
+        monkeypatch.undo()
+        tell(customer_id, email=email, name=name)
+        User.objects.filter(pk=alice.pk).update(email="one@example.com")  # what the first call has read
+        customers.tell_changes(account_id=pk)
+        User.objects.filter(pk=alice.pk).update(email="two@example.com")
+
+    User.objects.filter(pk=alice.pk).update(email="two@example.com")
+    monkeypatch.setattr(gateway, "update_customer", tell_and_be_overtaken)
+    customers.tell_changes(account_id=pk)
+    assert at_stripe("one@example.com") == [account_of(alice).stripe_customer_id]
+    assert tasks.tell_customers() == 1
+    assert at_stripe("two@example.com") == [account_of(alice).stripe_customer_id]
+
+
 def test_a_customer_after_a_fault(stripe: StripeStandIn, buyer: Client) -> None:
     """27: Stripe would repeat its fault for a day: the next click has a new key."""
     stripe.control("faults", kind="500", path_prefix="/v1/customers", count=1)
