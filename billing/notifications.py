@@ -37,11 +37,14 @@ from billing.pricing import display_price
 
 logger = structlog.get_logger(__name__)
 
-# The account does not work as its owner set it up, and only they can mend it.
+# The account does not work as its owner set it up, or somebody set it up, and only they can mend it.
 ALWAYS_EMAILED = (
     Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
     Kind.AUTO_RECHARGE_SWITCHED_OFF,
     Kind.ACCOUNT_STATUS_CHANGED,
+    # Whoever sits in a stolen session is not to be able to keep it from them.
+    Kind.AUTO_RECHARGE_SWITCHED_ON,
+    Kind.SAVED_CARD_CHANGED,
 )
 FOR_ADMINS = (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED, Kind.PROVIDER_REFUSES_US)
 
@@ -158,6 +161,42 @@ def auto_recharge_switched_off(account: TokenAccount, *, reason: str, key: str) 
         ),
         link=_tokens_page("auto-recharge"),
         action="Look at auto-recharge",
+    )
+
+
+NOT_YOU = "If this was not you, switch it off, change your password and write to us."
+
+
+def auto_recharge_switched_on(account: TokenAccount, *, key: str) -> None:
+    """Somebody signed in as the account's owner has switched auto-recharge on, or changed it. `key` names the save."""
+    card = _card_of(account)
+    cap_cents = account.auto_recharge_monthly_cap_cents
+    limit = f"for at most {display_price(cap_cents, account.currency)} a month" if cap_cents else "without a limit"
+    _notify(
+        user_id=account.user_id,
+        kind=Kind.AUTO_RECHARGE_SWITCHED_ON,
+        key=key,
+        title="Auto-recharge is on",
+        body=(
+            f"When fewer than {_tokens(account.auto_recharge_threshold_tokens)} are available, we buy "
+            f"{account.auto_recharge_terms} with {f'your card, {card}' if card else 'your saved card'}, {limit}. "
+            f"{NOT_YOU}"
+        ),
+        link=_tokens_page("auto-recharge"),
+        action="Look at auto-recharge",
+    )
+
+
+def saved_card_changed(account: TokenAccount) -> None:
+    """The card that auto-recharge charges was replaced at Stripe."""
+    _notify(
+        user_id=account.user_id,
+        kind=Kind.SAVED_CARD_CHANGED,
+        key=account.stripe_payment_method_id,
+        title="Your saved card was replaced",
+        body=f"Auto-recharge, where it is on, now charges {_card_of(account)}. {NOT_YOU}",
+        link=_tokens_page("auto-recharge"),
+        action="Look at your card",
     )
 
 

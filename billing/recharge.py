@@ -85,18 +85,23 @@ def update_auto_recharge(
     `monthly_cap_cents` in a calendar month (UTC). The package's tokens and price of now are what they agree to.
 
     Raises ValidationError naming each wrong field; then nothing is changed. Switching it off lets a charge under way
-    come to its end (row 38). Switched on below the threshold, it recharges at once.
+    come to its end (row 38). Switched on below the threshold, it recharges at once. The owner is told of what is on.
     """
     with transaction.atomic():
         account = TokenAccount.objects.select_for_update().get(user_id=user_id)
-        package = packages.get_package_by_id(package_id) if package_id is not None else None
-        if errors := _setting_errors(account, enabled, threshold_tokens, package, monthly_cap_cents):
-            raise ValidationError(errors)
+        package = check_settings(
+            account,
+            enabled=enabled,
+            threshold_tokens=threshold_tokens,
+            package_id=package_id,
+            monthly_cap_cents=monthly_cap_cents,
+        )
         is_new = (enabled, package_id, monthly_cap_cents) != (
             account.auto_recharge_enabled,
             account.auto_recharge_package_id,
             account.auto_recharge_monthly_cap_cents,
         )
+        is_changed = is_new or threshold_tokens != account.auto_recharge_threshold_tokens
         account.auto_recharge_enabled = enabled
         account.auto_recharge_threshold_tokens = threshold_tokens
         account.auto_recharge_package = package
@@ -115,18 +120,23 @@ def update_auto_recharge(
                 "auto_recharge_failures", "auto_recharge_retry_at", "auto_recharge_last_outcome",
             ]
         )  # fmt: skip
+        if enabled and is_changed:
+            notifications.auto_recharge_switched_on(account, key=database.now().isoformat())
         if enabled and account.available < threshold_tokens:
             enqueue_on_commit("billing.tasks.auto_recharge", user_id)
     return account
 
 
-def _setting_errors(
+def check_settings(
     account: TokenAccount,
+    *,
     enabled: bool,
     threshold_tokens: int,
-    package: TokenPricing | None,
-    monthly_cap_cents: int | None,
-) -> dict[str, str]:
+    package_id: int | None,
+    monthly_cap_cents: int | None = None,
+) -> TokenPricing | None:
+    """The package of settings that can be saved. Raises ValidationError naming each wrong field."""
+    package = packages.get_package_by_id(package_id) if package_id is not None else None
     errors = {}
     price_cents = package.price_cents(account.currency) if package and package.is_active else None
     if enabled and not account.stripe_payment_method_id:
@@ -146,7 +156,9 @@ def _setting_errors(
         errors["monthly_cap_cents"] = (
             f"The package costs {display_price(price_cents, account.currency)}: with a lower limit it is never bought."
         )
-    return errors
+    if errors:
+        raise ValidationError(errors)
+    return package
 
 
 def why_no_card(account: TokenAccount) -> str:
@@ -721,7 +733,11 @@ def refresh_card(*, user_id: int) -> None:
     if card is None:
         customers.forget_card(payment_method_id=account.stripe_payment_method_id)
     else:
-        _keep_card(account.pk, card)
+        with transaction.atomic():
+            _keep_card(account.pk, card)
+            was, account = account.stripe_payment_method_id, TokenAccount.objects.get(pk=account.pk)
+            if was not in ("", account.stripe_payment_method_id):
+                notifications.saved_card_changed(account)
 
 
 def open_card_page(*, user_id: int, return_url: str) -> str:

@@ -16,6 +16,8 @@ class NotificationKind(models.TextChoices):
     AUTO_RECHARGE_FAILED = "auto_recharge_failed", "An auto-recharge payment failed"
     AUTO_RECHARGE_NEEDS_CONFIRMATION = "auto_recharge_needs_confirmation", "The bank wants a payment confirmed"
     AUTO_RECHARGE_SWITCHED_OFF = "auto_recharge_switched_off", "Auto-recharge was switched off"
+    AUTO_RECHARGE_SWITCHED_ON = "auto_recharge_switched_on", "Auto-recharge was switched on or changed"
+    SAVED_CARD_CHANGED = "saved_card_changed", "Your saved card was replaced"
     LOW_BALANCE = "low_balance", "The balance is running low"
     CRITICAL_BALANCE = "critical_balance", "The balance is almost used up"
     GRANT_RECEIVED = "grant_received", "Somebody gave you tokens"

@@ -4,6 +4,7 @@ from dataclasses import replace
 from email.utils import parseaddr
 from uuid import uuid4
 
+from allauth.account.decorators import reauthentication_required
 from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.contrib import messages
@@ -198,6 +199,12 @@ def _to_recharge_panel() -> HttpResponse:
     return redirect(reverse("tokens:home") + "#auto-recharge")
 
 
+@reauthentication_required  # type: ignore[untyped-decorator]
+def _require_password(request: SignedInRequest) -> None:
+    """A session alone, which may be stolen, spends nobody's money: unless the password was given lately, this leads to
+    where it is asked for, and from there back to the same request."""
+
+
 @require_POST
 @login_required
 def auto_recharge(request: SignedInRequest) -> HttpResponse:
@@ -205,6 +212,9 @@ def auto_recharge(request: SignedInRequest) -> HttpResponse:
     form = AutoRechargeForm(request.POST, account=account)
     if form.is_valid():
         try:
+            if form.cleaned_data["enabled"]:
+                recharge.check_settings(account, **form.cleaned_data)  # before the password is asked for
+                _require_password(request)
             account = recharge.update_auto_recharge(user_id=request.user.pk, **form.cleaned_data)
         except ValidationError as error:
             form.add_error(None, error)
@@ -224,6 +234,7 @@ def card(request: SignedInRequest) -> HttpResponse:
     if request.method == "GET":
         recharge.refresh_card(user_id=request.user.pk)
         return _to_recharge_panel()
+    _require_password(request)
     try:
         url = recharge.open_card_page(
             user_id=request.user.pk, return_url=f"{settings.SITE_URL}{reverse('tokens:card')}"

@@ -13,7 +13,7 @@ from accounts.models import User
 from ai_ops import own_data
 from billing import customers, gateway, purchases, recharge, reconcile, tasks
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
-from tests.conftest import MakeUser
+from tests.conftest import MakeUser, show_password
 from tests.payments import (
     ONE_STARTER,
     begin_checkout,
@@ -120,6 +120,7 @@ def test_a_price_that_stripe_has_otherwise(
 
 def test_a_forgotten_customer_has_no_card(bought: Purchase, buyer: Client, alice: User) -> None:
     """37: Stripe's page for the card, and looking the card up, forget them, too."""
+    show_password(buyer)
     for ask in (
         lambda: buyer.post("/tokens/card/", follow=True),
         lambda: recharge.refresh_card(user_id=alice.pk),

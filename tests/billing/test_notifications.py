@@ -85,6 +85,8 @@ def tell_everything(user: User) -> None:
     notifications.auto_recharge_failed(recharge, retry_at=NOW)
     notifications.auto_recharge_needs_confirmation(recharge)
     notifications.auto_recharge_switched_off(account, reason=f"Declined by {NASTY}", key="1")
+    notifications.auto_recharge_switched_on(account, key="1")
+    notifications.saved_card_changed(account)
     notifications.low_balance(account, key="1")
     notifications.critical_balance(account, key="1")
     notifications.grant_received(account, tokens=5_000, reason=NASTY, key="1")
@@ -803,6 +805,8 @@ def test_choosing_the_emails(signed_in: Client, alice: User) -> None:
         "low_balance",
         "auto_recharge_needs_confirmation",
         "auto_recharge_switched_off",
+        "auto_recharge_switched_on",
+        "saved_card_changed",
         "account_status_changed",
     }
     assert not NotificationPreference.objects.filter(kind__in=["weekly_summary", "no_such_kind"]).exists()

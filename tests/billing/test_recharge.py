@@ -24,11 +24,11 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import database, gateway, ledger, own_data, packages, recharge, reconcile, tasks
+from billing import database, gateway, ledger, notifications, own_data, packages, recharge, reconcile, tasks
 from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.pricing import TokenPools
-from tests.conftest import MakeUser
+from tests.conftest import PASSWORD, MakeUser, show_password
 from tests.environment import BILLING_SECRET
 from tests.payments import (
     BONUS_TOKENS,
@@ -73,6 +73,7 @@ def prepare(stripe: StripeStandIn, client: Client, alice: User) -> Prepare:
 
     def prepare(card: str = GOOD, *, cap_cents: int | None = None, spend: bool = True) -> User:
         client.force_login(alice)
+        show_password(client)
         purchase = begin_checkout(client)
         stripe.pay(purchase.checkout_url, card)
         if card == NEEDS_OWNER:
@@ -597,6 +598,7 @@ def portal(stripe: StripeStandIn, client: Client) -> str:
 def replace_card(stripe: StripeStandIn, user: User) -> None:
     client = Client()
     client.force_login(user)
+    show_password(client)
     stripe.post(portal(stripe, client), data={"test_card": GOOD}, follow_redirects=False)
 
 
@@ -637,6 +639,7 @@ def test_card_changed(prepare: Prepare, stripe: StripeStandIn, client: Client) -
     assert client.get(reverse("tokens:card"))["Location"] == "/tokens/#auto-recharge"
     account = account_of(alice)
     assert (account.card_brand, account.card_last4, account.auto_recharge_enabled) == ("mastercard", "4444", True)
+    assert told("saved_card_changed") == 1
     form = {"action": "remove", "payment_method": before.stripe_payment_method_id}
     stripe.post(portal(stripe, client), data=form, follow_redirects=False)
     deliver(event_of(stripe, "payment_method.detached"))
@@ -988,8 +991,40 @@ def test_nobody_agrees_to_a_price_that_they_have_not_seen(prepare: Prepare, clie
     assert account_of(alice).auto_recharge_price_cents == 9_900
 
 
+def test_a_stolen_session_charges_no_card(prepare: Prepare, stripe: StripeStandIn) -> None:
+    """69: on, changed, or to Stripe's page of the card only after the password; off at once. Its owner reads of it,
+    whatever they have muted, and the request goes on where it stopped."""
+    alice = prepare(spend=False)
+    recharge.update_auto_recharge(user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk)
+    notifications.update_emailed_kinds(alice, kinds=[])
+    was_told = told("auto_recharge_switched_on")
+    stolen = Client()
+    stolen.force_login(alice)  # no password was given in it
+    asked = save(stolen, threshold_tokens="2500")
+    assert asked["Location"].startswith(reverse("account_reauthenticate"))
+    assert stolen.post(reverse("tokens:card"))["Location"].startswith(reverse("account_reauthenticate"))
+    assert not account_of(alice).auto_recharge_enabled
+    assert save(stolen, threshold_tokens="0").status_code == 400  # what is wrong is said first
+
+    save(stolen, threshold_tokens="2500")
+    answer = stolen.post(asked["Location"], {"password": PASSWORD, "next": reverse("tokens:auto-recharge")})
+    assert answer["Location"] == "/tokens/#auto-recharge"
+    assert (account_of(alice).auto_recharge_enabled, account_of(alice).auto_recharge_threshold_tokens) == (True, 2_500)
+    save(stolen, threshold_tokens="2500")
+    assert told("auto_recharge_switched_on") == was_told + 1
+    notice = Notification.objects.filter(kind="auto_recharge_switched_on").latest("pk")
+    assert notice.email_wanted
+    assert "150,000 tokens for $15.00 with your card, Visa ending in 4242, without a limit" in notice.body
+
+    later = Client()
+    later.force_login(alice)
+    assert save(later, enabled="").status_code == 302
+    assert not account_of(alice).auto_recharge_enabled
+
+
 def test_a_card_is_needed(client: Client, alice: User) -> None:
     client.force_login(alice)
+    show_password(client)
     answer = save(client)
     assert answer.status_code == 400
     assert "There is no saved card yet." in answer.content.decode()

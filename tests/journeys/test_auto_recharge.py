@@ -10,6 +10,7 @@ from billing import ledger, tasks
 from billing.models import Purchase, TokenAccount
 from billing.pricing import TokenPools
 from tests.journeys.conftest import OpenContext, shoot, sign_in
+from tests.journeys.test_api_keys import confirm_password
 from tests.journeys.test_buying import buy_starter, expect_paid, pay
 
 
@@ -56,6 +57,7 @@ def test_switched_on_and_recharged(alice: User, open_context: OpenContext, scrip
     page.get_by_label("When fewer tokens than this are available").fill("2000")
     page.get_by_label("Most to spend in a month").fill("40")
     page.get_by_role("button", name="Save", exact=True).click()
+    confirm_password(page)
     expect(page.get_by_text("Saved. Auto-recharge is on: 150,000 tokens for $15.00.")).to_be_visible()
     shoot(page, f"recharge-on-{scripts}")
     spend_all(alice)
@@ -74,6 +76,7 @@ def test_the_bank_wants_to_see_the_owner(alice: User, page: Page) -> None:
     panel_of(page)
     page.get_by_label("Buy tokens automatically").check()
     page.get_by_role("button", name="Save", exact=True).click()
+    confirm_password(page)
     spend_all(alice)
     tasks.auto_recharge(alice.pk)
     panel_of(page)
@@ -92,6 +95,7 @@ def test_a_card_that_is_declined(alice: User, page: Page) -> None:
     panel_of(page)
     page.get_by_label("Buy tokens automatically").check()
     page.get_by_role("button", name="Save", exact=True).click()
+    confirm_password(page)
     spend_all(alice)
     tasks.auto_recharge(alice.pk)
     panel_of(page)
