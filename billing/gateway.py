@@ -592,6 +592,15 @@ def list_disputes(*, since: datetime) -> Iterator[Dispute]:
     )
 
 
+def list_fraud_warnings(*, since: datetime) -> Iterator[FraudWarning]:
+    """All early fraud warnings made since, newest first. Raises GatewayError while it is read."""
+    not_before = int(since.timestamp())
+    return _listed(
+        lambda: _client().v1.radar.early_fraud_warnings.list({"created": {"gte": not_before}, "limit": 100}),
+        lambda warning: read_fraud_warning(_with_warned_payment(warning)),
+    )
+
+
 def _listed(request: Callable[[], Any], read: Callable[[Mapping[str, Any]], Result]) -> Iterator[Result]:
     pages = _call(lambda: request().auto_paging_iter())
     while (each := _call(lambda: next(pages, None))) is not None:
@@ -647,11 +656,15 @@ def with_warned_payment(event: Event) -> Event:
 
     Raises GatewayError.
     """
-    payment_intent_id = _id_of(_with_payment(event.object).get("payment_intent"))
+    return replace(event, object=_with_warned_payment(event.object))
+
+
+def _with_warned_payment(warning: Mapping[str, Any]) -> Mapping[str, Any]:
+    payment_intent_id = _id_of(_with_payment(warning).get("payment_intent"))
     if not payment_intent_id:
-        return event
+        return warning
     payment = _call(lambda: _client().v1.payment_intents.retrieve(payment_intent_id)).to_dict()
-    return replace(event, object={**event.object, "payment_intent": payment})
+    return {**warning, "payment_intent": payment}
 
 
 def with_refunds(event: Event) -> Event:

@@ -755,9 +755,14 @@ def open_card_page(*, user_id: int, return_url: str) -> str:
         return ""
 
 
-def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> None:
+def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> bool:
     """A bank says that the card's owner knows nothing of a locked purchase: nothing is charged by itself any more, and
-    the card is not kept for it, whoever switches it on again. In the caller's transaction; `key` names the warning."""
+    the card is not kept for it, whoever switches it on again. In the caller's transaction; `key` names the warning.
+
+    Returns whether that is news: told again, it does not touch another card that its owner has charged since.
+    """
+    if "distrusted_card" in purchase.metadata:
+        return False
     purchase.metadata = {**purchase.metadata, "distrusted_card": payment_method_id}
     purchase.save(update_fields=["metadata"])
     reason = "Your bank reported a payment as made without your consent."
@@ -765,6 +770,7 @@ def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> No
     TokenAccount.objects.filter(pk=purchase.account_id, stripe_payment_method_id=payment_method_id).exclude(
         stripe_payment_method_id=""
     ).update(stripe_payment_method_id="", card_brand="", card_last4="")
+    return True
 
 
 def update_card(card: gateway.SavedCard) -> None:

@@ -17,7 +17,7 @@ from django.utils import timezone
 from accounts import audit
 from accounts.models import User
 from accounts.text import read_id
-from billing import gateway, purchases, refunds
+from billing import gateway, purchases, recharge, refunds
 from billing.gateway import Dispute, PaymentIntent, Refund
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
 from billing.pricing import display_price
@@ -52,7 +52,8 @@ class Report:
 
 
 def reconcile(*, since: datetime) -> Report:
-    """Walk Stripe's refunds, disputes and payments made since, and what of ours is still open, and compare.
+    """Walk Stripe's payments, refunds, disputes and fraud warnings made since, and what of ours is still open, and
+    compare.
 
     Payments of other products on the same Stripe account are passed over. Calls Stripe, so never call it inside a
     transaction. May run twice at once. Raises GatewayError when Stripe cannot be read; what was applied stays.
@@ -61,6 +62,7 @@ def reconcile(*, since: datetime) -> Report:
     walk.payments()
     walk.purchases_paid_here()
     walk.reversals()  # after the credits, which tell whose they are
+    walk.warnings()
     walk.close_what_is_mended()
     return walk.report
 
@@ -128,6 +130,22 @@ class _Walk:
             amount = display_price(picture.amount_cents, picture.currency)
             description = f"{kind.capitalize()} of {amount} is {picture.status.replace('_', ' ')} at Stripe, not here."
             self.heals(f"{kind}_{picture.status}", picture.id, description, reversal)
+
+    # --- Fraud warnings ---
+
+    def warnings(self) -> None:
+        for warning in gateway.list_fraud_warnings(since=self.since):
+            if warning.payment is None:
+                continue
+            try:
+                with transaction.atomic():
+                    purchase = purchases.lock_purchase_behind(warning.payment)
+                    is_news = recharge.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
+            except purchases.PurchaseNotFound:
+                continue  # another product's
+            if is_news:
+                description = f"The card's bank warns of fraud in {purchase.price_display} ({warning.fraud_type})."
+                self.heals("fraud_warning", warning.id, description, purchase)
 
     # --- Payments ---
 

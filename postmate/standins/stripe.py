@@ -1629,6 +1629,12 @@ OPERATIONS = [
         ("POST", "/v1/disputes/{id}/close", p.DisputeCloseParams, Account.close_dispute),
         (
             "GET",
+            "/v1/radar/early_fraud_warnings",
+            p.radar.EarlyFraudWarningListParams,
+            listing("radar.early_fraud_warning", "charge", "payment_intent"),
+        ),
+        (
+            "GET",
             "/v1/radar/early_fraud_warnings/{id}",
             p.radar.EarlyFraudWarningRetrieveParams,
             retrieve("radar.early_fraud_warning"),

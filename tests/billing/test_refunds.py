@@ -667,6 +667,24 @@ def test_a_card_that_its_bank_warned_of(
     assert account.card_last4 != "4444"
 
 
+def test_a_warning_whose_event_was_lost(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
+    """17, 29: reconciliation finds it, once: another card that its owner charges since is not touched."""
+    tasks.remember_card(bought.pk)
+    switch_auto_recharge_on(alice)
+    stripe.control(f"payments/{bought.stripe_payment_intent_id}/warn")
+    account = TokenAccount.objects.get(user=alice)
+    for kinds in (["fraud_warning"], []):
+        report = reconcile.reconcile(since=timezone.now() - timedelta(days=1))
+        assert [drift.kind for drift in report.healed] == kinds
+        account.refresh_from_db()
+        assert (account.auto_recharge_enabled, account.card_last4) == ((False, "") if kinds else (True, "4444"))
+        TokenAccount.objects.filter(user=alice).update(stripe_payment_method_id="pm_new", card_last4="4444")
+        switch_auto_recharge_on(alice)
+    deliver_all([event_of(stripe, "radar.early_fraud_warning.created")])
+    account.refresh_from_db()
+    assert account.auto_recharge_enabled
+
+
 def test_promotion_code(stripe: StripeStandIn, buyer: Client, alice: User, settings: Settings) -> None:
     """41: refunds are parts of what was paid, not of the price: all of it back takes all the tokens."""
     purchase = buy(stripe, buyer)
