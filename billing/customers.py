@@ -23,12 +23,23 @@ def update_stripe_customer(*, user_id: int, stripe_customer_id: str) -> None:
 def ensure_customer(account: TokenAccount) -> str:
     """The id of the account's customer at Stripe, made if there is none.
 
-    Two tabs that make one at once send the same key, and get the same customer. Calls Stripe: never inside a
-    transaction (law 7). Raises GatewayError; after one that Stripe would repeat for a day the next call has a new key.
+    Two tabs that make one at once send the same key, and get the same customer. One whose e-mail address Stripe does
+    not take has none there: its page asks for one. Calls Stripe: never inside a transaction (law 7). Raises
+    GatewayError; after one that Stripe would repeat for a day the next call has a new key.
     """
     if account.stripe_customer_id:
         return account.stripe_customer_id
-    email, name = account.user.email, account.user.name
+    try:
+        return _make_customer(account, account.user.email)
+    except gateway.GatewayRefused as error:
+        if error.parameter != "email":
+            raise
+        account.refresh_from_db(fields=["stripe_customer_tries"])
+        return _make_customer(account, "")
+
+
+def _make_customer(account: TokenAccount, email: str) -> str:
+    name = account.user.name
     installation = Installation.read_name()
     tries = account.stripe_customer_tries
     same_try = TokenAccount.objects.filter(pk=account.pk, stripe_customer_tries=tries)
@@ -46,7 +57,7 @@ def ensure_customer(account: TokenAccount) -> str:
     update_stripe_customer(user_id=account.user_id, stripe_customer_id=customer_id)
     account.refresh_from_db(fields=["stripe_customer_id"])
     if account.stripe_customer_id == customer_id:
-        _note_told(account.pk, customer_id, email, name)
+        _note_told(account.pk, customer_id, account.user.email, name)
     else:
         # Another key, after a fault: theirs stays, and nobody has been sent anywhere with ours.
         logger.warning("A second customer was made at Stripe", account_id=account.pk)
@@ -78,7 +89,13 @@ def tell_changes(*, account_id: int) -> bool:
     if not customer_id or is_told or account.status_reason == TokenAccount.ANONYMISED:
         return True
     try:
-        gateway.update_customer(customer_id, email=email, name=name)
+        try:
+            gateway.update_customer(customer_id, email=email, name=name)
+        except gateway.GatewayRefused as error:
+            if error.parameter != "email":
+                raise
+            # One that Stripe does not take: no receipt is better than one at the address of before.
+            gateway.update_customer(customer_id, email="", name=name)
     except gateway.GatewayMissing:
         forget_customer(customer_id=customer_id)
         return True
@@ -161,15 +178,16 @@ def find_customers(account: TokenAccount) -> None:
     named = set(purchases.filter(metadata__has_key="customer_id").values_list("metadata__customer_id", flat=True))
     if account.stripe_customer_id or named or purchases.exists():
         ours = (str(account.pk), Installation.read_name())
-        for email in {account.user.email, account.stripe_email} - {""}:
-            for customer in gateway.list_customers(email=email):
+        addresses = {account.user.email, account.stripe_email} - {""}
+        for found in (
+            *(gateway.list_customers(email=email) for email in addresses),
+            gateway.search_customers(account_id=account.pk, installation=ours[1]),
+        ):
+            try:
                 # Those of before installations had names carry none.
-                if (customer.account_id, customer.installation or ours[1]) == ours:
-                    named.add(customer.id)
-        try:
-            named |= {each.id for each in gateway.search_customers(account_id=account.pk, installation=ours[1])}
-        except gateway.GatewayRefused as error:  # not offered in every country
-            logger.warning("Customers were not searched", account_id=account.pk, error=error.__cause__)
+                named |= {each.id for each in found if (each.account_id, each.installation or ours[1]) == ours}
+            except gateway.GatewayRefused as error:  # no address to Stripe, or a search not offered in every country
+                logger.warning("Customers were not looked up", account_id=account.pk, error=error.__cause__)
     TokenAccount.objects.filter(pk=account.pk).update(stripe_customers_left=sorted(named))
 
 

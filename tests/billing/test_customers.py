@@ -367,6 +367,24 @@ def test_the_address_that_is_last_here_is_last_at_stripe(
     assert at_stripe("two@example.com") == [account_of(alice).stripe_customer_id]
 
 
+def test_an_address_that_stripe_does_not_take(stripe: StripeStandIn, buyer: Client, alice: User) -> None:
+    """27, 28: its owner buys all the same, at the same click; nothing is told for ever, and none is left."""
+    User.objects.filter(pk=alice.pk).update(email="alice@exämple.com")
+    purchase = buy(stripe, buyer)
+    assert deliver(event_of(stripe, COMPLETED)).status_code == 200
+    assert purchase_state(purchase) == "paid"
+    customer_id = str(account_of(alice).stripe_customer_id)
+    assert gateway._client().v1.customers.retrieve(customer_id).email is None
+    assert tasks.tell_customers() == 0
+    for address, at_theirs in (("alice@new.example.com", "alice@new.example.com"), ("alice@nëw.example.com", None)):
+        User.objects.filter(pk=alice.pk).update(email=address)
+        assert (tasks.tell_customers(), tasks.tell_customers()) == (1, 0)
+        assert gateway._client().v1.customers.retrieve(customer_id).email == at_theirs
+    own_data.anonymize_user(user_id=alice.pk)
+    tasks.sweep_customers()
+    assert gateway._client().v1.customers.retrieve(customer_id).to_dict()["deleted"]
+
+
 def test_a_customer_after_a_fault(stripe: StripeStandIn, buyer: Client) -> None:
     """27: Stripe would repeat its fault for a day: the next click has a new key."""
     stripe.control("faults", kind="500", path_prefix="/v1/customers", count=1)
