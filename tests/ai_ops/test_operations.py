@@ -441,6 +441,30 @@ def test_text_ends_cleanly_when_the_balance_does_and_goes_on_after_a_top_up(
 
 
 @pytest.mark.usefixtures("no_thinking")
+def test_an_extended_operation_has_noted_what_all_its_calls_use(make_user: MakeUser, ai: Server) -> None:
+    """Row 50: should a crash cut the second call, the row keeps what the first one used and this one reads."""
+    nora = make_user("nora", tokens=600)
+    request = DraftRequest("Noted", "Tea.", "Letters", "openai", "gpt-6-luna", "neutral", "long")
+    noted: list[TokenUsage] = []
+
+    async def read() -> None:
+        async for event in operations.generate_draft(user_id=nora.pk, request=request, idempotency_key="noted-use"):
+            if isinstance(event, operations.Started):
+                top_up = partial(ledger.add_tokens, user_id=nora.pk, tokens=9_000, type="bonus", description="Test")
+                await in_thread(top_up)(idempotency_key="top-up")
+            if not isinstance(event, Finished):
+                noted.append(await in_thread(TokenUsage.objects.latest)("id"))
+
+    asyncio.run(read())
+    first, last, end = noted[0], noted[-1], TokenUsage.objects.latest("id")
+    assert (first.status, last.status, first.is_estimated, last.is_estimated) == (*["reserved"] * 2, True, True)
+    assert first.provider_cost_microusd > first.output_tokens == 0
+    assert 2 * first.input_tokens < last.input_tokens
+    assert 0 < last.output_tokens < end.output_tokens
+    assert first.provider_cost_microusd < last.provider_cost_microusd < end.provider_cost_microusd
+
+
+@pytest.mark.usefixtures("no_thinking")
 def test_failure_after_an_extension_costs_what_came_before_it(
     make_user: MakeUser, settings: Settings, ai: Server
 ) -> None:
