@@ -228,11 +228,11 @@ def _handle_once(row: StripeEvent, event: Event, *, unknown: str = "") -> Stripe
     if row.state in DONE:
         return row
     # Sent in several versions, or changed on its way to one that can be read: this delivery counts, also for a replay.
-    row.payload, row.api_version = delivered.payload, delivered.api_version
+    row.payload, row.api_version, row.livemode = delivered.payload, delivered.api_version, delivered.livemode
     row.state, row.message = _aside(event, unknown) if unknown else _handle(event)
     row.attempts += 1
     row.processed_at = timezone.now()
-    row.save(update_fields=["payload", "api_version", "state", "message", "attempts", "processed_at"])
+    row.save(update_fields=["payload", "api_version", "livemode", "state", "message", "attempts", "processed_at"])
     return row
 
 

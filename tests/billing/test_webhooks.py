@@ -317,8 +317,10 @@ def test_kept_aside_is_not_the_end(
 ) -> None:
     """19: first in a shape that cannot be read, then as it can be: the later delivery counts, and so does a replay."""
     unreadable = changed(completed, {"object": "checkout.session.v2"}, api_version="2030-01-01")
-    assert deliver(unreadable).status_code == 200
-    assert state_of(unreadable) == "aside"
+    for first in (unreadable | {"livemode": True}, unreadable):
+        assert deliver(first).status_code == 200
+        assert state_of(first) == "aside"
+        assert StripeEvent.objects.get(event_id=first["id"]).livemode == first["livemode"]
     assert deliver(completed | {"id": unreadable["id"]}).status_code == 200
     assert state_of(unreadable) == "processed"
     assert credits_of(alice) == ONE_STARTER
