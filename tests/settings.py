@@ -10,3 +10,7 @@ class CheapArgon2PasswordHasher(Argon2PasswordHasher):
 
 
 PASSWORD_HASHERS = ["tests.settings.CheapArgon2PasswordHasher"]
+
+# A browser asks once for each file, as in production.
+WHITENOISE_AUTOREFRESH = False
+WHITENOISE_MAX_AGE = 3600

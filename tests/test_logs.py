@@ -156,7 +156,7 @@ def test_ids_are_in_the_log_and_secrets_are_not(
     assert provider["request_id"]
     charged = log.one(event="An operation ended", account_id=account.pk, user_id=alice.pk)
     assert charged["billed_tokens"] > 0
-    assert log.one(event="Stripe has forgotten an id", purchase_id=other.pk)["error_request_id"]
+    assert log.one(event="Stripe refused an id of ours", purchase_id=other.pk)["error_request_id"]
     credited = log.one(event="A purchase was credited", purchase_id=bought.pk, account_id=account.pk)
     assert credited["request_id"] == request_id
     done = worker_log.one(event="task_succeeded", task="billing.tasks.remember_card", request_id=request_id)

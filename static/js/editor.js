@@ -56,6 +56,7 @@
   function putBack() {
     const kept = JSON.parse(sessionStorage.getItem(KEPT));
     if (!kept || "isUnsaved" in editor.dataset || kept.text === text.value) return;
+    if (text.value !== text.defaultValue) return; // typed into this page before its scripts were there
     if (kept.saved !== text.defaultValue) {
       // Changed elsewhere since: saving will say so.
       editor.dataset.isUnsaved = "";
