@@ -13,9 +13,9 @@ import structlog
 from django.db import models, transaction
 from django.db.models.functions import Now
 
-from accounts.locks import lock_until_commit
 from accounts.models import AuditEntry, User
-from accounts.text import one_line, read_id
+from kit.locks import lock_until_commit
+from kit.text import one_line, read_id
 
 Outcome = AuditEntry.Outcome
 

@@ -6,7 +6,7 @@ from django.db import connection, transaction
 
 from accounts import audit
 from accounts.models import ROLE_CHANGE_IS_WRITTEN, ChangeRequest, User
-from accounts.refusal import Refusal
+from kit.refusal import Refusal
 
 RANKS = (User.Role.USER, User.Role.ADMIN, User.Role.SUPERADMIN)
 

@@ -14,9 +14,9 @@ from django.db.models import QuerySet
 from django.db.models.functions import Now
 
 from accounts import audit, roles
-from accounts.locks import lock_until_commit
 from accounts.models import ChangeRequest, User
-from accounts.refusal import Refusal
+from kit.locks import lock_until_commit
+from kit.refusal import Refusal
 
 State = ChangeRequest.State
 LIFETIME = timedelta(days=14)

@@ -32,12 +32,13 @@ from ai_ops.providers import (
     TextEnd,
 )
 from ai_ops.providers.counts import Counted, Said, count_call
-from billing import after_debit, catalogue, counters, ledger, notifications, pricing, rollups, usage
+from billing import after_debit, catalogue, ledger, notifications, pricing, rollups, usage
 from billing.catalogue import CatalogueError
-from billing.database import DATABASE_AWAY, in_thread
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
 from billing.models import ModelPrice, TokenAccount, TokenUsage
 from billing.pricing import TokenPools
+from kit import counters
+from kit.database import DATABASE_AWAY, in_thread
 
 logger = structlog.get_logger(__name__)
 

@@ -22,7 +22,6 @@ from django.db import transaction
 from django.db.models import Q
 
 from accounts.models import Workspace
-from accounts.refusal import Refusal
 from ai_ops import counting, metering, prompts
 from ai_ops.metering import Ask, Finished, Quote
 from ai_ops.models import (
@@ -37,9 +36,11 @@ from ai_ops.models import (
     ResultState,
 )
 from ai_ops.providers import Images, Message, TextDelta
-from billing import catalogue, database, ledger
-from billing.database import in_thread, repeated_after_conflicts
+from billing import catalogue, ledger
 from billing.models import TokenUsage
+from kit import database
+from kit.database import in_thread, repeated_after_conflicts
+from kit.refusal import Refusal
 
 CHAT_ANSWER_TOKENS = 1_200
 CHAT_HISTORY_TOKENS = 3_000  # of what was said before, so that the welcome bonus pays for a turn; the rest is left out

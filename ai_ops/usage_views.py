@@ -13,17 +13,18 @@ from django.views.decorators.http import require_GET
 
 from accounts.models import User
 from accounts.permissions import SignedInRequest
-from accounts.text import read_id
 from ai_ops import operations
 from ai_ops.models import Project
 from ai_ops.tables import UsageTable
-from billing import periods, pricing, stats
+from billing import pricing, stats
 from billing.charts import BUCKET_LABELS, Chart, Table, bucket_head, bucket_labels, number_or_dash, percent
 from billing.models import ModelPrice, TokenTransaction, TokenUsage
 from billing.models.fields import Provider
-from billing.periods import InvalidPeriod, Period
 from billing.stats import BucketName, Dimension, Figures, UsageGroup
 from billing.usage import UnknownCursor, get_user_usage
+from kit import periods
+from kit.periods import InvalidPeriod, Period
+from kit.text import read_id
 
 DEFAULT_PERIOD = "30d"
 LOG_PAGE = 25

@@ -22,7 +22,6 @@ from django.views.decorators.cache import cache_control
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from accounts.text import read_id
 from ai_ops import metering, operations, prompts, providers
 from ai_ops.forms import (
     IMAGE_SIZES,
@@ -51,11 +50,13 @@ from ai_ops.models import (
 )
 from ai_ops.operations import Event, Events, OperationError, Replayed, Result, Started
 from ai_ops.providers import ProviderError, TextDelta
-from billing import catalogue, outgoing, system_settings
+from billing import catalogue, system_settings
 from billing.catalogue import CatalogueError
-from billing.database import in_thread
 from billing.ledger import IdempotencyConflict, InsufficientTokens, LedgerError
 from billing.models import ModelPrice, TokenUsage
+from kit import outgoing
+from kit.database import in_thread
+from kit.text import read_id
 
 REFUSALS = (LedgerError, CatalogueError, OperationError)
 PAGE_SIZE = 24

@@ -12,12 +12,12 @@ from django.db.models.functions import Coalesce
 
 from accounts import audit, roles
 from accounts.models import User
-from accounts.refusal import Refusal
-from accounts.text import one_line, read_id
 from billing import notifications, system_settings
 from billing.models import Purchase, SystemSettings, TokenAccount
 from billing.models.account import AccountStatus as Status
 from billing.models.fields import ClockTimestamp
+from kit.refusal import Refusal
+from kit.text import one_line, read_id
 
 MAX_REASON_LENGTH = 200
 RESERVED_REASONS = (TokenAccount.DEBT, TokenAccount.ANONYMISED)

@@ -7,9 +7,9 @@ import structlog
 from django.db import transaction
 
 from billing import notifications, system_settings
-from billing.background import enqueue_on_commit
 from billing.ledger import Posting
 from billing.models import TokenAccount
+from kit.on_commit import enqueue_on_commit
 
 logger = structlog.get_logger(__name__)
 

@@ -14,15 +14,15 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from accounts.refusal import Refusal
 from billing import accounts, grants
 from billing.accounts import AccountFilter
-from billing.background import enqueue_on_commit
-from billing.database import repeated_after_conflicts
 from billing.models import BulkJob, BulkJobRow, GrantRequest, TokenAccount
 from billing.models.bulk_job import BulkKind as Kind
 from billing.models.bulk_job import BulkRowState as RowState
 from billing.models.bulk_job import BulkState as State
+from kit.database import repeated_after_conflicts
+from kit.on_commit import enqueue_on_commit
+from kit.refusal import Refusal
 
 ROWS_PER_TASK = 200  # then the worker is free for other tasks
 MAX_ROWS = 200_000

@@ -18,11 +18,11 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from accounts.refusal import Refusal
 from billing import pricing
 from billing.models import ModelPrice, ModelPriceChange, SystemSettings
 from billing.models.model_price import PriceChangeSource
 from billing.pricing import TokenPools
+from kit.refusal import Refusal
 
 PRICE_FIELDS = tuple(field.name for field in ModelPrice._meta.concrete_fields if field.name not in ("id", "updated_at"))
 # What a row is about. Usage and its costs name it for ever, so another model is another row.

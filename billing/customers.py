@@ -8,9 +8,9 @@ from django.db import transaction
 from django.db.models import F, Q, QuerySet
 
 from billing import gateway, notifications
-from billing.database import repeated_after_conflicts
 from billing.models import Installation, Purchase, TokenAccount
 from billing.models.installation import stripe_key
+from kit.database import repeated_after_conflicts
 
 logger = structlog.get_logger(__name__)
 

@@ -17,9 +17,9 @@ from django.db import connection, transaction
 from django.db.models import Case, Count, F, Q, Sum, When
 
 from billing import rollups, stats, system_settings
-from billing.database import one_snapshot
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
 from billing.stats import BucketName
+from kit.database import one_snapshot
 
 BEGINNING = datetime(1990, 1, 1, tzinfo=UTC)  # of everything there is to count
 MAX_TIMED_OPERATIONS = 20_000  # whose durations are sorted: measured at 30 ms

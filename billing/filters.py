@@ -7,8 +7,9 @@ from django import forms
 from django.db.models import QuerySet
 from django.http import QueryDict
 
-from billing import history, periods
+from billing import history
 from billing.models import TokenTransaction
+from kit import periods
 
 DEFAULT_PERIOD = "all"
 

@@ -21,12 +21,13 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 from django.conf import settings
 from django.db.models import Min
 
-from billing import dashboard_stats, database
+from billing import dashboard_stats
 from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow
-from billing.database import one_snapshot
 from billing.exports import Cell, csv_lines
 from billing.models import PaymentReversal, TokenAccount, TokenTransaction
-from billing.periods import midnight
+from kit import database
+from kit.database import one_snapshot
+from kit.periods import midnight
 
 Type = TokenTransaction.Type
 

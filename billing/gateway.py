@@ -17,7 +17,7 @@ import stripe
 from django.conf import settings
 from stripe.params.checkout import SessionCreateParams, SessionCreateParamsLineItem
 
-from accounts.refusal import Refusal
+from kit.refusal import Refusal
 
 API_VERSION: str = stripe.api_version
 SIGNATURE_TOLERANCE_SECONDS = 300

@@ -19,17 +19,18 @@ from django.utils import timezone
 
 from accounts import audit, roles
 from accounts.audit import Action
-from accounts.locks import lock_until_commit
 from accounts.models import User
-from accounts.refusal import Refusal
-from accounts.text import one_line
-from billing import database, ledger, notifications, system_settings
-from billing.database import repeated_after_conflicts
+from billing import ledger, notifications, system_settings
 from billing.models import GrantRequest, SystemSettings, TokenAccount, TokenTransaction
 from billing.models.account import WithheldBonus
 from billing.models.fields import ClockTimestamp
 from billing.models.grant_request import GrantKind as Kind
 from billing.models.grant_request import GrantState as State
+from kit import database
+from kit.database import repeated_after_conflicts
+from kit.locks import lock_until_commit
+from kit.refusal import Refusal
+from kit.text import one_line
 
 MAX_REASON_LENGTH = 500
 LIMIT_SPAN = timedelta(hours=24)

@@ -13,9 +13,9 @@ from typing import Any
 
 from django.db.models import Count, Q, QuerySet, Sum, prefetch_related_objects
 
-from accounts.text import read_id
 from billing import ledger
 from billing.models import TokenAccount, TokenTransaction
+from kit.text import read_id
 
 Type = TokenTransaction.Type
 

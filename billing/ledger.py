@@ -25,9 +25,7 @@ from psycopg.rows import namedtuple_row
 
 from accounts import mailboxes
 from accounts.models import User, Workspace
-from accounts.refusal import Refusal
 from billing import live, system_settings, welcome
-from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.system_settings import DisposableBonus
@@ -36,6 +34,8 @@ from billing.pricing import (
     calculate_image_billable_tokens,
     calculate_llm_billable_tokens,
 )
+from kit.database import DATABASE_AWAY, repeated_after_conflicts
+from kit.refusal import Refusal
 
 logger = structlog.get_logger(__name__)
 

@@ -17,8 +17,8 @@ import redis.asyncio
 import structlog
 from django.conf import settings
 
-from billing import redis_client
-from billing.database import in_thread
+from kit import redis_client
+from kit.database import in_thread
 
 logger = structlog.get_logger(__name__)
 Result = TypeVar("Result")

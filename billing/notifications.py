@@ -21,7 +21,6 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from accounts.text import one_line
 from accounts.time_zones import zone_of
 from billing.models import (
     Notification,
@@ -34,6 +33,7 @@ from billing.models import (
 )
 from billing.models.notification import NotificationKind as Kind
 from billing.pricing import display_price
+from kit.text import one_line
 
 logger = structlog.get_logger(__name__)
 

@@ -7,9 +7,7 @@ import structlog
 from django.utils import timezone
 
 from accounts.models import User
-from accounts.refusal import Refusal
 from billing import customers, gateway, ledger, purchases, welcome
-from billing.background import enqueue_on_commit
 from billing.models import (
     Notification,
     NotificationPreference,
@@ -19,6 +17,8 @@ from billing.models import (
     TokenTransaction,
     TokenUsage,
 )
+from kit.on_commit import enqueue_on_commit
+from kit.refusal import Refusal
 
 logger = structlog.get_logger(__name__)
 

@@ -16,15 +16,16 @@ from django.db import IntegrityError, transaction
 from django.db.models import F, Max, Q
 from django.urls import reverse
 
-from accounts.locks import lock_until_commit
-from accounts.refusal import Refusal
-from billing import customers, database, gateway, ledger, notifications, packages, refunds, system_settings
-from billing.background import enqueue_on_commit
-from billing.database import repeated_after_conflicts
+from billing import customers, gateway, ledger, notifications, packages, refunds, system_settings
 from billing.gateway import AskAgain, Asked, CheckoutSession, PaymentIntent
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.models.fields import Currency
 from billing.pricing import display_price, tokens_for_cents
+from kit import database
+from kit.database import repeated_after_conflicts
+from kit.locks import lock_until_commit
+from kit.on_commit import enqueue_on_commit
+from kit.refusal import Refusal
 
 logger = structlog.get_logger(__name__)
 

@@ -8,7 +8,7 @@ from django.utils import timezone
 from billing.models import PaymentReversal, Purchase
 
 if TYPE_CHECKING:
-    from billing.pdf import Document
+    from kit.pdf import Document
 
 
 def number_of(purchase: Purchase) -> str:
@@ -19,7 +19,7 @@ def number_of(purchase: Purchase) -> str:
 def render_receipt(purchase: Purchase) -> bytes:
     """The receipt of a paid purchase that has its number: who sold, who paid, how, what for, how much, which tax, and
     what of it went back since."""
-    from billing.pdf import Document  # half a second, for those alone who print
+    from kit.pdf import Document  # half a second, for those alone who print
 
     paid_at = timezone.localtime(purchase.paid_at or purchase.created_at)
     title = f"Receipt {number_of(purchase)}"

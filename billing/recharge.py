@@ -18,10 +18,8 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
-from billing import customers, database, gateway, notifications, packages, purchases
-from billing.background import enqueue_on_commit
+from billing import customers, gateway, notifications, packages, purchases
 from billing.customers import switch_off
-from billing.database import repeated_after_conflicts
 from billing.gateway import (
     Asked,
     CardDeclined,
@@ -36,6 +34,9 @@ from billing.gateway import (
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.pricing import display_price
 from billing.purchases import claim, set_state
+from kit import database
+from kit.database import repeated_after_conflicts
+from kit.on_commit import enqueue_on_commit
 
 logger = structlog.get_logger(__name__)
 

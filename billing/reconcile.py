@@ -16,11 +16,11 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from accounts.text import read_id
 from billing import gateway, purchases, recharge, refunds
 from billing.gateway import Dispute, PaymentIntent, Refund
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
 from billing.pricing import display_price
+from kit.text import read_id
 
 logger = structlog.get_logger(__name__)
 

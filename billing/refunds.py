@@ -19,15 +19,16 @@ from django.db.models import Count, Sum
 from django.utils import timezone
 
 from accounts import audit, roles
-from accounts.locks import lock_until_commit
 from accounts.models import User
-from accounts.refusal import Refusal
-from accounts.text import read_id
-from billing import database, gateway, ledger, notifications
-from billing.database import repeated_after_conflicts
+from billing import gateway, ledger, notifications
 from billing.gateway import AskAgain, Asked, Dispute, Held, Refund
 from billing.models import Installation, PaymentReversal, Purchase, TokenAccount, TokenTransaction
 from billing.models.installation import stripe_key
+from kit import database
+from kit.database import repeated_after_conflicts
+from kit.locks import lock_until_commit
+from kit.refusal import Refusal
+from kit.text import read_id
 
 logger = structlog.get_logger(__name__)
 

@@ -12,8 +12,8 @@ from django.dispatch import receiver
 
 from accounts.models import User
 from billing import ledger
-from billing.background import enqueue_on_commit
 from billing.models import TokenAccount
+from kit.on_commit import enqueue_on_commit
 
 
 @receiver(post_save, sender=User)

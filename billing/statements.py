@@ -17,10 +17,10 @@ from django.utils.formats import date_format
 from accounts.models import User
 from billing import history, ledger
 from billing.models import TokenTransaction
-from billing.periods import add_months, midnight
+from kit.periods import add_months, midnight
 
 if TYPE_CHECKING:
-    from billing.pdf import Document
+    from kit.pdf import Document
 
 Type = TokenTransaction.Type
 
@@ -194,7 +194,7 @@ def _daily_lines(selection: history.Selection) -> list[Line]:
 
 def render_statement(statement: Statement, *, user: User, written_at: datetime) -> bytes:
     """The statement as a PDF."""
-    from billing.pdf import GREY, Document  # half a second, for those alone who print
+    from kit.pdf import GREY, Document  # half a second, for those alone who print
 
     zone = timezone.get_current_timezone_name()
     pdf = Document(title=statement.title, subtitle=statement.title, written_at=written_at)
@@ -227,7 +227,7 @@ def render_statement(statement: Statement, *, user: User, written_at: datetime) 
 
 
 def _render_lines(pdf: "Document", statement: Statement) -> None:
-    from billing.pdf import RULE
+    from kit.pdf import RULE
 
     pdf.set_font("DejaVu", "", 9)
     pdf.set_draw_color(*RULE)

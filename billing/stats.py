@@ -14,7 +14,7 @@ from django.db.models import Avg, Count, DateTimeField, F, Func, IntegerField, Q
 from django.utils import timezone
 
 from billing.models import TokenAccount, TokenUsage
-from billing.periods import add_months, midnight
+from kit.periods import add_months, midnight
 
 RECENT_OPERATIONS = 100
 

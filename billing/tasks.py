@@ -12,7 +12,6 @@ from billing import (
     grants,
     ledger,
     notifications,
-    outgoing,
     purchases,
     recharge,
     reconcile,
@@ -22,6 +21,7 @@ from billing import (
     verification,
 )
 from billing.gateway import GatewayError
+from kit import outgoing
 
 
 @shared_task

@@ -14,11 +14,11 @@ import structlog
 from django.apps import apps
 from django.db import connection
 
-from billing import redis_client
-from billing.database import one_snapshot
 from billing.ledger import WELCOME_BONUS_KEY
 from billing.models import PaymentReversal
 from billing.rollups import RAW_USAGE_SUMS, USAGE_DIMENSIONS, USAGE_SUMS
+from kit import redis_client
+from kit.database import one_snapshot
 
 logger = structlog.get_logger(__name__)
 

@@ -15,9 +15,9 @@ from django.utils import timezone
 from accounts import audit
 from accounts.models import User
 from billing import customers, gateway, purchases, recharge, refunds
-from billing.database import DATABASE_AWAY, repeated_after_conflicts
 from billing.gateway import AskAgain, Event, GatewayMissing, GatewayRefused
 from billing.models import StripeEvent
+from kit.database import DATABASE_AWAY, repeated_after_conflicts
 
 logger = structlog.get_logger(__name__)
 

@@ -18,8 +18,8 @@ from django.conf import settings
 from django.db import connection, models, transaction
 
 from accounts import mailboxes
-from accounts.locks import lock_until_commit
 from billing.models import BonusKey, BonusMark
+from kit.locks import lock_until_commit
 
 logger = structlog.get_logger(__name__)
 

@@ -30,8 +30,8 @@ from django.db.migrations.executor import MigrationExecutor
 from django.db.migrations.recorder import MigrationRecorder
 
 from billing import ledger, verification
-from billing.database import one_snapshot
 from billing.models import RollUp
+from kit.database import one_snapshot
 from postmate import embedded
 
 NAME_PATTERN = "postmate-*.tar"

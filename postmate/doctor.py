@@ -37,7 +37,7 @@ from packaging.requirements import Requirement
 
 from accounts.models import User
 from ai_ops import providers
-from billing import finance, gateway, redis_client, webhooks, welcome
+from billing import finance, gateway, webhooks, welcome
 from billing.models import (
     Drift,
     ModelPrice,
@@ -53,6 +53,7 @@ from billing.models import (
 from billing.models.account import WithheldBonus
 from billing.models.fields import Provider
 from billing.verification import verify
+from kit import redis_client
 from postmate import backup, metrics
 from postmate.checks import existing, is_writable
 

@@ -43,7 +43,7 @@ CODE = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 QUIET_ROUTES = ("healthz", "readyz", "metrics")
 NO_ROUTE = "(none)"  # what an address that is none counts as
 
-OURS = ("accounts", "ai_ops", "billing", "postmate")
+OURS = ("accounts", "ai_ops", "billing", "kit", "postmate")
 # They log requests, prompts or addresses below this level, or each step they take.
 NOISY_LIBRARIES = (
     *("anthropic", "fontTools", "google_genai", "httpcore", "httpx", "httpx2", "openai", "PIL"),
@@ -156,7 +156,7 @@ def request_middleware(get_response: Callable[["HttpRequest"], Any]) -> Callable
 
 
 def _begin(request: "HttpRequest") -> float:
-    from accounts.addresses import address_of  # settings read this file before there are apps
+    from kit.addresses import address_of  # settings read this file before there are apps
 
     named = request.headers.get(REQUEST_ID_HEADER, "")
     request_id = named if WELL_FORMED_ID.fullmatch(named) else uuid4().hex
@@ -169,7 +169,7 @@ def _begin(request: "HttpRequest") -> float:
 
 
 def _end(request: "HttpRequest", response: "HttpResponse", began: float) -> "HttpResponse":
-    from billing import counters
+    from kit import counters
 
     seconds = time.perf_counter() - began
     response[REQUEST_ID_HEADER] = request.request_id  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from django.utils.safestring import SafeString
 from django.views.debug import ExceptionReporter
 
 from billing.api.problems import unavailable_problem
-from billing.database import DATABASE_AWAY
+from kit.database import DATABASE_AWAY
 
 
 class _NoReport(ExceptionReporter):

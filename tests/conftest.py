@@ -19,9 +19,10 @@ from pytest_django.fixtures import Settings
 
 from accounts import two_persons
 from accounts.models import User
-from billing import catalogue, gateway, ledger, packages, redis_client, system_settings
+from billing import catalogue, gateway, ledger, packages, system_settings
 from billing.models import ModelPrice, Purchase
 from billing.pricing import TokenPools
+from kit import redis_client
 from tests import databases, servers
 from tests.payments import buy, deliver, event_of, verify_books
 from tests.servers import Server, StripeStandIn

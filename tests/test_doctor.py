@@ -23,8 +23,9 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import gateway, ledger, redis_client
+from billing import gateway, ledger
 from billing.models import ModelPrice, StripeEvent, TokenAccount, TokenPricing, TokenUsage
+from kit import redis_client
 from postmate import doctor, metrics
 from tests.environment import free_port
 from tests.servers import PROJECT, Server, StripeStandIn, running_worker

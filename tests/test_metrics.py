@@ -24,10 +24,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import counters, ledger, redis_client
+from billing import ledger
 from billing.models import Notification, Purchase, RollUp, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
 from billing.tasks import check_books
 from billing.verification import BOOKS_KEY
+from kit import counters, redis_client
 from postmate import metrics
 from postmate.celery import app
 from tests.ai_ops.studio import Writer, until

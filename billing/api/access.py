@@ -13,10 +13,10 @@ from django.views.decorators.csrf import csrf_exempt
 from ninja.security import HttpBearer
 
 from accounts import api_keys
-from accounts.addresses import address_of
 from accounts.models import ApiKey, User
 from billing.api import limits
 from billing.api.problems import MissingScope, TooManyCalls, method_problem, not_found_problem, too_many_problem
+from kit.addresses import address_of
 
 View = Callable[..., HttpResponse]
 

@@ -11,7 +11,7 @@ import redis
 import structlog
 from django.conf import settings
 
-from billing import redis_client
+from kit import redis_client
 
 logger = structlog.get_logger(__name__)
 

@@ -3,8 +3,8 @@ from django.core.serializers.json import DjangoJSONEncoder
 from django.db import models
 from django.db.models import F, Q, Value
 
-from billing import database
 from billing.pricing import display_price
+from kit import database
 
 from .fields import Currency, choices_constraint, created_at_field
 from .installation import stripe_key

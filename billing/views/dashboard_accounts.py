@@ -17,9 +17,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from accounts import audit, two_persons
 from accounts.models import AuditEntry, ChangeRequest
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
-from accounts.refusal import Refusal
-from accounts.text import read_id
-from billing import accounts, grants, history, periods, settings_preview, system_settings
+from billing import accounts, grants, history, settings_preview, system_settings
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
 from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
 from billing.models.account import AccountStatus, WithheldBonus
@@ -27,6 +25,9 @@ from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
 from billing.tables import AccountLedgerTable
 from billing.views.dashboard_lists import newest_first
+from kit import periods
+from kit.refusal import Refusal
+from kit.text import read_id
 
 ROWS_PER_PAGE = 25
 ENTRIES_PER_PAGE = 15

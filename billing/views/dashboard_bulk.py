@@ -11,11 +11,12 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import accounts, bulk, exports, outgoing
+from billing import accounts, bulk, exports
 from billing.accounts import AccountFilter
 from billing.forms import BulkForm
 from billing.models import BulkJob, BulkJobRow, GrantRequest
 from billing.views.dashboard_lists import choices_of
+from kit import outgoing
 
 ROWS_PER_PAGE = 25
 

@@ -18,12 +18,11 @@ from django.views.decorators.http import require_GET
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import charts, dashboard_stats, periods, stats
+from billing import charts, dashboard_stats, stats
 from billing.charts import BUCKET_LABELS, Chart, Table
 from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
 from billing.exports import Cell, csv_lines
 from billing.models import ModelPrice, TokenAccount, TokenUsage
-from billing.periods import InvalidPeriod, Period
 from billing.stats import BucketName
 from billing.views.dashboard_content import (
     COUNT,
@@ -43,6 +42,8 @@ from billing.views.dashboard_content import (
     micros_of,
 )
 from billing.views.dashboard_report import render_report
+from kit import periods
+from kit.periods import InvalidPeriod, Period
 
 DEFAULT_PERIOD = "30d"
 LIVE_EVERY_SECONDS = 30

@@ -10,7 +10,8 @@ from django.views.decorators.http import require_GET
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import finance, outgoing
+from billing import finance
+from kit import outgoing
 
 DAYS_PER_PAGE = 31
 

@@ -7,7 +7,7 @@ from typing import Any
 from django.db.models import Q, QuerySet
 from django.http import HttpRequest
 
-from accounts.text import read_id
+from kit.text import read_id
 
 
 @dataclass(frozen=True, slots=True)

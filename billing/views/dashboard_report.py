@@ -12,14 +12,14 @@ from billing.charts import Table
 from billing.views.dashboard_content import Content
 
 if TYPE_CHECKING:
-    from billing.pdf import Document
+    from kit.pdf import Document
 
 MAX_PRINTED_COLUMNS = 10  # of numbers side by side; the others follow below
 
 
 def render_report(*, name: str, title: str, about: str, content: Content) -> bytes:
     """The section `name` as a PDF, in the time zone that is current now. `about` is its period in words."""
-    from billing.pdf import GREY, Document  # half a second, for those alone who print
+    from kit.pdf import GREY, Document  # half a second, for those alone who print
 
     written_at = timezone.localtime()
     title = f"Dashboard: {title}"

@@ -10,8 +10,8 @@ from django.views.decorators.http import require_GET
 
 from billing import ledger
 from billing.context_processors import BalanceBadge
-from billing.database import in_thread
 from billing.live import STREAM_SECONDS, listener
+from kit.database import in_thread
 
 KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies
 # At this event the page closes its stream; after any other end it would ask again for ever.

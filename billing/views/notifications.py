@@ -7,9 +7,9 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from accounts.text import read_id
 from billing import notifications
 from billing.models.notification import NotificationKind as Kind
+from kit.text import read_id
 
 MESSAGES_PER_PAGE = 25
 

@@ -15,9 +15,9 @@ from ai_ops.metering import Finished
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, ImagePrompt
 from ai_ops.operations import DraftRequest, ImageRequest
 from billing import ledger, system_settings
-from billing.database import in_thread
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import ceil_multiply
+from kit.database import in_thread
 from tests.ai_ops.studio import OPENAI, Answer, Writer, asked, each_provider, events_of, until
 from tests.conftest import MakeUser
 from tests.servers import Server

@@ -23,10 +23,10 @@ from ai_ops.models import ContentPiece, GeneratedImage, ImageBatch
 from ai_ops.operations import DraftRequest, ImageRequest
 from ai_ops.providers import ProviderError, TextDelta
 from billing import ledger, rollups
-from billing.database import in_thread
 from billing.models import ModelPrice, Notification, RollUp, TokenAccount, TokenTransaction, TokenUsage, UsageDay
 from billing.pricing import TokenPools, ceil_multiply
 from billing.verification import verify
+from kit.database import in_thread
 from tests.standins.ai_server import AiServer, running_ai_standin
 
 MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5", "google": "gemini-3.8-flash"}

@@ -22,8 +22,9 @@ from django.db import connection
 from django.test import Client
 
 from accounts.models import User, Workspace
-from billing import exports, history, periods, statements
+from billing import exports, history, statements
 from billing.models import TokenAccount
+from kit import periods
 from tests.benchmarks import scratch_database
 
 ENTRIES, PURCHASE_EVERY, YEARS = 1_000_000, 5_000, 3

@@ -23,7 +23,7 @@ from ai_ops.metering import Ask, Quote
 from ai_ops.prompts import Prompt
 from ai_ops.providers import Message
 from billing import catalogue, ledger
-from billing.database import in_thread
+from kit.database import in_thread
 from tests.benchmarks import scratch_database
 from tests.standins.ai_server import running_ai_standin
 

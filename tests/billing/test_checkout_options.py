@@ -11,7 +11,7 @@ from pytest_django.fixtures import Settings
 from accounts.models import User
 from billing import ledger, packages, purchases, receipts, system_settings, tasks
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
-from billing.pdf import Document
+from kit.pdf import Document
 from tests.payments import begin_checkout, checkout_form, deliver, verify_books
 from tests.servers import StripeStandIn
 

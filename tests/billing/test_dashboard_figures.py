@@ -15,7 +15,7 @@ from django.test import Client
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import dashboard_stats, periods
+from billing import dashboard_stats
 from billing.models import LedgerHour, TokenAccount
 from billing.views.dashboard_content import (
     COUNT,
@@ -28,6 +28,7 @@ from billing.views.dashboard_content import (
     change_text,
 )
 from billing.views.dashboard_figures import SECTIONS
+from kit import periods
 from tests.billing.test_rollups import invent_history, roll_up_until
 
 pytestmark = pytest.mark.django_db

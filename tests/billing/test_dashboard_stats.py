@@ -24,7 +24,7 @@ from billing.models import (
     TokenTransaction,
     TokenUsage,
 )
-from billing.periods import add_months, midnight
+from kit.periods import add_months, midnight
 from tests.billing.test_rollups import HOUR, invent_history, operation, roll_up_until
 from tests.conftest import MakeUser
 

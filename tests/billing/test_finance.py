@@ -28,7 +28,7 @@ from accounts.models import AuditEntry, User
 from billing import dashboard_stats, finance, tasks
 from billing.dashboard_stats import LiabilityDoesNotBalance
 from billing.models import LedgerHour, PaymentReversal, Purchase, TokenAccount, TokenTransaction, TokenUsage
-from billing.periods import midnight
+from kit.periods import midnight
 from tests.billing.test_initialize_accounts import DEADLINE_SECONDS, database_url, is_somebody_waiting_for_a_lock
 from tests.billing.test_rollups import invent_history, roll_up_until
 from tests.servers import PROJECT

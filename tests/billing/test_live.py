@@ -9,7 +9,8 @@ import httpx2
 from django.test import Client
 
 from accounts.models import User
-from billing import ledger, live, redis_client
+from billing import ledger, live
+from kit import redis_client
 from tests import servers
 from tests.ai_ops.studio import until
 from tests.environment import free_port

@@ -24,10 +24,11 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import database, gateway, ledger, notifications, own_data, packages, recharge, reconcile, tasks
+from billing import gateway, ledger, notifications, own_data, packages, recharge, reconcile, tasks
 from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.pricing import TokenPools
+from kit import database
 from tests.conftest import PASSWORD, MakeUser, show_password
 from tests.environment import BILLING_SECRET
 from tests.payments import (

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from billing import redis_client
+from kit import redis_client
 
 THREADS, ROUNDS = 8, 20
 

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from accounts.models import User, Workspace
-from billing import periods, stats
+from billing import stats
 from billing.models import TokenAccount, TokenUsage
 from billing.stats import BucketName, Dimension, Figures, Runway
+from kit import periods
 from tests.conftest import MakeUser
 
 BERLIN, NEW_YORK, KOLKATA = ZoneInfo("Europe/Berlin"), ZoneInfo("America/New_York"), ZoneInfo("Asia/Kolkata")

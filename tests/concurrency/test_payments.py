@@ -18,11 +18,11 @@ from django.db import connection
 from django.db.models import F
 from django.test import Client
 
-from accounts.locks import lock_until_commit
 from accounts.models import User
 from billing import ledger, purchases, tasks, webhooks
 from billing.gateway import Event
 from billing.models import Purchase, StripeEvent
+from kit.locks import lock_until_commit
 from tests.payments import (
     ONE_STARTER,
     buy,

@@ -14,10 +14,11 @@ from pytest_django.fixtures import Settings
 import ai_ops.tasks
 from accounts.models import User
 from ai_ops.models import ContentPiece, Project
-from billing import database, ledger, tasks
+from billing import ledger, tasks
 from billing.ledger import Operation, Posting
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenUsage
 from billing.pricing import TokenPools
+from kit import database
 from tests.environment import BILLING_SECRET
 from tests.payments import (
     ONE_STARTER,

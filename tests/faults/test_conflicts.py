@@ -13,10 +13,11 @@ from django.db import OperationalError, connection
 from django.test import Client
 
 from accounts.models import User
-from billing import database, ledger, webhooks
+from billing import ledger, webhooks
 from billing.ledger import Operation, Posting
 from billing.models import StripeEvent, TokenAccount, TokenTransaction
 from billing.pricing import TokenPools
+from kit import database
 from tests.ai_ops.studio import until
 from tests.payments import BONUS_TOKENS, ONE_STARTER, buy, credits_of, event_of, purchase_state, sign, verify_books
 from tests.servers import StripeStandIn

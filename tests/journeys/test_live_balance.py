@@ -6,8 +6,9 @@ from django.test import Client
 from playwright.sync_api import expect
 
 from accounts.models import User
-from billing import ledger, redis_client, tasks
+from billing import ledger, tasks
 from billing.models import TokenTransaction
+from kit import redis_client
 from postmate.celery import app
 from tests import servers
 from tests.journeys.conftest import PHONE, OpenContext, sign_in

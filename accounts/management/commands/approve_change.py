@@ -4,7 +4,7 @@ from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from accounts import two_persons
-from accounts.refusal import Refusal
+from kit.refusal import Refusal
 
 
 class Command(BaseCommand):

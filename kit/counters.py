@@ -11,7 +11,7 @@ from bisect import bisect_left
 
 import redis
 
-from billing import redis_client
+from kit import redis_client
 
 KEY = "postmate:counts"  # a hash: a count's name and labels, joined, → a whole number
 FLUSH_SECONDS = 2.0

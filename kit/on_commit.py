@@ -6,7 +6,7 @@ import structlog
 from celery import current_app
 from django.db import transaction
 
-from billing import redis_client
+from kit import redis_client
 
 logger = structlog.get_logger(__name__)
 

@@ -10,7 +10,7 @@ from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from django.utils import timezone
 from django.utils.formats import date_format
 
-from accounts.refusal import Refusal
+from kit.refusal import Refusal
 
 PRESETS = {
     "today": "Today",
