@@ -19,7 +19,7 @@ from django.utils.timezone import localtime
 
 from accounts.admin import ReadOnlyAdmin
 from accounts.models import User
-from billing import catalogue, ledger, packages, system_settings, webhooks
+from billing import catalogue, ledger, packages, system_settings
 from billing.forms import PlainDecimalField, WholeNumberField
 from billing.models import (
     BonusKey,
@@ -49,6 +49,7 @@ from billing.models import (
 )
 from billing.models.fields import Currency
 from billing.models.model_price import is_usd
+from billing.payments import webhooks
 
 # --- What can be read ---------------------------------------------------------------------------------------
 

@@ -5,15 +5,16 @@ from django import forms
 
 from accounts.models import User
 from accounts.profile import ProfileForm
-from billing import accounts, grants, packages, purchases, refunds
+from billing import accounts, grants, packages
 from billing.ledger import MAX_TOKENS
 from billing.models import Purchase, SystemSettings, TokenAccount, TokenPricing
 from billing.models.bulk_job import BulkKind
 from billing.models.fields import Currency
 from billing.models.grant_request import GrantKind
 from billing.models.system_settings import DisposableBonus
+from billing.payments import purchases, refunds
+from billing.payments.purchases import Terms
 from billing.pricing import display_price
-from billing.purchases import Terms
 
 CURRENCY_NAMES: dict[str, str] = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
 

@@ -7,7 +7,7 @@ import structlog
 from django.utils import timezone
 
 from accounts.models import User
-from billing import customers, gateway, ledger, purchases, welcome
+from billing import ledger, welcome
 from billing.models import (
     Notification,
     NotificationPreference,
@@ -17,6 +17,7 @@ from billing.models import (
     TokenTransaction,
     TokenUsage,
 )
+from billing.payments import customers, gateway, purchases
 from kit.on_commit import enqueue_on_commit
 from kit.refusal import Refusal
 

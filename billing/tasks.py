@@ -5,22 +5,9 @@ from datetime import timedelta
 from celery import shared_task
 from django.utils import timezone
 
-from billing import (
-    bulk,
-    customers,
-    finance,
-    grants,
-    ledger,
-    notifications,
-    purchases,
-    recharge,
-    reconcile,
-    refunds,
-    retention,
-    rollups,
-    verification,
-)
-from billing.gateway import GatewayError
+from billing import bulk, finance, grants, ledger, notifications, retention, rollups, verification
+from billing.payments import customers, purchases, recharge, reconcile, refunds
+from billing.payments.gateway import GatewayError
 from kit import outgoing
 
 

@@ -19,7 +19,7 @@ from django.contrib.staticfiles.storage import ManifestFilesMixin, staticfiles_s
 from django.core import checks
 from django.http.request import validate_host
 
-from billing import gateway
+from billing.payments import gateway
 
 # The most that docker-compose.yml gives one process: the requests that `web` answers at once, the worker's tasks.
 THREADS = 8

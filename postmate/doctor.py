@@ -37,7 +37,7 @@ from packaging.requirements import Requirement
 
 from accounts.models import User
 from ai_ops import providers
-from billing import finance, gateway, webhooks, welcome
+from billing import finance, welcome
 from billing.models import (
     Drift,
     ModelPrice,
@@ -52,6 +52,7 @@ from billing.models import (
 )
 from billing.models.account import WithheldBonus
 from billing.models.fields import Provider
+from billing.payments import gateway, webhooks
 from billing.verification import verify
 from kit import redis_client
 from postmate import backup, metrics

@@ -19,8 +19,9 @@ from pytest_django.fixtures import Settings
 
 from accounts import two_persons
 from accounts.models import User
-from billing import catalogue, gateway, ledger, packages, system_settings
+from billing import catalogue, ledger, packages, system_settings
 from billing.models import ModelPrice, Purchase
+from billing.payments import gateway
 from billing.pricing import TokenPools
 from kit import redis_client
 from tests import databases, servers

@@ -23,8 +23,9 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import gateway, ledger
+from billing import ledger
 from billing.models import ModelPrice, StripeEvent, TokenAccount, TokenPricing, TokenUsage
+from billing.payments import gateway
 from kit import redis_client
 from postmate import doctor, metrics
 from tests.environment import free_port

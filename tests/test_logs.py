@@ -164,7 +164,7 @@ def test_ids_are_in_the_log_and_secrets_are_not(
     assert done["duration_ms"] >= 0
     unhandled = log.one(event="An event was not handled", event_id=broken["id"])
     assert unhandled["error"] == "django.db.utils.IntegrityError"
-    assert "billing/webhooks.py" in unhandled["exception"]
+    assert "billing/payments/webhooks.py" in unhandled["exception"]
     assert "psycopg.errors.UniqueViolation code=23505" in unhandled["exception"]
     service = log.one(event="request", route="api/v1/accounts/<user_id>/balance", status=401)
     assert service["route_ids"] == {"user_id": alice.pk}

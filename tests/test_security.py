@@ -35,8 +35,8 @@ from pytest_django.fixtures import Settings
 
 from accounts import api_keys
 from accounts.models import ApiKey, AuditEntry, User
-from billing import purchases
 from billing.models import Purchase
+from billing.payments import purchases
 from tests.conftest import PASSWORD
 from tests.environment import free_port
 from tests.payments import checkout_form, sign

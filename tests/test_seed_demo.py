@@ -14,9 +14,10 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage
-from billing import gateway, reconcile, rollups
+from billing import rollups
 from billing.demo import DEMO_PASSWORD, DEMO_PEOPLE
 from billing.models import Drift, GrantRequest, Notification, Purchase, TokenTransaction, TokenUsage, UsageHour
+from billing.payments import gateway, reconcile
 from postmate import demo
 from tests import servers
 from tests.environment import free_port

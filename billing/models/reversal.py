@@ -16,7 +16,7 @@ class PaymentReversal(models.Model):
     """Money of a payment that went back to the buyer, or that their bank disputes: one row per refund or dispute.
 
     It is a picture of what Stripe says. What is taken back from the balance follows from all rows of a payment at
-    once (billing/refunds.py), so neither order nor repetition of Stripe's events matters.
+    once (billing/payments/refunds.py), so neither order nor repetition of Stripe's events matters.
     """
 
     Kind = ReversalKind

@@ -8,8 +8,9 @@ from django.views.decorators.http import require_http_methods
 
 from accounts.models import User
 from accounts.permissions import SignedInRequest
-from billing import ledger, purchases
+from billing import ledger
 from billing.forms import SettingsForm
+from billing.payments import purchases
 
 
 @require_http_methods(["GET", "POST"])

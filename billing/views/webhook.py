@@ -6,8 +6,8 @@ from django.http import Http404, HttpRequest, HttpResponse
 from django.views.decorators.csrf import csrf_exempt
 from django.views.decorators.http import require_POST
 
-from billing import webhooks
-from billing.gateway import InvalidEvent
+from billing.payments import webhooks
+from billing.payments.gateway import InvalidEvent
 
 
 @csrf_exempt

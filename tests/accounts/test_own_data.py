@@ -26,10 +26,11 @@ from accounts import api_keys
 from accounts.models import User, UserKept, Workspace
 from ai_ops import own_data, tasks
 from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImagePrompt, Project
-from billing import gateway, ledger
+from billing import ledger
 from billing import tasks as billing_tasks
 from billing.models import Notification, Purchase, StripeEvent, TokenAccount, TokenTransaction
 from billing.own_data import NotNow
+from billing.payments import gateway
 from billing.pricing import TokenPools
 from tests.conftest import PASSWORD, MakeUser
 from tests.payments import begin_checkout, deliver, event_of, events_of, verify_books

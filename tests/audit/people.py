@@ -12,8 +12,9 @@ from accounts import api_keys
 from accounts.models import User
 from ai_ops import operations
 from ai_ops.models import Chat, ContentPiece, ImageBatch
-from billing import accounts, bulk, ledger, recharge, tasks
+from billing import accounts, bulk, ledger, tasks
 from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenPricing, TokenUsage
+from billing.payments import recharge
 from billing.pricing import TokenPools
 from tests.ai_ops.studio import Writer
 from tests.conftest import PASSWORD

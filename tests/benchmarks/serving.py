@@ -46,8 +46,9 @@ from django.utils import timezone
 
 from accounts.models import User
 from ai_ops.models import ContentPiece, Project
-from billing import gateway, ledger, live
+from billing import ledger, live
 from billing.models import TokenAccount
+from billing.payments import gateway
 from billing.pricing import TokenPools
 from tests import environment, servers
 from tests.benchmarks import scratch_database

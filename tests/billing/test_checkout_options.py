@@ -9,8 +9,9 @@ from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, packages, purchases, receipts, system_settings, tasks
+from billing import ledger, packages, receipts, system_settings, tasks
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
+from billing.payments import purchases
 from kit.pdf import Document
 from tests.payments import begin_checkout, checkout_form, deliver, verify_books
 from tests.servers import StripeStandIn

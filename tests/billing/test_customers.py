@@ -11,8 +11,9 @@ from django.utils import timezone
 
 from accounts.models import User
 from ai_ops import own_data
-from billing import customers, gateway, purchases, recharge, reconcile, tasks
+from billing import tasks
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
+from billing.payments import customers, gateway, purchases, recharge, reconcile
 from tests.conftest import MakeUser, show_password
 from tests.payments import (
     ONE_STARTER,

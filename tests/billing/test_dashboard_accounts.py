@@ -10,7 +10,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import bulk, gateway, grants, ledger, system_settings
+from billing import bulk, grants, ledger, system_settings
 from billing.forms import SystemSettingsForm
 from billing.models import (
     BulkJob,
@@ -22,6 +22,7 @@ from billing.models import (
     TokenAccount,
     TokenUsage,
 )
+from billing.payments import gateway
 from tests.conftest import MakeUser
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]

@@ -25,7 +25,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, notifications, purchases, tasks
+from billing import ledger, notifications, tasks
 from billing.models import (
     Notification,
     NotificationPreference,
@@ -35,6 +35,7 @@ from billing.models import (
     TokenPricing,
     TokenUsage,
 )
+from billing.payments import purchases
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
 from tests.environment import free_port

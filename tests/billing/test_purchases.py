@@ -13,8 +13,9 @@ from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, packages, purchases, tasks
+from billing import ledger, packages, tasks
 from billing.models import Purchase, TokenAccount, TokenPricing
+from billing.payments import purchases
 from billing.pricing import TokenPools
 from tests.payments import (
     BONUS_TOKENS,
@@ -389,7 +390,7 @@ def test_crash_before_the_session_is_stored(stripe: StripeStandIn, buyer: Client
     """25, 27: we crashed after Stripe's answer; the next click gets the same session by the same key."""
     form = checkout_form()
     crash = RuntimeError("The power is gone.")
-    with patch("billing.gateway.read_checkout_session", side_effect=crash), pytest.raises(RuntimeError):
+    with patch("billing.payments.gateway.read_checkout_session", side_effect=crash), pytest.raises(RuntimeError):
         buyer.post("/tokens/checkout/", form)
     purchase = begin_checkout(buyer, form)
     assert sessions_of(stripe, purchase) == [purchase.stripe_session_id]

@@ -24,9 +24,10 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import gateway, ledger, notifications, own_data, packages, recharge, reconcile, tasks
+from billing import ledger, notifications, own_data, packages, tasks
 from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
+from billing.payments import gateway, recharge, reconcile
 from billing.pricing import TokenPools
 from kit import database
 from tests.conftest import PASSWORD, MakeUser, show_password

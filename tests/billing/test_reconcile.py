@@ -14,8 +14,9 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from ai_ops.own_data import anonymize_user
-from billing import gateway, own_data, reconcile, tasks
+from billing import own_data, tasks
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
+from billing.payments import gateway, reconcile
 from tests.payments import (
     BONUS_TOKENS,
     ONE_STARTER,

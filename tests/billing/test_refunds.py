@@ -14,7 +14,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import gateway, ledger, recharge, reconcile, refunds, tasks, webhooks
+from billing import ledger, tasks
 from billing.ledger import Operation
 from billing.models import (
     Notification,
@@ -25,6 +25,7 @@ from billing.models import (
     TokenPricing,
     TokenTransaction,
 )
+from billing.payments import gateway, recharge, reconcile, refunds, webhooks
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
 from tests.payments import (

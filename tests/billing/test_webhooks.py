@@ -13,8 +13,9 @@ from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import gateway, ledger, webhooks
+from billing import ledger
 from billing.models import Purchase, StripeEvent, TokenAccount, TokenTransaction
+from billing.payments import gateway, webhooks
 from tests.environment import WEBHOOK_SECRET
 from tests.payments import (
     BONUS_TOKENS,
@@ -498,7 +499,7 @@ def test_delivered_again_after_the_commit(completed: dict[str, Any], alice: User
 def test_credited_by_reference(stripe: StripeStandIn, buyer: Client, alice: User) -> None:
     """25: we crashed after Stripe had made the session and before its id was stored."""
     crash = RuntimeError("The power is gone.")
-    with patch("billing.gateway.read_checkout_session", side_effect=crash), pytest.raises(RuntimeError):
+    with patch("billing.payments.gateway.read_checkout_session", side_effect=crash), pytest.raises(RuntimeError):
         buyer.post("/tokens/checkout/", checkout_form())
     purchase = Purchase.objects.get()
     assert (purchase.state, purchase.stripe_session_id) == ("created", None)

@@ -19,9 +19,10 @@ from django.db.models import F
 from django.test import Client
 
 from accounts.models import User
-from billing import ledger, purchases, tasks, webhooks
-from billing.gateway import Event
+from billing import ledger, tasks
 from billing.models import Purchase, StripeEvent
+from billing.payments import purchases, webhooks
+from billing.payments.gateway import Event
 from kit.locks import lock_until_commit
 from tests.payments import (
     ONE_STARTER,
@@ -209,7 +210,7 @@ def all_look_before_any_writes(monkeypatch: pytest.MonkeyPatch, *, racers: int) 
         lock_until_commit(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("billing.purchases.lock_until_commit", lock_together)
+        patch.setattr("billing.payments.purchases.lock_until_commit", lock_together)
         yield
 
 
@@ -307,7 +308,7 @@ def test_limit_of_payment_pages_holds_for_clicks_at_once(alice: User, monkeypatc
         lock_until_commit(name)
 
     monkeypatch.setattr(purchases, "CHECKOUTS_PER_HOUR", 3)
-    monkeypatch.setattr("billing.purchases.lock_until_commit", lock_together)
+    monkeypatch.setattr("billing.payments.purchases.lock_until_commit", lock_together)
     ledger.get_account(user_id=alice.pk)
 
     def click(number: int) -> bool:

@@ -16,8 +16,9 @@ from django.db.models import QuerySet
 from django.test import Client
 
 from accounts.models import User
-from billing import ledger, recharge, tasks
+from billing import ledger, tasks
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
+from billing.payments import recharge
 from billing.pricing import TokenPools
 from tests.payments import STARTER_CENTS, STARTER_TOKENS, buy, deliver, event_of, verify_books
 from tests.servers import StripeStandIn

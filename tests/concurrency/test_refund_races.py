@@ -18,8 +18,9 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from billing import ledger, refunds
+from billing import ledger
 from billing.models import PaymentReversal, Purchase, TokenAccount, TokenTransaction
+from billing.payments import refunds
 from tests.payments import (
     BONUS_TOKENS,
     STARTER_TOKENS,

@@ -26,7 +26,7 @@ from pytest_django.fixtures import Settings
 
 from accounts import api_keys
 from accounts.models import ApiKey, User
-from billing.webhooks import HANDLERS
+from billing.payments.webhooks import HANDLERS
 from postmate.celery import app
 from tests.docs.pages import PROJECT, Command, blocks, commands
 from tests.environment import BILLING_SECRET

@@ -13,9 +13,10 @@ from django.db import OperationalError, connection
 from django.test import Client
 
 from accounts.models import User
-from billing import ledger, webhooks
+from billing import ledger
 from billing.ledger import Operation, Posting
 from billing.models import StripeEvent, TokenAccount, TokenTransaction
+from billing.payments import webhooks
 from billing.pricing import TokenPools
 from kit import database
 from tests.ai_ops.studio import until

@@ -8,8 +8,9 @@ import pytest
 from django.core.management import call_command
 from django.db import connection
 
-from billing import ledger, webhooks
+from billing import ledger
 from billing.models import Purchase, StripeEvent, TokenAccount, TokenUsage
+from billing.payments import webhooks
 from billing.pricing import TokenPools
 from tests import databases
 from tests.payments import verify_books

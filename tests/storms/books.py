@@ -12,8 +12,8 @@ from django.db import connection
 from django.db.models import Q, Sum
 from django.utils import timezone
 
-from billing import reconcile
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenTransaction, TokenUsage
+from billing.payments import reconcile
 from tests.storms.buyers import read_all
 from tests.storms.programs import STRIPE_URL
 

@@ -19,8 +19,9 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from billing import after_debit, customers, ledger, purchases, recharge, refunds
+from billing import after_debit, ledger
 from billing.models import Purchase, TokenAccount, TokenPricing
+from billing.payments import customers, purchases, recharge, refunds
 from billing.pricing import TokenPools
 from tests.storms.programs import STRIPE_URL, WEB_URL
 

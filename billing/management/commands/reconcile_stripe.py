@@ -5,9 +5,9 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils import timezone
 
-from billing import reconcile
-from billing.gateway import GatewayError
 from billing.models import Drift
+from billing.payments import reconcile
+from billing.payments.gateway import GatewayError
 
 UNITS = {"h": "hours", "d": "days", "w": "weeks"}
 

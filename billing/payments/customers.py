@@ -7,9 +7,10 @@ import structlog
 from django.db import transaction
 from django.db.models import F, Q, QuerySet
 
-from billing import gateway, notifications
+from billing import notifications
 from billing.models import Installation, Purchase, TokenAccount
 from billing.models.installation import stripe_key
+from billing.payments import gateway
 from kit.database import repeated_after_conflicts
 
 logger = structlog.get_logger(__name__)

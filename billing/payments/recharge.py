@@ -18,9 +18,11 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
-from billing import customers, gateway, notifications, packages, purchases
-from billing.customers import switch_off
-from billing.gateway import (
+from billing import notifications, packages
+from billing.models import Installation, Purchase, TokenAccount, TokenPricing
+from billing.payments import customers, gateway, purchases
+from billing.payments.customers import switch_off
+from billing.payments.gateway import (
     Asked,
     CardDeclined,
     GatewayBroken,
@@ -31,9 +33,8 @@ from billing.gateway import (
     GatewayUnavailable,
     PaymentIntent,
 )
-from billing.models import Installation, Purchase, TokenAccount, TokenPricing
+from billing.payments.purchases import claim, set_state
 from billing.pricing import display_price
-from billing.purchases import claim, set_state
 from kit import database
 from kit.database import repeated_after_conflicts
 from kit.on_commit import enqueue_on_commit

@@ -16,9 +16,9 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from billing import gateway, purchases, recharge, refunds
-from billing.gateway import Dispute, PaymentIntent, Refund
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
+from billing.payments import gateway, purchases, recharge, refunds
+from billing.payments.gateway import Dispute, PaymentIntent, Refund
 from billing.pricing import display_price
 from kit.text import read_id
 

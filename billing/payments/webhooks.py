@@ -14,9 +14,9 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from billing import customers, gateway, purchases, recharge, refunds
-from billing.gateway import AskAgain, Event, GatewayMissing, GatewayRefused
 from billing.models import StripeEvent
+from billing.payments import customers, gateway, purchases, recharge, refunds
+from billing.payments.gateway import AskAgain, Event, GatewayMissing, GatewayRefused
 from kit.database import DATABASE_AWAY, repeated_after_conflicts
 
 logger = structlog.get_logger(__name__)

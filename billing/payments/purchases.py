@@ -16,10 +16,11 @@ from django.db import IntegrityError, transaction
 from django.db.models import F, Max, Q
 from django.urls import reverse
 
-from billing import customers, gateway, ledger, notifications, packages, refunds, system_settings
-from billing.gateway import AskAgain, Asked, CheckoutSession, PaymentIntent
+from billing import ledger, notifications, packages, system_settings
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.models.fields import Currency
+from billing.payments import customers, gateway, refunds
+from billing.payments.gateway import AskAgain, Asked, CheckoutSession, PaymentIntent
 from billing.pricing import display_price, tokens_for_cents
 from kit import database
 from kit.database import repeated_after_conflicts

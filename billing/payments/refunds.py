@@ -20,10 +20,11 @@ from django.utils import timezone
 
 from accounts import audit, roles
 from accounts.models import User
-from billing import gateway, ledger, notifications
-from billing.gateway import AskAgain, Asked, Dispute, Held, Refund
+from billing import ledger, notifications
 from billing.models import Installation, PaymentReversal, Purchase, TokenAccount, TokenTransaction
 from billing.models.installation import stripe_key
+from billing.payments import gateway
+from billing.payments.gateway import AskAgain, Asked, Dispute, Held, Refund
 from kit import database
 from kit.database import repeated_after_conflicts
 from kit.locks import lock_until_commit

@@ -1,0 +1,1 @@
+"""Money: what is bought, charged and paid back, through Stripe."""
