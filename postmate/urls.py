@@ -11,17 +11,8 @@ import ai_ops.views
 import billing.views.live
 import billing.views.settings
 from accounts.permissions import may_enter_django_admin, superadmin_required
-from billing.views import (
-    dashboard_accounts,
-    dashboard_bulk,
-    dashboard_figures,
-    dashboard_finance,
-    dashboard_payments,
-    history,
-    notifications,
-    tokens,
-    webhook,
-)
+from billing import dashboard
+from billing.views import history, notifications, tokens, webhook
 from postmate import views
 from postmate.api import api_urls, docs_urlpatterns
 
@@ -77,32 +68,32 @@ tokens_urls = [
 
 # Above Django admin, whose prefix it shares.
 dashboard_urls = [
-    path("", dashboard_figures.home, name="home"),
-    path("sections/<slug:name>/", dashboard_figures.section, name="section"),
-    path("sections/<slug:name>.csv", dashboard_figures.export, name="figures-export"),
-    path("sections/<slug:name>.pdf", dashboard_figures.export_pdf, name="figures-pdf"),
-    path("purchases/<int:pk>/", dashboard_payments.purchase, name="purchase"),
-    path("drifts/", dashboard_payments.drifts, name="drifts"),
-    path("drifts/<int:pk>/", dashboard_payments.resolve_drift, name="resolve-drift"),
-    path("accounts/", dashboard_accounts.account_list, name="accounts"),
-    path("accounts/<int:user_id>/", dashboard_accounts.account, name="account"),
-    path("accounts/<int:user_id>/status/", dashboard_accounts.account_status, name="account-status"),
-    path("accounts/<int:user_id>/welcome-bonus/", dashboard_accounts.give_bonus, name="give-bonus"),
-    path("grants/new/", dashboard_accounts.new_grant, name="new-grant"),
-    path("events/", dashboard_payments.events, name="events"),
-    path("events/<int:pk>/", dashboard_payments.handle_event, name="handle-event"),
-    path("bulk/", dashboard_bulk.job_list, name="bulk-jobs"),
-    path("bulk/new/", dashboard_bulk.new_job, name="new-bulk-job"),
-    path("bulk/<int:pk>/", dashboard_bulk.job, name="bulk-job"),
-    path("bulk/<int:pk>.csv", dashboard_bulk.job_export, name="bulk-job-export"),
-    path("requests/", dashboard_accounts.request_list, name="requests"),
-    path("requests/<int:pk>/", dashboard_accounts.decide_request, name="decide-request"),
-    path("requests/changes/<int:pk>/", dashboard_accounts.decide_change, name="decide-change"),
-    path("audit/", dashboard_accounts.audit_log, name="audit"),
-    path("settings/", dashboard_accounts.settings, name="settings"),
-    path("finance/", dashboard_finance.home, name="finance"),
+    path("", dashboard.figures.home, name="home"),
+    path("sections/<slug:name>/", dashboard.figures.section, name="section"),
+    path("sections/<slug:name>.csv", dashboard.figures.export, name="figures-export"),
+    path("sections/<slug:name>.pdf", dashboard.figures.export_pdf, name="figures-pdf"),
+    path("purchases/<int:pk>/", dashboard.payments.purchase, name="purchase"),
+    path("drifts/", dashboard.payments.drifts, name="drifts"),
+    path("drifts/<int:pk>/", dashboard.payments.resolve_drift, name="resolve-drift"),
+    path("accounts/", dashboard.accounts.account_list, name="accounts"),
+    path("accounts/<int:user_id>/", dashboard.accounts.account, name="account"),
+    path("accounts/<int:user_id>/status/", dashboard.accounts.account_status, name="account-status"),
+    path("accounts/<int:user_id>/welcome-bonus/", dashboard.accounts.give_bonus, name="give-bonus"),
+    path("grants/new/", dashboard.accounts.new_grant, name="new-grant"),
+    path("events/", dashboard.payments.events, name="events"),
+    path("events/<int:pk>/", dashboard.payments.handle_event, name="handle-event"),
+    path("bulk/", dashboard.bulk.job_list, name="bulk-jobs"),
+    path("bulk/new/", dashboard.bulk.new_job, name="new-bulk-job"),
+    path("bulk/<int:pk>/", dashboard.bulk.job, name="bulk-job"),
+    path("bulk/<int:pk>.csv", dashboard.bulk.job_export, name="bulk-job-export"),
+    path("requests/", dashboard.accounts.request_list, name="requests"),
+    path("requests/<int:pk>/", dashboard.accounts.decide_request, name="decide-request"),
+    path("requests/changes/<int:pk>/", dashboard.accounts.decide_change, name="decide-change"),
+    path("audit/", dashboard.accounts.audit_log, name="audit"),
+    path("settings/", dashboard.accounts.settings, name="settings"),
+    path("finance/", dashboard.finance.home, name="finance"),
     re_path(
-        r"^finance/postmate-(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})\.zip$", dashboard_finance.file, name="finance-file"
+        r"^finance/postmate-(?P<day>[0-9]{4}-[0-9]{2}-[0-9]{2})\.zip$", dashboard.finance.file, name="finance-file"
     ),
 ]
 

@@ -16,18 +16,9 @@ from django.utils import timezone
 
 from accounts.models import AuditEntry, User
 from billing import dashboard_stats
+from billing.dashboard.content import COUNT, MILLISECONDS, PERCENT, USD_MICROS, Amount, Figure, cents_of, change_text
+from billing.dashboard.figures import SECTIONS
 from billing.models import LedgerHour, TokenAccount
-from billing.views.dashboard_content import (
-    COUNT,
-    MILLISECONDS,
-    PERCENT,
-    USD_MICROS,
-    Amount,
-    Figure,
-    cents_of,
-    change_text,
-)
-from billing.views.dashboard_figures import SECTIONS
 from kit import periods
 from tests.billing.test_rollups import invent_history, roll_up_until
 

@@ -13,9 +13,9 @@ from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
 from billing import accounts, bulk, exports
 from billing.accounts import AccountFilter
+from billing.dashboard.lists import choices_of
 from billing.forms import BulkForm
 from billing.models import BulkJob, BulkJobRow, GrantRequest
-from billing.views.dashboard_lists import choices_of
 from kit import outgoing
 
 ROWS_PER_PAGE = 25

@@ -10,10 +10,10 @@ from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
+from billing.dashboard.lists import choices_of
 from billing.forms import RefundConfirmationForm, RefundForm, ResolutionForm
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
 from billing.payments import gateway, reconcile, refunds, webhooks
-from billing.views.dashboard_lists import choices_of
 
 ROWS_PER_PAGE = 25
 MAX_OPEN_DRIFTS = 200

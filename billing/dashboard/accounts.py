@@ -18,13 +18,13 @@ from accounts import audit, two_persons
 from accounts.models import AuditEntry, ChangeRequest
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
 from billing import accounts, grants, history, settings_preview, system_settings
+from billing.dashboard.lists import newest_first
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
 from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
 from billing.models.account import AccountStatus, WithheldBonus
 from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
 from billing.tables import AccountLedgerTable
-from billing.views.dashboard_lists import newest_first
 from kit import periods
 from kit.refusal import Refusal
 from kit.text import read_id

@@ -9,7 +9,7 @@ from django.utils import timezone
 
 from billing import dashboard_stats
 from billing.charts import Table
-from billing.views.dashboard_content import Content
+from billing.dashboard.content import Content
 
 if TYPE_CHECKING:
     from kit.pdf import Document

@@ -20,11 +20,7 @@ from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
 from billing import charts, dashboard_stats, stats
 from billing.charts import BUCKET_LABELS, Chart, Table
-from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
-from billing.exports import Cell, csv_lines
-from billing.models import ModelPrice, TokenAccount, TokenUsage
-from billing.stats import BucketName
-from billing.views.dashboard_content import (
+from billing.dashboard.content import (
     COUNT,
     DAYS,
     MILLISECONDS,
@@ -41,7 +37,11 @@ from billing.views.dashboard_content import (
     change_text,
     micros_of,
 )
-from billing.views.dashboard_report import render_report
+from billing.dashboard.report import render_report
+from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
+from billing.exports import Cell, csv_lines
+from billing.models import ModelPrice, TokenAccount, TokenUsage
+from billing.stats import BucketName
 from kit import periods
 from kit.periods import InvalidPeriod, Period
 
