@@ -20,7 +20,7 @@ from accounts.models import User
 from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImagePrompt, Project
 from ai_ops.operations import FILE_ENDINGS
 from billing import own_data as billing_data
-from billing.exports import csv_lines
+from billing.history.exports import csv_lines
 from billing.own_data import NotNow
 from kit.refusal import Refusal
 

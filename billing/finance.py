@@ -23,7 +23,7 @@ from django.db.models import Min
 
 from billing import dashboard_stats
 from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow
-from billing.exports import Cell, csv_lines
+from billing.history.exports import Cell, csv_lines
 from billing.models import PaymentReversal, TokenAccount, TokenTransaction
 from kit import database
 from kit.database import one_snapshot

@@ -20,11 +20,11 @@ from accounts.permissions import SignedInRequest, admin_required, superadmin_req
 from billing import accounts, grants, history, settings_preview, system_settings
 from billing.dashboard.lists import newest_first
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
+from billing.history.tables import AccountLedgerTable
 from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
 from billing.models.account import AccountStatus, WithheldBonus
 from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
-from billing.tables import AccountLedgerTable
 from kit import periods
 from kit.refusal import Refusal
 from kit.text import read_id

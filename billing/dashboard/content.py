@@ -7,7 +7,7 @@ from decimal import Decimal
 
 from billing import dashboard_stats, pricing
 from billing.charts import Chart, Table, percent
-from billing.exports import Cell
+from billing.history.exports import Cell
 from billing.stats import BucketName
 
 MAX_CHANGE_PERMILLE = 10_000  # beyond that a per cent tells nobody anything

@@ -39,7 +39,7 @@ from billing.dashboard.content import (
 )
 from billing.dashboard.report import render_report
 from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
-from billing.exports import Cell, csv_lines
+from billing.history.exports import Cell, csv_lines
 from billing.models import ModelPrice, TokenAccount, TokenUsage
 from billing.stats import BucketName
 from kit import periods

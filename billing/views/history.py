@@ -10,9 +10,10 @@ from django.utils import timezone
 from django.views.decorators.http import require_GET
 
 from accounts.permissions import SignedInRequest
-from billing import exports, history, statements
-from billing.filters import TransactionFilter
-from billing.tables import TransactionTable
+from billing import history
+from billing.history import exports, statements
+from billing.history.filters import TransactionFilter
+from billing.history.tables import TransactionTable
 from kit import outgoing, periods
 
 ENTRIES_PER_PAGE = 25

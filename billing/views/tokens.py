@@ -18,14 +18,15 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from billing import history, ledger, packages, receipts, stats, system_settings
+from billing import history, ledger, packages, stats, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
+from billing.history import receipts
+from billing.history.tables import TransactionTable
 from billing.models import Purchase, TokenAccount, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.fields import Currency
 from billing.payments import gateway, purchases, recharge
 from billing.payments.gateway import GatewayUnavailable
-from billing.tables import TransactionTable
 
 NEWEST_ENTRIES = 8
 # What a package is reckoned in, for people: tokens say little.

@@ -22,7 +22,8 @@ from django.db import connection
 from django.test import Client
 
 from accounts.models import User, Workspace
-from billing import exports, history, statements
+from billing import history
+from billing.history import exports, statements
 from billing.models import TokenAccount
 from kit import periods
 from tests.benchmarks import scratch_database

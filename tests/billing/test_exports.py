@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from billing import exports
+from billing.history import exports
 
 SIGNS = tuple("=+-@＝＋－＠")
 

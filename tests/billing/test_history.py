@@ -16,8 +16,8 @@ from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
 from accounts.models import User, Workspace
-from billing import exports, history, ledger
-from billing.history import Cursor, get_page, get_totals, select_transactions
+from billing import history, ledger
+from billing.history import Cursor, exports, get_page, get_totals, select_transactions
 from billing.models import TokenAccount, TokenTransaction
 from billing.pricing import TokenPools
 

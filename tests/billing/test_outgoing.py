@@ -59,7 +59,7 @@ def test_what_fails_while_it_is_written_leaves_no_file(
         yield "half"
         raise RuntimeError("the other half")
 
-    monkeypatch.setattr("billing.exports.export_transactions", half)
+    monkeypatch.setattr("billing.history.exports.export_transactions", half)
     client.force_login(alice)
     for headers in (BY_PROXY, {}):
         with pytest.raises(RuntimeError, match="the other half"):

@@ -14,15 +14,16 @@ from django.test import Client
 from django.utils import timezone
 
 from accounts.models import User, Workspace
-from billing import history, statements
-from billing.models import TokenAccount, TokenTransaction, TokenUsage
-from billing.statements import (
+from billing import history
+from billing.history import statements
+from billing.history.statements import (
     NoSuchStatement,
     StatementDoesNotAddUp,
     get_statement,
     list_months,
     render_statement,
 )
+from billing.models import TokenAccount, TokenTransaction, TokenUsage
 
 TODAY = datetime(2026, 5, 20, 12, tzinfo=UTC)
 

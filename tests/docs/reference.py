@@ -19,7 +19,7 @@ ROOMS = {
     "Arithmetic": ["billing/pricing.py"],
     "Payments": ["billing/payments/purchases.py", "billing/payments/customers.py", "billing/payments/recharge.py", "billing/payments/refunds.py",
                  "billing/payments/webhooks.py", "billing/payments/reconcile.py"],
-    "History": ["billing/history.py", "billing/exports.py", "billing/statements.py", "billing/receipts.py"],
+    "History": ["billing/history.py", "billing/history/exports.py", "billing/history/statements.py", "billing/history/receipts.py"],
     "What admins do": ["billing/grants.py", "billing/accounts.py", "billing/bulk.py", "billing/settings_preview.py"],
     "What the business reads": ["billing/dashboard_stats.py", "billing/rollups.py", "billing/finance.py"],
     "Upkeep": ["billing/verification.py", "billing/retention.py"],
