@@ -526,7 +526,7 @@ class LiveStats:
     active_accounts: int
     suspended_accounts: int  # in debt ones included
     blocked_accounts: int
-    # By available tokens, each account in one: the bands of the account search (billing/accounts.py).
+    # By available tokens, each account in one: the bands of the account search (billing/staff/accounts.py).
     indebted_accounts: int  # less than none
     critical_accounts: int  # below the critical threshold of the settings
     low_accounts: int  # at the low threshold or below it

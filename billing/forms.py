@@ -5,7 +5,7 @@ from django import forms
 
 from accounts.models import User
 from accounts.profile import ProfileForm
-from billing import accounts, grants, packages
+from billing import packages
 from billing.ledger import MAX_TOKENS
 from billing.models import Purchase, SystemSettings, TokenAccount, TokenPricing
 from billing.models.bulk_job import BulkKind
@@ -15,6 +15,7 @@ from billing.models.system_settings import DisposableBonus
 from billing.payments import purchases, refunds
 from billing.payments.purchases import Terms
 from billing.pricing import display_price
+from billing.staff import accounts, grants
 
 CURRENCY_NAMES: dict[str, str] = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
 
@@ -301,7 +302,7 @@ class BulkForm(forms.Form):
     def __init__(self, *args: Any, person: User, **options: Any) -> None:
         super().__init__(*args, **options)
         if not person.is_superadmin:
-            # What they may choose. What they send all the same is refused, and noted, by billing/bulk.py.
+            # What they may choose. What they send all the same is refused, and noted, by billing/staff/bulk.py.
             kind = cast(forms.RadioSelect, self.fields["kind"].widget)
             kind.choices = [(BulkKind.EXPORT.value, BulkKind.EXPORT.label)]
             del self.fields["tokens"], self.fields["reason"]

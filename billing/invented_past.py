@@ -528,7 +528,7 @@ class History:
             heappush(self.agenda, (at, self.planned, person, event))
 
     def _grant(self, person: Person, at: datetime) -> None:
-        """What billing/grants.py writes when a superadmin gives or takes tokens: request, entry and audit log."""
+        """What billing/staff/grants.py writes when a superadmin gives or takes tokens: request, entry and audit log."""
         account_id, user_id, _ = self._ids(person).split("\t")
         if int(user_id) == self.superadmin_id:  # nobody gives tokens to themselves
             return

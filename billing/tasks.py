@@ -5,9 +5,10 @@ from datetime import timedelta
 from celery import shared_task
 from django.utils import timezone
 
-from billing import bulk, finance, grants, ledger, notifications, retention, rollups, verification
+from billing import finance, ledger, notifications, retention, rollups, verification
 from billing.payments import customers, purchases, recharge, reconcile, refunds
 from billing.payments.gateway import GatewayError
+from billing.staff import bulk, grants
 from kit import outgoing
 
 

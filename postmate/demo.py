@@ -29,7 +29,7 @@ from ai_ops.models import (
     Project,
     ResultState,
 )
-from billing import catalogue, grants, notifications, packages, system_settings
+from billing import catalogue, notifications, packages, system_settings
 from billing.demo import DEMO_NAMES, DEMO_PASSWORD, DEMO_PEOPLE
 from billing.invented_past import Cast, History, Planned, bring_up_to_date
 from billing.models import (
@@ -41,6 +41,7 @@ from billing.models import (
     TokenTransaction,
     TokenUsage,
 )
+from billing.staff import grants
 from postmate.demo_texts import CHATS, HAIKU, PICTURES, PIECES, PROJECTS, Conversation, Pictures, Piece
 from postmate.standins.ai.painting import paint
 

@@ -23,9 +23,10 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import grants, ledger
+from billing import ledger
 from billing.models import Purchase, RollUp, TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools
+from billing.staff import grants
 from postmate import backup
 from tests.billing.test_rollups import roll_up_until
 from tests.payments import (

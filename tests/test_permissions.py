@@ -29,8 +29,9 @@ from django.utils import timezone
 from accounts import api_keys
 from accounts.models import ApiKey, ChangeRequest, User
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
-from billing import grants, ledger
+from billing import ledger
 from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenUsage
+from billing.staff import grants
 from tests.conftest import MakeUser
 from tests.environment import BILLING_SECRET
 

@@ -17,7 +17,7 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from accounts import audit, two_persons
 from accounts.models import AuditEntry, ChangeRequest
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
-from billing import accounts, grants, history, settings_preview, system_settings
+from billing import history, settings_preview, system_settings
 from billing.dashboard.lists import newest_first
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
 from billing.history.tables import AccountLedgerTable
@@ -25,6 +25,7 @@ from billing.models import GrantRequest, Notification, Purchase, SettingChange, 
 from billing.models.account import AccountStatus, WithheldBonus
 from billing.models.grant_request import GrantKind
 from billing.pricing import display_price
+from billing.staff import accounts, grants
 from kit import periods
 from kit.refusal import Refusal
 from kit.text import read_id

@@ -11,12 +11,12 @@ from django.views.decorators.http import require_GET, require_http_methods
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import accounts, bulk
-from billing.accounts import AccountFilter
 from billing.dashboard.lists import choices_of
 from billing.forms import BulkForm
 from billing.history import exports
 from billing.models import BulkJob, BulkJobRow, GrantRequest
+from billing.staff import accounts, bulk
+from billing.staff.accounts import AccountFilter
 from kit import outgoing
 
 ROWS_PER_PAGE = 25

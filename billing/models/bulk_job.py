@@ -28,7 +28,7 @@ class BulkRowState(models.TextChoices):
 
 
 class BulkJob(models.Model):
-    """One action on many accounts, those that a filter found when it was started. Run by billing/bulk.py."""
+    """One action on many accounts, those that a filter found when it was started. Run by billing/staff/bulk.py."""
 
     Kind = BulkKind
     State = BulkState

@@ -12,10 +12,11 @@ from accounts import api_keys
 from accounts.models import User
 from ai_ops import operations
 from ai_ops.models import Chat, ContentPiece, ImageBatch
-from billing import accounts, bulk, ledger, tasks
+from billing import ledger, tasks
 from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenPricing, TokenUsage
 from billing.payments import recharge
 from billing.pricing import TokenPools
+from billing.staff import accounts, bulk
 from tests.ai_ops.studio import Writer
 from tests.conftest import PASSWORD
 from tests.payments import begin_checkout, deliver, event_of

@@ -22,8 +22,9 @@ from django.conf import settings
 from django.core.management import call_command
 from django.utils import timezone
 
-from billing import accounts, dashboard_stats, rollups
+from billing import dashboard_stats, rollups
 from billing.models import LedgerHour, UsageDay, UsageHour
+from billing.staff import accounts
 from kit import periods
 from tests.benchmarks import scratch_database
 

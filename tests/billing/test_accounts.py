@@ -9,11 +9,12 @@ import pytest
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import accounts, ledger, system_settings
-from billing.accounts import AccountError
+from billing import ledger, system_settings
 from billing.ledger import Operation
 from billing.models import Notification, Purchase, TokenAccount
 from billing.pricing import TokenPools
+from billing.staff import accounts
+from billing.staff.accounts import AccountError
 from tests.conftest import MakeUser
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]

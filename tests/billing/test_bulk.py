@@ -7,9 +7,10 @@ from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import AuditEntry, User
-from billing import accounts, bulk, grants, system_settings
-from billing.accounts import AccountFilter
+from billing import system_settings
 from billing.models import BulkJob, BulkJobRow, GrantRequest, TokenAccount, TokenTransaction
+from billing.staff import accounts, bulk, grants
+from billing.staff.accounts import AccountFilter
 from tests.conftest import MakeUser
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]

@@ -10,7 +10,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import bulk, grants, ledger, system_settings
+from billing import ledger, system_settings
 from billing.forms import SystemSettingsForm
 from billing.models import (
     BulkJob,
@@ -23,6 +23,7 @@ from billing.models import (
     TokenUsage,
 )
 from billing.payments import gateway
+from billing.staff import bulk, grants
 from tests.conftest import MakeUser
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]

@@ -8,8 +8,9 @@ from django.db.models import Sum
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import grants, ledger, notifications, verification
+from billing import ledger, notifications, verification
 from billing.models import GrantRequest, Notification, TokenAccount, TokenTransaction
+from billing.staff import grants
 from tests.conftest import MakeUser, change_settings
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]

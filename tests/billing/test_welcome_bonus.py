@@ -14,8 +14,9 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import AuditEntry, User
 from ai_ops import own_data
-from billing import grants, ledger, welcome
+from billing import ledger, welcome
 from billing.models import BonusKey, BonusMark, SystemSettings, TokenAccount, TokenTransaction
+from billing.staff import grants
 from tests.accounts.test_people import link_in, sign_up
 from tests.conftest import prove_address
 from tests.payments import verify_books

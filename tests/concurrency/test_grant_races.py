@@ -11,9 +11,9 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import AuditEntry, User
-from billing import bulk, grants
-from billing.accounts import AccountFilter
 from billing.models import GrantRequest, TokenAccount, TokenTransaction
+from billing.staff import bulk, grants
+from billing.staff.accounts import AccountFilter
 from tests.concurrency.test_ledger_races import all_at_once, kinds, verify_ledger
 from tests.conftest import MakeUser, change_settings
 

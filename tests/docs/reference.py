@@ -20,7 +20,7 @@ ROOMS = {
     "Payments": ["billing/payments/purchases.py", "billing/payments/customers.py", "billing/payments/recharge.py", "billing/payments/refunds.py",
                  "billing/payments/webhooks.py", "billing/payments/reconcile.py"],
     "History": ["billing/history.py", "billing/history/exports.py", "billing/history/statements.py", "billing/history/receipts.py"],
-    "What admins do": ["billing/grants.py", "billing/accounts.py", "billing/bulk.py", "billing/settings_preview.py"],
+    "What admins do": ["billing/staff/grants.py", "billing/staff/accounts.py", "billing/staff/bulk.py", "billing/settings_preview.py"],
     "What the business reads": ["billing/dashboard_stats.py", "billing/rollups.py", "billing/finance.py"],
     "Upkeep": ["billing/verification.py", "billing/retention.py"],
     "AI operations": ["ai_ops/operations.py", "ai_ops/metering.py"],

@@ -6,9 +6,10 @@ from django.test import Client
 from playwright.sync_api import Page, expect
 
 from accounts.models import User
-from billing import accounts, bulk, grants, ledger, system_settings, usage
+from billing import ledger, system_settings, usage
 from billing.models import BulkJob, TokenAccount
 from billing.pricing import TokenPools
+from billing.staff import accounts, bulk, grants
 from tests.conftest import MakeUser
 from tests.journeys.conftest import OpenContext, shoot, sign_in
 from tests.payments import STARTER_TOKENS, begin_checkout, buy, deliver, event_of

@@ -14,12 +14,12 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from billing import accounts, grants
-from billing.accounts import AccountFilter
 from billing.models import BulkJob, BulkJobRow, GrantRequest, TokenAccount
 from billing.models.bulk_job import BulkKind as Kind
 from billing.models.bulk_job import BulkRowState as RowState
 from billing.models.bulk_job import BulkState as State
+from billing.staff import accounts, grants
+from billing.staff.accounts import AccountFilter
 from kit.database import repeated_after_conflicts
 from kit.on_commit import enqueue_on_commit
 from kit.refusal import Refusal
