@@ -32,8 +32,9 @@ from ai_ops.providers import (
     TextEnd,
 )
 from ai_ops.providers.counts import Counted, Said, count_call
-from billing import after_debit, catalogue, ledger, notifications, pricing, rollups, usage
+from billing import after_debit, catalogue, ledger, notifications, pricing, usage
 from billing.catalogue import CatalogueError
+from billing.figures import roll_ups
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
 from billing.models import ModelPrice, TokenAccount, TokenUsage
 from billing.pricing import TokenPools
@@ -423,7 +424,7 @@ def _keep_too_late(usage_id: int, keep: Callable[[], None], **used: Any) -> Post
             raise UsageAlreadyClosed(f"This operation was already closed as {usage.get_status_display().lower()}.")
         if usage.error_message != ENDED_TOO_LATE:  # else this is done, and only its answer was lost
             keep()
-            rollups.amend(usage_id, error_message=ENDED_TOO_LATE, **used)
+            roll_ups.amend(usage_id, error_message=ENDED_TOO_LATE, **used)
     return ledger.outcome_of(usage.account, None, usage_id, is_replay=False)
 
 

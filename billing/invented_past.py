@@ -24,7 +24,8 @@ from django.db.models import Max
 from django.utils import timezone
 
 from accounts.models import User
-from billing import catalogue, rollups, system_settings, welcome
+from billing import catalogue, system_settings, welcome
+from billing.figures import roll_ups
 from billing.ledger import WELCOME_BONUS_KEY
 from billing.models import ModelPrice, Purchase, TokenPricing, TokenUsage
 from billing.pricing import TokenPools, calculate_llm_billable_tokens
@@ -206,7 +207,7 @@ def bring_up_to_date() -> datetime | None:
     with connection.cursor() as cursor:
         for table in COLUMNS:
             cursor.execute(f"ANALYZE {table}")
-        reached = rollups.rebuild()
+        reached = roll_ups.rebuild()
         for table in ("billing_usagehour", "billing_usageday", "billing_ledgerhour"):
             cursor.execute(f"ANALYZE {table}")
     return reached
@@ -447,7 +448,7 @@ class History:
         return max(0, self.transactions - max(waiting, 0) - self.tables.counts["billing_tokentransaction"])
 
     def _days(self) -> list[datetime]:
-        first = rollups.day_of(self.start)
+        first = roll_ups.day_of(self.start)
         return [first + timedelta(days=number) for number in range((self.end - first).days + 1)]
 
     def _masses(self, days: Sequence[datetime]) -> list[float]:

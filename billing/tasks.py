@@ -5,7 +5,8 @@ from datetime import timedelta
 from celery import shared_task
 from django.utils import timezone
 
-from billing import finance, ledger, notifications, retention, rollups, verification
+from billing import ledger, notifications, retention, verification
+from billing.figures import finance, roll_ups
 from billing.payments import customers, purchases, recharge, reconcile, refunds
 from billing.payments.gateway import GatewayError
 from billing.staff import bulk, grants
@@ -44,7 +45,7 @@ def sweep_auto_recharges() -> int:
 
 @shared_task
 def roll_up_usage() -> None:
-    rollups.roll_up()
+    roll_ups.roll_up()
 
 
 @shared_task

@@ -14,9 +14,9 @@ import structlog
 from django.apps import apps
 from django.db import connection
 
+from billing.figures.roll_ups import RAW_USAGE_SUMS, USAGE_DIMENSIONS, USAGE_SUMS
 from billing.ledger import WELCOME_BONUS_KEY
 from billing.models import PaymentReversal
-from billing.rollups import RAW_USAGE_SUMS, USAGE_DIMENSIONS, USAGE_SUMS
 from kit import redis_client
 from kit.database import one_snapshot
 

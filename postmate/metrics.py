@@ -2,7 +2,7 @@
 
 What matters is in the books already, so it is counted nowhere else: every process gives the same answer, a crash loses
 no count, and a counter falls only if the books do. What is over comes from the roll-ups, what is newer from the raw
-rows, and all of it from one snapshot: see billing/rollups.py. What no table knows, requests and errors of the AI
+rows, and all of it from one snapshot: see billing/figures/roll_ups.py. What no table knows, requests and errors of the AI
 providers, all processes add up in Redis: see kit/counters.py.
 
 On a new installation everything is there, at zero: a panel without a line says nothing, and Prometheus does not see the
@@ -32,9 +32,9 @@ from psycopg_pool import PoolTimeout
 
 from ai_ops.providers import ProviderError
 from billing import catalogue
+from billing.figures.roll_ups import OTHER_THAN_USAGE, RAW_USAGE_SUMS, USAGE_DIMENSIONS
 from billing.models import ModelPrice, Purchase, TokenAccount, TokenTransaction
 from billing.models.fields import Currency, Provider
-from billing.rollups import OTHER_THAN_USAGE, RAW_USAGE_SUMS, USAGE_DIMENSIONS
 from billing.verification import BOOKS_KEY
 from kit import counters, redis_client
 from kit.database import one_snapshot

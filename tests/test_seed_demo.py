@@ -14,8 +14,8 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage
-from billing import rollups
 from billing.demo import DEMO_PASSWORD, DEMO_PEOPLE
+from billing.figures import roll_ups
 from billing.models import Drift, GrantRequest, Notification, Purchase, TokenTransaction, TokenUsage, UsageHour
 from billing.payments import gateway, reconcile
 from postmate import demo
@@ -60,7 +60,7 @@ def test_a_year_in_order(tmp_path: Path, settings: Settings) -> None:
     assert set(Purchase.objects.filter(state="paid").values_list("currency", flat=True)) == {"usd", "eur", "gbp"}
     assert GrantRequest.objects.filter(state="requested").count() == 2
     # Hours are sealed when no transaction of the server is older: tests beside this one have theirs.
-    wait_until(lambda: UsageHour.objects.exists() or rollups.roll_up(), "the roll-ups reach so far")
+    wait_until(lambda: UsageHour.objects.exists() or roll_ups.roll_up(), "the roll-ups reach so far")
     assert UsageHour.objects.exists()
     assert Notification.objects.exists()
     assert not Notification.objects.exclude(email_next_at=None).exists()

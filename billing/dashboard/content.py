@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 
-from billing import dashboard_stats, pricing
+from billing import pricing
 from billing.charts import Chart, Table, percent
+from billing.figures import business
 from billing.history.exports import Cell
 from billing.stats import BucketName
 
@@ -103,7 +104,7 @@ def change_text(now: int, before: int, unit: Unit) -> str:
         return "as before"
     if unit is PERCENT or before <= 0 or now < 0:
         return f"{unit.text(before)} before"
-    permille = abs(dashboard_stats.change_permille(now, before) or 0)
+    permille = abs(business.change_permille(now, before) or 0)
     if permille >= MAX_CHANGE_PERMILLE:
         return f"{unit.text(before)} before"
     if not permille:

@@ -18,7 +18,7 @@ from django.views.decorators.http import require_GET
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import charts, dashboard_stats, stats
+from billing import charts, stats
 from billing.charts import BUCKET_LABELS, Chart, Table
 from billing.dashboard.content import (
     COUNT,
@@ -38,7 +38,8 @@ from billing.dashboard.content import (
     micros_of,
 )
 from billing.dashboard.report import render_report
-from billing.dashboard_stats import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
+from billing.figures import business
+from billing.figures.business import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
 from billing.history.exports import Cell, csv_lines
 from billing.models import ModelPrice, TokenAccount, TokenUsage
 from billing.stats import BucketName
@@ -106,7 +107,7 @@ def _first_day() -> date:
 
 def _buckets(span: Span, wanted: str) -> tuple[list[tuple[BucketName, str]], BucketName]:
     """The buckets that are offered, and the one that is wanted where it is among them."""
-    offered = dashboard_stats.trend_buckets(since=span.since, until=span.until)
+    offered = business.trend_buckets(since=span.since, until=span.until)
     default = stats.default_bucket(since=span.since, until=span.until)
     chosen = next((name for name in offered if name == wanted), default)
     return [(name, BUCKET_LABELS[name]) for name in offered], chosen
@@ -117,7 +118,7 @@ def _buckets(span: Span, wanted: str) -> tuple[list[tuple[BucketName, str]], Buc
 
 def live(span: Span, request: SignedInRequest) -> Content:
     """How things stand now; the period does not matter."""
-    now = dashboard_stats.get_live_stats()
+    now = business.get_live_stats()
     webhooks = now.webhooks
     accounts_url, events_url = reverse("dashboard:accounts"), reverse("dashboard:events")
 
@@ -150,8 +151,8 @@ def live(span: Span, request: SignedInRequest) -> Content:
 
 
 def system(span: Span, request: SignedInRequest) -> Content:
-    now = dashboard_stats.get_token_stats(since=span.since, until=span.until)
-    before = dashboard_stats.get_token_stats(since=span.before[0], until=span.before[1]) if span.before else None
+    now = business.get_token_stats(since=span.since, until=span.until)
+    before = business.get_token_stats(since=span.before[0], until=span.before[1]) if span.before else None
 
     def figure(label: str, unit: Unit, value: Callable[[TokenStats], int | None]) -> Figure:
         return Figure(label, Amount(value(now), unit), Amount(value(before), unit) if before else None)
@@ -206,7 +207,7 @@ def system(span: Span, request: SignedInRequest) -> Content:
 
 
 def models(span: Span, request: SignedInRequest) -> Content:
-    found = dashboard_stats.get_model_usage_stats(since=span.since, until=span.until, before=span.before)
+    found = business.get_model_usage_stats(since=span.since, until=span.until, before=span.before)
     names = {(price.provider, price.model): price.display_name for price in ModelPrice.objects.all()}
     if not found:
         return Content(empty="No operation ended in this period.")
@@ -260,7 +261,7 @@ TYPES = dict(TokenUsage.OperationType.choices)
 
 def operations(span: Span, request: SignedInRequest) -> Content:
     buckets, bucket = _buckets(span, request.GET.get("by", ""))
-    found = dashboard_stats.get_operation_stats(since=span.since, until=span.until, bucket=bucket)
+    found = business.get_operation_stats(since=span.since, until=span.until, bucket=bucket)
     if not found.totals:
         return Content(empty="No operation ended in this period.", buckets=buckets, bucket=bucket)
     labels = charts.bucket_labels(found.edges, bucket)
@@ -279,7 +280,7 @@ def operations(span: Span, request: SignedInRequest) -> Content:
     )
 
 
-def _by_type(found: dashboard_stats.OperationStats, total: UsageSums) -> DataTable:
+def _by_type(found: business.OperationStats, total: UsageSums) -> DataTable:
     rows: list[list[str | Amount]] = []
     for type, each in [*found.totals.items(), ("", total)]:
         latency = found.latency.get(type)
@@ -374,11 +375,11 @@ def customers(span: Span, request: SignedInRequest) -> Content:
     last_month = (span.until - timedelta(days=1)).date().replace(day=1)
     first_month = min(span.since.date().replace(day=1), periods.add_months(last_month, 1 - COHORT_MONTHS))
     first_month = max(first_month, periods.add_months(last_month, 1 - MAX_COHORT_MONTHS))
-    cohorts = dashboard_stats.get_cohorts(
+    cohorts = business.get_cohorts(
         since=periods.midnight(first_month), until=periods.midnight(periods.add_months(last_month, 1))
     )
-    sales = dashboard_stats.get_package_sales(since=span.since, until=span.until)
-    now = dashboard_stats.get_live_stats()
+    sales = business.get_package_sales(since=span.since, until=span.until)
+    now = business.get_live_stats()
     if not cohorts and not sales:
         return Content(empty="Nobody has signed up or bought anything in this time.")
 
@@ -405,7 +406,7 @@ def _permille(part: int, whole: int) -> int | None:
     return part * 1_000 // whole if whole else None
 
 
-def _package_tables(sales: Sequence[dashboard_stats.PackageSales]) -> Iterator[DataTable]:
+def _package_tables(sales: Sequence[business.PackageSales]) -> Iterator[DataTable]:
     total = sum(each.sales for each in sales)
     yield DataTable(
         "Packages sold in the period",
@@ -432,7 +433,7 @@ def _package_tables(sales: Sequence[dashboard_stats.PackageSales]) -> Iterator[D
 
 
 def _cohort_tables(
-    cohorts: Sequence[dashboard_stats.Cohort], currencies: Sequence[str], first_month: date, last_month: date
+    cohorts: Sequence[business.Cohort], currencies: Sequence[str], first_month: date, last_month: date
 ) -> Iterator[DataTable]:
     if not cohorts:
         return
@@ -461,7 +462,7 @@ def _cohort_tables(
 
 
 def _spending_table(
-    cohorts: Sequence[dashboard_stats.Cohort], labels: Sequence[str], currency: str, first_month: date, last_month: date
+    cohorts: Sequence[business.Cohort], labels: Sequence[str], currency: str, first_month: date, last_month: date
 ) -> DataTable:
     """What each cohort spent in its first month, its second, and so on; no figure for months that are yet to come."""
     cents = cents_of(currency)
@@ -491,7 +492,7 @@ def liability(span: Span, request: SignedInRequest) -> Content:
     bucket: BucketName = "month" if span.days > 62 else "week" if span.days > 14 else "day"
     edges = stats.time_edges(since=span.since, until=span.until, bucket=bucket)
     try:
-        rows = dashboard_stats.liability_roll_forward(edges=edges)
+        rows = business.liability_roll_forward(edges=edges)
     except LiabilityDoesNotBalance as error:
         return Content(problem=str(error))
     whole = LiabilityRow(
@@ -642,7 +643,7 @@ def _section_context(
         "export_url": f"{reverse('dashboard:figures-export', args=[section.name])}?{query}",
         "pdf_url": f"{reverse('dashboard:figures-pdf', args=[section.name])}?{query}",
         "poll_seconds": LIVE_EVERY_SECONDS,
-        "timed_operations": dashboard_stats.MAX_TIMED_OPERATIONS,
+        "timed_operations": business.MAX_TIMED_OPERATIONS,
     }
 
 

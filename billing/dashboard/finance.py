@@ -10,7 +10,7 @@ from django.views.decorators.http import require_GET
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import finance
+from billing.figures import finance
 from kit import outgoing
 
 DAYS_PER_PAGE = 31

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from django.template.loader import render_to_string
 from django.utils import timezone
 
-from billing import dashboard_stats
 from billing.charts import Table
 from billing.dashboard.content import Content
+from billing.figures import business
 
 if TYPE_CHECKING:
     from kit.pdf import Document
@@ -66,7 +66,7 @@ def _print_table(pdf: "Document", table: Table) -> None:
 
 def _definitions(name: str) -> list[tuple[str, str]]:
     """Each term and its meaning, as the page has them."""
-    context = {"section": {"name": name}, "timed_operations": dashboard_stats.MAX_TIMED_OPERATIONS}
+    context = {"section": {"name": name}, "timed_operations": business.MAX_TIMED_OPERATIONS}
     found = re.findall(
         r"<dt>(.*?)</dt>\s*<dd>(.*?)</dd>", render_to_string("dashboard/_definitions.html", context), re.DOTALL
     )

@@ -22,7 +22,8 @@ from ai_ops import counting, metering, operations
 from ai_ops.models import ContentPiece, GeneratedImage, ImageBatch
 from ai_ops.operations import DraftRequest, ImageRequest
 from ai_ops.providers import ProviderError, TextDelta
-from billing import ledger, rollups
+from billing import ledger
+from billing.figures import roll_ups
 from billing.models import ModelPrice, Notification, RollUp, TokenAccount, TokenTransaction, TokenUsage, UsageDay
 from billing.pricing import TokenPools, ceil_multiply
 from billing.verification import verify
@@ -266,8 +267,8 @@ def expire_the_hold(user: User) -> None:
     assert ledger.expire_reservations() == 1
     long_ago = timezone.now() - timedelta(days=2)
     TokenUsage.objects.update(created_at=long_ago, completed_at=long_ago)
-    RollUp.objects.update_or_create(defaults={"sealing_until": rollups.hour_of(timezone.now()), "sealing_xid": 1})
-    rollups.roll_up()
+    RollUp.objects.update_or_create(defaults={"sealing_until": roll_ups.hour_of(timezone.now()), "sealing_xid": 1})
+    roll_ups.roll_up()
     assert UsageDay.objects.get().status == "expired"
     chat = ledger.Operation("chat", "openai", "gpt-6-luna", multiplier=Decimal(1))
     pools = TokenPools(output_tokens=10_000)

@@ -22,7 +22,7 @@ from django.conf import settings
 from django.core.management import call_command
 from django.utils import timezone
 
-from billing import dashboard_stats, rollups
+from billing.figures import business, roll_ups
 from billing.models import LedgerHour, UsageDay, UsageHour
 from billing.staff import accounts
 from kit import periods
@@ -47,7 +47,7 @@ def measure(name: str, look: Callable[[], object], target_ms: int = TARGET_MS) -
 
 
 def measure_sections() -> None:
-    measure("live: accounts, balances, webhooks", dashboard_stats.get_live_stats)
+    measure("live: accounts, balances, webhooks", business.get_live_stats)
     for zone in (ZONE, HALF_HOUR_ZONE):
         today = timezone.localdate(timezone=zone)
         until = periods.midnight(today + timedelta(days=1), zone)
@@ -72,13 +72,13 @@ def measure_search() -> None:
 
 def measure_span(label: str, since: datetime, until: datetime) -> None:
     span: dict[str, Any] = {"since": since, "until": until}
-    measure(label + "system", partial(dashboard_stats.get_token_stats, **span))
-    measure(label + "models", partial(dashboard_stats.get_model_usage_stats, **span))
-    for bucket in dashboard_stats.trend_buckets(**span):
-        measure(f"{label}operations by {bucket}", partial(dashboard_stats.get_operation_stats, **span, bucket=bucket))
-    measure(label + "cohorts", partial(dashboard_stats.get_cohorts, **span))
-    measure(label + "packages", partial(dashboard_stats.get_package_sales, **span))
-    measure(label + "liability", partial(dashboard_stats.liability_roll_forward, edges=[since, until]))
+    measure(label + "system", partial(business.get_token_stats, **span))
+    measure(label + "models", partial(business.get_model_usage_stats, **span))
+    for bucket in business.trend_buckets(**span):
+        measure(f"{label}operations by {bucket}", partial(business.get_operation_stats, **span, bucket=bucket))
+    measure(label + "cohorts", partial(business.get_cohorts, **span))
+    measure(label + "packages", partial(business.get_package_sales, **span))
+    measure(label + "liability", partial(business.liability_roll_forward, edges=[since, until]))
 
 
 def main() -> None:
@@ -90,7 +90,7 @@ def main() -> None:
         call_command("make_demo_history", transactions=transactions)
         settings.DEBUG = False
         began = time.perf_counter()
-        rollups.rebuild()
+        roll_ups.rebuild()
         print(f"rebuilding the roll-ups: {time.perf_counter() - began:.1f} s; rows: ", end="")
         print(", ".join(f"{model.__name__} {model.objects.count():,}" for model in (UsageHour, UsageDay, LedgerHour)))
         print(f"{'milliseconds':<62}{'median':>8}{'min':>8}{'max':>8}")

@@ -15,9 +15,9 @@ from django.test import Client
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import dashboard_stats
 from billing.dashboard.content import COUNT, MILLISECONDS, PERCENT, USD_MICROS, Amount, Figure, cents_of, change_text
 from billing.dashboard.figures import SECTIONS
+from billing.figures import business
 from billing.models import LedgerHour, TokenAccount
 from kit import periods
 from tests.billing.test_rollups import invent_history, roll_up_until
@@ -91,7 +91,7 @@ def test_sections_of_an_empty_database(admin: Client, name: str, query: str) -> 
 def test_system_section_says_what_was_reckoned(history: None, admin: Client) -> None:
     today = timezone.localdate()
     since = periods.midnight(today - timedelta(days=29))
-    stats = dashboard_stats.get_token_stats(since=since, until=periods.midnight(today + timedelta(days=1)))
+    stats = business.get_token_stats(since=since, until=periods.midnight(today + timedelta(days=1)))
     shown = figures(section(admin, "system", "period=30d"))
     assert stats.usage.billable_tokens > 0
     assert shown["Billable tokens"] == f"{stats.usage.billable_tokens:,}"
@@ -110,7 +110,7 @@ def test_system_section_says_what_was_reckoned(history: None, admin: Client) -> 
 def test_models_and_operations_add_up(history: None, admin: Client) -> None:
     today = timezone.localdate()
     since, until = periods.midnight(today - timedelta(days=29)), periods.midnight(today + timedelta(days=1))
-    total = dashboard_stats.sum_usage(edges=[since, until])[0, ()]
+    total = business.sum_usage(edges=[since, until])[0, ()]
     models = rows(admin, "models")
     head = models.index(next(row for row in models if row and row[0] == "Model"))
     assert sum(int(row[1]) for row in models[head + 1 :]) == total.operations

@@ -12,8 +12,9 @@ from django.utils import timezone
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from billing import dashboard_stats, ledger
-from billing.dashboard_stats import LedgerSums, LiabilityDoesNotBalance, UsageSums
+from billing import ledger
+from billing.figures import business
+from billing.figures.business import LedgerSums, LiabilityDoesNotBalance, UsageSums
 from billing.models import (
     PaymentReversal,
     Purchase,
@@ -84,10 +85,10 @@ def test_sums_are_those_of_the_raw_rows(
     edges = sorted(history + moment for moment in moments)
     if days:  # where whole days of the roll-up are read
         edges = sorted({midnight(edge.date()) for edge in edges} | {edges[-1] + timedelta(days=1)})
-    usage = dashboard_stats.sum_usage(edges=edges)
-    by_model = dashboard_stats.sum_usage(edges=edges, by="model")
-    by_operation = dashboard_stats.sum_usage(edges=edges, by="operation")
-    entries = dashboard_stats.sum_ledger(edges=edges)
+    usage = business.sum_usage(edges=edges)
+    by_model = business.sum_usage(edges=edges, by="model")
+    by_operation = business.sum_usage(edges=edges, by="operation")
+    entries = business.sum_ledger(edges=edges)
     for number, (since, until) in enumerate(pairwise(edges)):
         assert usage.get((number, ()), UsageSums()) == plain_usage(since, until)
         for (_, (type,)), sums in ((key, value) for key, value in by_operation.items() if key[0] == number):
@@ -107,7 +108,7 @@ def test_operations_by_hour_day_and_week(history: datetime, zone: ZoneInfo) -> N
     until = timezone.now().astimezone(zone)
     for bucket, days in (("hour", 6), ("day", 40), ("week", 60)):
         since = midnight((until - timedelta(days=days)).date(), zone)
-        found = dashboard_stats.get_operation_stats(since=since, until=until, bucket=bucket)  # type: ignore[arg-type]
+        found = business.get_operation_stats(since=since, until=until, bucket=bucket)  # type: ignore[arg-type]
         for number, (begin, end) in enumerate(pairwise(found.edges)):
             parts = [sums for (of, _), sums in found.trend.items() if of == number]
             assert sum(parts, UsageSums()) == plain_usage(begin, end)
@@ -127,7 +128,7 @@ def test_buckets_on_offer() -> None:
     """The day for as long as its bars can be reckoned in time; some bucket always."""
     until = midnight(timezone.now().date())
     offers = {
-        days: dashboard_stats.trend_buckets(since=midnight(until.date() - timedelta(days=days)), until=until)
+        days: business.trend_buckets(since=midnight(until.date() - timedelta(days=days)), until=until)
         for days in (1, 7, 190, 365, 3_000)
     }
     assert offers == {
@@ -139,9 +140,9 @@ def test_system_figures(history: datetime) -> None:
     """Revenue by currency, what was given and taken back, and the real margin, reckoned by hand."""
     roll_up_until(timezone.now() - timedelta(days=9))
     since, until = history + timedelta(days=20), timezone.now()
-    found = dashboard_stats.get_token_stats(since=since, until=until)
+    found = business.get_token_stats(since=since, until=until)
     entries = plain_ledger(since, until)
-    ever = plain_ledger(dashboard_stats.BEGINNING, until)
+    ever = plain_ledger(business.BEGINNING, until)
     assert found.usage == plain_usage(since, until)
     sold_in = {currency for type, currency in entries if type in TokenTransaction.CREDITS_FOR_MONEY}
     assert {each.currency for each in found.revenue} == sold_in > {"usd"}
@@ -175,12 +176,12 @@ def test_models_now_and_before(history: datetime) -> None:
     until = midnight(timezone.now().astimezone(zone).date() + timedelta(days=1), zone)
     since = midnight(until.date() - timedelta(days=20), zone)
     before = midnight(until.date() - timedelta(days=40), zone)
-    found = dashboard_stats.get_model_usage_stats(since=since, until=until, before=(before, since))
+    found = business.get_model_usage_stats(since=since, until=until, before=(before, since))
     assert len(found) > 3
     for each in found:
         assert each.now == plain_usage(since, until, provider=each.provider, model=each.model)
         assert each.before == plain_usage(before, since, provider=each.provider, model=each.model)
-    rate = dashboard_stats.get_token_stats(since=since, until=until).rate
+    rate = business.get_token_stats(since=since, until=until).rate
     assert [each.real_margin_microusd for each in found] == [rate.real_margin_microusd(each.now) for each in found]
 
 
@@ -190,13 +191,13 @@ def test_liability_rolls_forward_to_the_token(history: datetime, rolled: timedel
     """opening + sold + granted − used − refunded − deducted = closing, and the rows listed for it come to the same."""
     roll_up_until(history + rolled)
     edges = sorted(history + moment for moment in moments)
-    rows = dashboard_stats.liability_roll_forward(edges=edges)
+    rows = business.liability_roll_forward(edges=edges)
     for row in rows:
         changes = row.sold_tokens + row.granted_tokens - row.used_tokens - row.refunded_tokens - row.deducted_tokens
         assert row.opening_tokens + changes == row.closing_tokens
-        before = plain_ledger(dashboard_stats.BEGINNING, row.since).values()
+        before = plain_ledger(business.BEGINNING, row.since).values()
         assert row.opening_tokens == sum(sums.tokens for sums in before)
-        entries = dashboard_stats.liability_entries(since=row.since, until=row.until)
+        entries = business.liability_entries(since=row.since, until=row.until)
         assert sum(entry.amount for entry in entries) == changes
         assert all(row.since <= entry.booked_at < row.until for entry in entries)
     assert [row.opening_tokens for row in rows[1:]] == [row.closing_tokens for row in rows[:-1]]
@@ -204,9 +205,7 @@ def test_liability_rolls_forward_to_the_token(history: datetime, rolled: timedel
 
 def test_liability_of_all_time_is_what_the_accounts_hold(history: datetime) -> None:
     roll_up_until(timezone.now())
-    [row] = dashboard_stats.liability_roll_forward(
-        edges=[dashboard_stats.BEGINNING, timezone.now() + timedelta(days=1)]
-    )
+    [row] = business.liability_roll_forward(edges=[business.BEGINNING, timezone.now() + timedelta(days=1)])
     assert row.opening_tokens == 0
     assert row.closing_tokens == sum(TokenAccount.objects.values_list("balance", flat=True))
 
@@ -215,12 +214,12 @@ def test_liability_that_does_not_balance_is_no_figure(history: datetime) -> None
     """A balance that its entries do not explain, or a roll-up that says something else than they do."""
     roll_up_until(timezone.now())
     edges = [history, timezone.now()]
-    dashboard_stats.liability_roll_forward(edges=edges)
+    business.liability_roll_forward(edges=edges)
     account = TokenAccount.objects.filter(balance__gt=1).first()
     assert account is not None
     TokenAccount.objects.filter(pk=account.pk).update(balance=F("balance") + 1)
     with pytest.raises(LiabilityDoesNotBalance):
-        dashboard_stats.liability_roll_forward(edges=edges)
+        business.liability_roll_forward(edges=edges)
 
 
 def test_cohorts(history: datetime) -> None:
@@ -228,7 +227,7 @@ def test_cohorts(history: datetime) -> None:
     zone = ZoneInfo("Europe/Berlin")
     until = midnight(timezone.now().astimezone(zone).date() + timedelta(days=1), zone)
     since = midnight(add_months(until.date(), -2), zone)
-    found = dashboard_stats.get_cohorts(since=since, until=until)
+    found = business.get_cohorts(since=since, until=until)
     assert len(found) >= 2
     for cohort in found:
         accounts = TokenAccount.objects.filter(created_at__gte=cohort.since, created_at__lt=cohort.until)
@@ -255,7 +254,7 @@ def test_cohorts(history: datetime) -> None:
 
 def test_packages(history: datetime) -> None:
     since, until = history + timedelta(days=10), timezone.now()
-    found = dashboard_stats.get_package_sales(since=since, until=until)
+    found = business.get_package_sales(since=since, until=until)
     assert {each.package_name for each in found} <= set(TokenPricing.objects.values_list("name", flat=True))
     for each in found:
         sales = Purchase.objects.filter(
@@ -298,7 +297,7 @@ def test_live_figures(make_user: MakeUser) -> None:
         StripeEvent.objects.filter(pk=event.pk).update(
             received_at=now - number * HOUR, processed_at=now - number * HOUR + timedelta(milliseconds=10 * number)
         )
-    found = dashboard_stats.get_live_stats()
+    found = business.get_live_stats()
     assert (found.accounts, found.active_accounts, found.suspended_accounts, found.blocked_accounts) == (5, 3, 1, 1)
     assert (found.low_accounts, found.critical_accounts, found.indebted_accounts) == (1, 1, 0)
     assert (found.balance_tokens, found.average_balance_tokens) == (61_099, 12_219)
@@ -311,15 +310,15 @@ def test_live_figures(make_user: MakeUser) -> None:
 @pytest.mark.django_db
 def test_an_empty_database_has_figures_too() -> None:
     span = {"since": timezone.now() - timedelta(days=30), "until": timezone.now()}
-    found = dashboard_stats.get_token_stats(**span)
+    found = business.get_token_stats(**span)
     assert (found.usage, found.revenue, found.real_margin_microusd) == (UsageSums(), [], 0)
     assert found.usage.success_permille is None
-    assert dashboard_stats.get_model_usage_stats(since=span["since"], until=span["until"]) == []
-    assert dashboard_stats.get_operation_stats(since=span["since"], until=span["until"]).totals == {}
-    assert dashboard_stats.get_cohorts(since=span["since"], until=span["until"]) == []
-    assert dashboard_stats.get_package_sales(**span) == []
-    assert dashboard_stats.get_live_stats().average_balance_tokens is None
-    [row] = dashboard_stats.liability_roll_forward(edges=list(span.values()))
+    assert business.get_model_usage_stats(since=span["since"], until=span["until"]) == []
+    assert business.get_operation_stats(since=span["since"], until=span["until"]).totals == {}
+    assert business.get_cohorts(since=span["since"], until=span["until"]) == []
+    assert business.get_package_sales(**span) == []
+    assert business.get_live_stats().average_balance_tokens is None
+    [row] = business.liability_roll_forward(edges=list(span.values()))
     assert row.closing_tokens == 0
 
 
@@ -327,7 +326,7 @@ def test_an_empty_database_has_figures_too() -> None:
     ("now", "before", "change"), [(150, 100, 500), (50, 100, -500), (1, 3, -666), (5, 0, None), (-50, -100, 500)]
 )
 def test_change_in_thousandths(now: int, before: int, change: int | None) -> None:
-    assert dashboard_stats.change_permille(now, before) == change
+    assert business.change_permille(now, before) == change
 
 
 def test_refunds_and_disputes_of_a_span(history: datetime) -> None:
@@ -336,7 +335,7 @@ def test_refunds_and_disputes_of_a_span(history: datetime) -> None:
     assert purchase is not None
     intent = purchase.stripe_payment_intent_id
     assert intent is not None
-    before = dashboard_stats.get_token_stats(since=timezone.now() - HOUR, until=timezone.now() + HOUR)
+    before = business.get_token_stats(since=timezone.now() - HOUR, until=timezone.now() + HOUR)
     for number, (kind, status) in enumerate(
         (("refund", "pending"), ("refund", "failed"), ("dispute", "needs_response"), ("dispute", "won"))
     ):
@@ -349,5 +348,5 @@ def test_refunds_and_disputes_of_a_span(history: datetime) -> None:
             kind=kind, status=status, stripe_id=f"other-{kind}", stripe_payment_intent_id="pi_other", amount_cents=1,
             currency="usd",
         )  # fmt: skip
-    after = dashboard_stats.get_token_stats(since=timezone.now() - HOUR, until=timezone.now() + HOUR)
+    after = business.get_token_stats(since=timezone.now() - HOUR, until=timezone.now() + HOUR)
     assert (after.refunds - before.refunds, after.disputes - before.disputes) == (1, 1)

@@ -13,7 +13,8 @@ from django.test import override_settings
 from django.utils import timezone
 
 from accounts.models import User
-from billing import rollups, tasks
+from billing import tasks
+from billing.figures import roll_ups
 from billing.models import LedgerHour, RollUp, TokenUsage, UsageDay, UsageHour
 from tests.conftest import MakeUser
 
@@ -23,10 +24,10 @@ NEVER = 2**62  # a transaction's id that is far away
 
 def roll_up_until(moment: datetime) -> None:
     """Make the roll-ups reach to the hour of `moment` and no further, as if an older transaction were still open."""
-    until = rollups.hour_of(moment)
+    until = roll_ups.hour_of(moment)
     state = {"rolled_until": until, "sealing_until": until + HOUR, "sealing_xid": NEVER}
     RollUp.objects.update_or_create(defaults=state)
-    assert rollups.rebuild() == until
+    assert roll_ups.rebuild() == until
 
 
 def invent_history(**options: Any) -> None:
@@ -108,10 +109,10 @@ def test_what_is_rolled_up_later_joins_what_was(history: None) -> None:
     for model in (RollUp, UsageHour, UsageDay, LedgerHour):
         model.objects.all().delete()
     for days in (25, 11, 10, 0):
-        until = rollups.hour_of(now - timedelta(days=days, hours=days))
+        until = roll_ups.hour_of(now - timedelta(days=days, hours=days))
         # Sealed long ago: every transaction's id is higher than this.
         RollUp.objects.update_or_create(defaults={"sealing_until": until, "sealing_xid": 1})
-        assert rollups.roll_up() == until
+        assert roll_ups.roll_up() == until
         verify()
 
 
@@ -130,9 +131,9 @@ def test_who_is_killed_leaves_nothing_behind(history: None, monkeypatch: pytest.
     roll_up_until(timezone.now() - timedelta(days=20))
     before = UsageHour.objects.count(), RollUp.objects.values().get()
     RollUp.objects.update(sealing_xid=1)
-    monkeypatch.setattr(rollups, "_ROLL_USAGE_DAYS", "SELECT 1 / 0")
+    monkeypatch.setattr(roll_ups, "_ROLL_USAGE_DAYS", "SELECT 1 / 0")
     with pytest.raises(DatabaseError):
-        rollups.roll_up()
+        roll_ups.roll_up()
     RollUp.objects.update(sealing_xid=NEVER)
     assert before[0] == UsageHour.objects.count()
     assert RollUp.objects.get().rolled_until == before[1]["rolled_until"]
@@ -176,30 +177,30 @@ def test_an_open_transaction_holds_its_hour_back(other: psycopg.Connection, endi
     row = UsageHour.objects.get()
     ending.refresh_from_db()
     assert ending.completed_at is not None
-    assert (row.hour, row.operations) == (rollups.hour_of(ending.completed_at), 1)
+    assert (row.hour, row.operations) == (roll_ups.hour_of(ending.completed_at), 1)
 
 
 def test_without_the_seal_its_row_is_missed(
     other: psycopg.Connection, ending: TokenUsage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the one above: an end that follows the clock alone."""
-    monkeypatch.setattr(rollups, "_seal", lambda state: rollups.hour_of(timezone.now() - rollups.LAG))
-    rollups.roll_up()
+    monkeypatch.setattr(roll_ups, "_seal", lambda state: roll_ups.hour_of(timezone.now() - roll_ups.LAG))
+    roll_ups.roll_up()
     other.commit()
     assert not UsageHour.objects.exists()
-    assert ending.__class__.objects.filter(completed_at__lt=rollups.rolled_until()).exists()
+    assert ending.__class__.objects.filter(completed_at__lt=roll_ups.rolled_until()).exists()
 
 
 def test_two_workers_do_not_do_it_twice(other: psycopg.Connection, make_user: MakeUser) -> None:
     """The one that comes second goes away at once."""
     operation(make_user("alice"), ended_at=timezone.now() - 5 * HOUR)
-    until = rollups.hour_of(timezone.now())
+    until = roll_ups.hour_of(timezone.now())
     RollUp.objects.create(sealing_until=until, sealing_xid=1)
     other.execute("SELECT FROM billing_rollup FOR UPDATE")
-    assert rollups.roll_up() is None
+    assert roll_ups.roll_up() is None
     assert not UsageHour.objects.exists()
     other.commit()
-    assert rollups.roll_up() == until
+    assert roll_ups.roll_up() == until
     assert UsageHour.objects.get().operations == 1
-    rollups.roll_up()
+    roll_ups.roll_up()
     assert UsageHour.objects.get().operations == 1

@@ -9,11 +9,12 @@ from django.core.exceptions import ValidationError
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, settings_preview, system_settings
+from billing import ledger, system_settings
+from billing.figures import settings_preview
+from billing.figures.settings_preview import SettingsPreview, preview_settings
 from billing.ledger import Operation
 from billing.models import ModelPrice, SettingChange, TokenAccount, TokenUsage
 from billing.pricing import TokenPools
-from billing.settings_preview import SettingsPreview, preview_settings
 
 pytestmark = pytest.mark.django_db
 

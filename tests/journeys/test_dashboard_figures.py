@@ -14,7 +14,7 @@ from django.utils import timezone
 from playwright.sync_api import Page, expect
 
 from accounts.models import AuditEntry, User
-from billing import finance
+from billing.figures import finance
 from tests.audit.axe import find_violations
 from tests.billing.test_rollups import invent_history, roll_up_until
 from tests.conftest import MakeUser

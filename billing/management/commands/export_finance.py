@@ -4,8 +4,8 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils import timezone
 
-from billing import finance
-from billing.dashboard_stats import LiabilityDoesNotBalance
+from billing.figures import finance
+from billing.figures.business import LiabilityDoesNotBalance
 
 
 class Command(BaseCommand):

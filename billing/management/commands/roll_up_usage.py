@@ -3,7 +3,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandParser
 from tqdm import tqdm
 
-from billing import rollups
+from billing.figures import roll_ups
 
 
 class Command(BaseCommand):
@@ -16,7 +16,7 @@ class Command(BaseCommand):
         parser.add_argument("--rebuild", action="store_true", help="delete them first; pages go on with the old ones")
 
     def handle(self, *args: Any, rebuild: bool, **options: Any) -> None:
-        work = rollups.rebuild if rebuild else rollups.roll_up
+        work = roll_ups.rebuild if rebuild else roll_ups.roll_up
         with tqdm(unit=" hours", desc="Rolled up", disable=None, file=self.stderr) as bar:
 
             def progress(hours_done: int, hours_total: int) -> None:

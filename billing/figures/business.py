@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 from django.db import connection, transaction
 from django.db.models import Case, Count, F, Q, Sum, When
 
-from billing import rollups, stats, system_settings
+from billing import stats, system_settings
+from billing.figures import roll_ups
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
 from billing.stats import BucketName
 from kit.database import one_snapshot
@@ -58,15 +59,15 @@ class _Pieces:
     @classmethod
     def of(cls, edges: Sequence[datetime], *, has_days: bool) -> "_Pieces":
         pieces = cls()
-        rolled_until = rollups.rolled_until() or BEGINNING
+        rolled_until = roll_ups.rolled_until() or BEGINNING
         for since, until in pairwise(edges):
-            first = _ceiling(since, rollups.hour_of, timedelta(hours=1))
-            last = rollups.hour_of(min(until, rolled_until))
+            first = _ceiling(since, roll_ups.hour_of, timedelta(hours=1))
+            last = roll_ups.hour_of(min(until, rolled_until))
             if first >= last:
                 _append(pieces.raw, since, until)
                 continue
             _append(pieces.raw, since, first)
-            first_day, last_day = _ceiling(first, rollups.day_of, timedelta(days=1)), rollups.day_of(last)
+            first_day, last_day = _ceiling(first, roll_ups.day_of, timedelta(days=1)), roll_ups.day_of(last)
             if has_days and first_day < last_day:
                 _append(pieces.hours, first, first_day)
                 _append(pieces.days, first_day, last_day)
@@ -175,7 +176,7 @@ class UsageSums:
         return self.duration_ms // self.timed if self.timed else None
 
 
-_SUM_COLUMNS = f"status, is_free, {', '.join(rollups.USAGE_SUMS)}"
+_SUM_COLUMNS = f"status, is_free, {', '.join(roll_ups.USAGE_SUMS)}"
 _RAW_COLUMNS = (
     "status, is_free, 1::bigint AS operations, actual_tokens, billable_tokens, unbilled_tokens, "
     "provider_cost_microusd, (duration_ms IS NOT NULL)::int::bigint AS timed_operations, "
@@ -196,7 +197,7 @@ def sum_usage(
     pieces = _Pieces.of(edges, has_days=True)
     sql = f"""
         SELECT width_bucket(at, %(edges)s::timestamptz[]) - 1, {listed}status, is_free,
-               {", ".join(f"sum({column})::bigint" for column in rollups.USAGE_SUMS)}
+               {", ".join(f"sum({column})::bigint" for column in roll_ups.USAGE_SUMS)}
           FROM (
             SELECT day AS at, {listed}{_SUM_COLUMNS} FROM {pieces.rows_of_days()} AS days
             UNION ALL
@@ -276,7 +277,7 @@ def sum_ledger(*, edges: Sequence[datetime]) -> dict[tuple[int, str, str], Ledge
                    CASE WHEN type IN ('purchase', 'auto_recharge') THEN coalesce(discount_cents, 0) ELSE 0 END
               FROM {pieces.raw_rows("billing_tokentransaction", "created_at")} AS entry
               LEFT JOIN billing_purchase AS purchase ON purchase.id = entry.purchase_id
-             WHERE {rollups.OTHER_THAN_USAGE}
+             WHERE {roll_ups.OTHER_THAN_USAGE}
             UNION ALL
             SELECT completed_at, 'usage', '', 1, -billable_tokens, 0, 0
               FROM {pieces.raw_rows("billing_tokenusage", "completed_at")} AS usage
