@@ -19,9 +19,9 @@ from accounts import own_data as accounts_data
 from accounts.models import User
 from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImagePrompt, Project
 from ai_ops.operations import FILE_ENDINGS
-from billing import own_data as billing_data
 from billing.history.exports import csv_lines
-from billing.own_data import NotNow
+from billing.upkeep import own_data as billing_data
+from billing.upkeep.own_data import NotNow
 from kit.refusal import Refusal
 
 logger = structlog.get_logger(__name__)

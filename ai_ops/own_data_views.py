@@ -20,7 +20,7 @@ from django.views.decorators.http import require_GET, require_http_methods
 from accounts.permissions import SignedInRequest
 from ai_ops import own_data
 from billing import ledger
-from billing.own_data import NotNow
+from billing.upkeep.own_data import NotNow
 from kit import outgoing
 
 CONFIRMATION = "anonymise me"

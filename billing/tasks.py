@@ -5,11 +5,12 @@ from datetime import timedelta
 from celery import shared_task
 from django.utils import timezone
 
-from billing import ledger, notifications, retention, verification
+from billing import ledger, notifications
 from billing.figures import finance, roll_ups
 from billing.payments import customers, purchases, recharge, reconcile, refunds
 from billing.payments.gateway import GatewayError
 from billing.staff import bulk, grants
+from billing.upkeep import retention, verification
 from kit import outgoing
 
 

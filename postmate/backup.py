@@ -29,8 +29,9 @@ from django.db import connection
 from django.db.migrations.executor import MigrationExecutor
 from django.db.migrations.recorder import MigrationRecorder
 
-from billing import ledger, verification
+from billing import ledger
 from billing.models import RollUp
+from billing.upkeep import verification
 from kit.database import one_snapshot
 from postmate import embedded
 

@@ -1,6 +1,6 @@
 """A year of the demo: what `manage.py seed_demo --past` makes beside the people, so that there is something to see.
 
-The books are invented by billing/invented_past.py. Here the first of its people gets what they made in the Studio,
+The books are invented by billing/upkeep/invented_past.py. Here the first of its people gets what they made in the Studio,
 each piece, chat and image beside the operation that paid for it; and the Stripe stand-in is told of the payments, so
 that receipts, refunds and the comparison of the books work for them as for any other.
 """
@@ -31,7 +31,6 @@ from ai_ops.models import (
 )
 from billing import catalogue, notifications, packages, system_settings
 from billing.demo import DEMO_NAMES, DEMO_PASSWORD, DEMO_PEOPLE
-from billing.invented_past import Cast, History, Planned, bring_up_to_date
 from billing.models import (
     Notification,
     PaymentReversal,
@@ -42,6 +41,7 @@ from billing.models import (
     TokenUsage,
 )
 from billing.staff import grants
+from billing.upkeep.invented_past import Cast, History, Planned, bring_up_to_date
 from postmate.demo_texts import CHATS, HAIKU, PICTURES, PIECES, PROJECTS, Conversation, Pictures, Piece
 from postmate.standins.ai.painting import paint
 

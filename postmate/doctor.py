@@ -54,7 +54,7 @@ from billing.models import (
 from billing.models.account import WithheldBonus
 from billing.models.fields import Provider
 from billing.payments import gateway, webhooks
-from billing.verification import verify
+from billing.upkeep.verification import verify
 from kit import redis_client
 from postmate import backup, metrics
 from postmate.checks import existing, is_writable

@@ -35,7 +35,7 @@ from billing import catalogue
 from billing.figures.roll_ups import OTHER_THAN_USAGE, RAW_USAGE_SUMS, USAGE_DIMENSIONS
 from billing.models import ModelPrice, Purchase, TokenAccount, TokenTransaction
 from billing.models.fields import Currency, Provider
-from billing.verification import BOOKS_KEY
+from billing.upkeep.verification import BOOKS_KEY
 from kit import counters, redis_client
 from kit.database import one_snapshot
 from postmate import backup

@@ -27,7 +27,7 @@ from accounts.models import User
 from billing import ledger
 from billing.models import Notification, Purchase, RollUp, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
 from billing.tasks import check_books
-from billing.verification import BOOKS_KEY
+from billing.upkeep.verification import BOOKS_KEY
 from kit import counters, redis_client
 from postmate import metrics
 from postmate.celery import app

@@ -29,9 +29,9 @@ from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImageP
 from billing import ledger
 from billing import tasks as billing_tasks
 from billing.models import Notification, Purchase, StripeEvent, TokenAccount, TokenTransaction
-from billing.own_data import NotNow
 from billing.payments import gateway
 from billing.pricing import TokenPools
+from billing.upkeep.own_data import NotNow
 from tests.conftest import PASSWORD, MakeUser
 from tests.payments import begin_checkout, deliver, event_of, events_of, verify_books
 from tests.servers import StripeStandIn

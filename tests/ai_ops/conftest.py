@@ -4,7 +4,7 @@ import pytest
 
 from accounts.models import User
 from billing.models import TokenAccount
-from billing.verification import verify
+from billing.upkeep.verification import verify
 from tests.ai_ops.studio import Writer
 from tests.servers import Server
 

@@ -26,7 +26,7 @@ from billing import ledger
 from billing.figures import roll_ups
 from billing.models import ModelPrice, Notification, RollUp, TokenAccount, TokenTransaction, TokenUsage, UsageDay
 from billing.pricing import TokenPools, ceil_multiply
-from billing.verification import verify
+from billing.upkeep.verification import verify
 from kit.database import in_thread
 from tests.standins.ai_server import AiServer, running_ai_standin
 

@@ -8,9 +8,10 @@ from django.db.models import Sum
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import ledger, notifications, verification
+from billing import ledger, notifications
 from billing.models import GrantRequest, Notification, TokenAccount, TokenTransaction
 from billing.staff import grants
+from billing.upkeep import verification
 from tests.conftest import MakeUser, change_settings
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("books_stay_in_order")]

@@ -24,11 +24,12 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, notifications, own_data, packages, tasks
+from billing import ledger, notifications, packages, tasks
 from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.payments import gateway, recharge, reconcile
 from billing.pricing import TokenPools
+from billing.upkeep import own_data
 from kit import database
 from tests.conftest import PASSWORD, MakeUser, show_password
 from tests.environment import BILLING_SECRET

@@ -14,9 +14,10 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from ai_ops.own_data import anonymize_user
-from billing import own_data, tasks
+from billing import tasks
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
 from billing.payments import gateway, reconcile
+from billing.upkeep import own_data
 from tests.payments import (
     BONUS_TOKENS,
     ONE_STARTER,

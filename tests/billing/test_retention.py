@@ -12,10 +12,11 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import AuditEntry, User
-from billing import retention, tasks
+from billing import tasks
 from billing.models import BulkJob, Notification, Purchase, StripeEvent, TokenTransaction
 from billing.staff import bulk
 from billing.staff.accounts import AccountFilter
+from billing.upkeep import retention
 from tests.payments import ONE_STARTER, changed, credits_of, deliver, event_of, state_of
 from tests.servers import StripeStandIn
 

@@ -14,11 +14,12 @@ from django.db import connection
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, verification
+from billing import ledger
 from billing.ledger import Operation
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
 from billing.pricing import TokenPools
 from billing.staff import grants
+from billing.upkeep import verification
 from tests.billing.test_rollups import roll_up_until
 from tests.conftest import MakeUser
 

@@ -22,9 +22,9 @@ ROOMS = {
     "History": ["billing/history.py", "billing/history/exports.py", "billing/history/statements.py", "billing/history/receipts.py"],
     "What admins do": ["billing/staff/grants.py", "billing/staff/accounts.py", "billing/staff/bulk.py", "billing/figures/settings_preview.py"],
     "What the business reads": ["billing/figures/business.py", "billing/figures/roll_ups.py", "billing/figures/finance.py"],
-    "Upkeep": ["billing/verification.py", "billing/retention.py"],
+    "Upkeep": ["billing/upkeep/verification.py", "billing/upkeep/retention.py"],
     "AI operations": ["ai_ops/operations.py", "ai_ops/metering.py"],
-    "A person's data": ["accounts/own_data.py", "billing/own_data.py", "ai_ops/own_data.py"],
+    "A person's data": ["accounts/own_data.py", "billing/upkeep/own_data.py", "ai_ops/own_data.py"],
 }  # fmt: skip
 
 HEAD = """# Reference

@@ -22,7 +22,7 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from billing.verification import verify
+from billing.upkeep.verification import verify
 from tests.conftest import PASSWORD
 from tests.environment import SITE_URL
 from tests.servers import Server, StripeStandIn

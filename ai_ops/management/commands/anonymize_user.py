@@ -4,7 +4,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from accounts.models import User
 from ai_ops import own_data
-from billing.own_data import NotNow
+from billing.upkeep.own_data import NotNow
 
 
 class Command(BaseCommand):

@@ -2,7 +2,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
-from billing import retention
+from billing.upkeep import retention
 
 
 class Command(BaseCommand):

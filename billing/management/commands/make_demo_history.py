@@ -7,9 +7,10 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import transaction
 from tqdm import tqdm
 
-from billing import catalogue, invented_past, packages, system_settings
+from billing import catalogue, packages, system_settings
 from billing.demo import DEMO_PEOPLE
 from billing.models import TokenTransaction
+from billing.upkeep import invented_past
 
 OPERATIONS_PER_USER = 50
 

@@ -2,7 +2,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 
-from billing.verification import note_outcome, verify
+from billing.upkeep.verification import note_outcome, verify
 
 
 class Command(BaseCommand):

@@ -1,0 +1,1 @@
+"""What is done to the books as a whole: proof, retention, personal data."""
