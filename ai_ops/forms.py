@@ -17,8 +17,8 @@ from ai_ops.operations import (
     SelectionRequest,
     ShownPrice,
 )
-from billing import catalogue, system_settings
-from billing.catalogue import CatalogueError
+from billing import catalogue
+from billing.catalogue import CatalogueError, system_settings
 from billing.forms import KeyField
 from billing.models import ModelPrice
 

@@ -50,8 +50,8 @@ from ai_ops.models import (
 )
 from ai_ops.operations import Event, Events, OperationError, Replayed, Result, Started
 from ai_ops.providers import ProviderError, TextDelta
-from billing import catalogue, system_settings
-from billing.catalogue import CatalogueError
+from billing import catalogue
+from billing.catalogue import CatalogueError, system_settings
 from billing.ledger import IdempotencyConflict, InsufficientTokens, LedgerError
 from billing.models import ModelPrice, TokenUsage
 from kit import outgoing

@@ -19,7 +19,8 @@ from django.utils.timezone import localtime
 
 from accounts.admin import ReadOnlyAdmin
 from accounts.models import User
-from billing import catalogue, ledger, packages, system_settings
+from billing import catalogue, ledger
+from billing.catalogue import packages, system_settings
 from billing.forms import PlainDecimalField, WholeNumberField
 from billing.models import (
     BonusKey,
@@ -375,7 +376,7 @@ def _history_table(changes: Iterable[tuple[datetime, str, Any, Any, Any]]) -> st
 
 @admin.register(TokenPricing)
 class TokenPricingAdmin(CatalogueAdmin):
-    """Saved through billing/packages.py, which keeps who changed what."""
+    """Saved through billing/catalogue/packages.py, which keeps who changed what."""
 
     form = TokenPricingForm
     list_display = ("name", "tokens", "price_usd_cents", "is_popular", "is_active", "sort_order")

@@ -6,7 +6,8 @@ from functools import partial
 import structlog
 from django.db import transaction
 
-from billing import notifications, system_settings
+from billing import notifications
+from billing.catalogue import system_settings
 from billing.ledger import Posting
 from billing.models import TokenAccount
 from kit.on_commit import enqueue_on_commit

@@ -4,7 +4,8 @@ from typing import Any
 
 from django.http import HttpRequest
 
-from billing import ledger, notifications, system_settings
+from billing import ledger, notifications
+from billing.catalogue import system_settings
 from billing.models import TokenAccount
 
 

@@ -5,7 +5,7 @@ from django import forms
 
 from accounts.models import User
 from accounts.profile import ProfileForm
-from billing import packages
+from billing.catalogue import packages
 from billing.ledger import MAX_TOKENS
 from billing.models import Purchase, SystemSettings, TokenAccount, TokenPricing
 from billing.models.bulk_job import BulkKind

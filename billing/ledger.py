@@ -25,7 +25,8 @@ from psycopg.rows import namedtuple_row
 
 from accounts import mailboxes
 from accounts.models import User, Workspace
-from billing import live, system_settings, welcome
+from billing import live, welcome
+from billing.catalogue import system_settings
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.system_settings import DisposableBonus

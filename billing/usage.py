@@ -9,7 +9,8 @@ from typing import Any
 from django.db import IntegrityError, transaction
 from django.db.models import Q
 
-from billing import catalogue, ledger, system_settings
+from billing import catalogue, ledger
+from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from billing.models.fields import ClockTimestamp
 from billing.pricing import MAX_POOL_TOKENS, TokenPools

@@ -29,7 +29,8 @@ from ai_ops.models import (
     Project,
     ResultState,
 )
-from billing import catalogue, notifications, packages, system_settings
+from billing import catalogue, notifications
+from billing.catalogue import packages, system_settings
 from billing.demo import DEMO_NAMES, DEMO_PASSWORD, DEMO_PEOPLE
 from billing.models import (
     Notification,

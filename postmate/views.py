@@ -16,7 +16,7 @@ from django.views.decorators.clickjacking import xframe_options_sameorigin
 from django.views.decorators.http import require_GET, require_safe
 from psycopg_pool import PoolTimeout
 
-from billing import packages, system_settings
+from billing.catalogue import packages, system_settings
 from kit import redis_client
 from postmate import metrics, serving
 

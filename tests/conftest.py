@@ -19,7 +19,8 @@ from pytest_django.fixtures import Settings
 
 from accounts import two_persons
 from accounts.models import User
-from billing import catalogue, ledger, packages, system_settings
+from billing import catalogue, ledger
+from billing.catalogue import packages, system_settings
 from billing.models import ModelPrice, Purchase
 from billing.payments import gateway
 from billing.pricing import TokenPools

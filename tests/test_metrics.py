@@ -204,7 +204,7 @@ def test_requests_are_counted_by_route_and_outcome(
     for path in ("/", "/api/v1/usage", "/tokens/", "/nowhere/1", "/nowhere/2", "/admin/billing/purchase/7/change/"):
         client.get(path)
     with monkeypatch.context() as broken:
-        broken.setattr("billing.packages.list_offers", lambda: 1 / 0)
+        broken.setattr("billing.catalogue.packages.list_offers", lambda: 1 / 0)
         assert client.get("/").status_code == 500
     samples = read()
     expected = {("", "2xx"): 1, ("", "5xx"): 1, ("api/v1/usage", "4xx"): 1, ("tokens/", "3xx"): 1, ("(none)", "4xx"): 2}

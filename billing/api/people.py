@@ -3,7 +3,7 @@
 from ninja import Router
 
 from accounts.models import ApiKey
-from billing import history, ledger, packages, usage
+from billing import history, ledger, usage
 from billing.api.access import PersonalKey, PersonRequest
 from billing.api.problems import refusals
 from billing.api.schemas import (
@@ -16,6 +16,7 @@ from billing.api.schemas import (
     TransactionPage,
     UsagePage,
 )
+from billing.catalogue import packages
 from billing.models.fields import Currency
 from billing.models.transaction import TransactionType
 from billing.models.usage import OperationType, UsageStatus

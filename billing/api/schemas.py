@@ -26,12 +26,12 @@ from pydantic import (
 )
 
 from billing import ledger, pricing, usage
+from billing.catalogue.packages import Offer
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import AccountStatus
 from billing.models.fields import Currency, Provider
 from billing.models.transaction import TransactionType
 from billing.models.usage import ChargeType, OperationType, UsageStatus
-from billing.packages import Offer
 
 MAX_BIGINT = 2**63 - 1
 MAX_RESERVATION_SECONDS = 86_400

@@ -17,7 +17,8 @@ from django.views.decorators.http import require_GET, require_http_methods, requ
 from accounts import audit, two_persons
 from accounts.models import AuditEntry, ChangeRequest
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
-from billing import history, system_settings
+from billing import history
+from billing.catalogue import system_settings
 from billing.dashboard.lists import newest_first
 from billing.figures import settings_preview
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 from django.db import connection, transaction
 from django.db.models import Case, Count, F, Q, Sum, When
 
-from billing import stats, system_settings
+from billing import stats
+from billing.catalogue import system_settings
 from billing.figures import roll_ups
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
 from billing.stats import BucketName

@@ -10,7 +10,7 @@ from django.db import connection
 from django.db.models import Count, F, Q
 from django.utils import timezone
 
-from billing import system_settings
+from billing.catalogue import system_settings
 from billing.models import Purchase, SystemSettings, TokenAccount, TokenTransaction, TokenUsage
 
 PREVIEW_DAYS = 30

@@ -16,7 +16,8 @@ from django.db import IntegrityError, transaction
 from django.db.models import F, Max, Q
 from django.urls import reverse
 
-from billing import ledger, notifications, packages, system_settings
+from billing import ledger, notifications
+from billing.catalogue import packages, system_settings
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.models.fields import Currency
 from billing.payments import customers, gateway, refunds

@@ -18,7 +18,8 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
-from billing import notifications, packages
+from billing import notifications
+from billing.catalogue import packages
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.payments import customers, gateway, purchases
 from billing.payments.customers import switch_off

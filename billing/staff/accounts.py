@@ -12,7 +12,8 @@ from django.db.models.functions import Coalesce
 
 from accounts import audit, roles
 from accounts.models import User
-from billing import notifications, system_settings
+from billing import notifications
+from billing.catalogue import system_settings
 from billing.models import Purchase, SystemSettings, TokenAccount
 from billing.models.account import AccountStatus as Status
 from billing.models.fields import ClockTimestamp

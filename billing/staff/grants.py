@@ -20,7 +20,8 @@ from django.utils import timezone
 from accounts import audit, roles
 from accounts.audit import Action
 from accounts.models import User
-from billing import ledger, notifications, system_settings
+from billing import ledger, notifications
+from billing.catalogue import system_settings
 from billing.models import GrantRequest, SystemSettings, TokenAccount, TokenTransaction
 from billing.models.account import WithheldBonus
 from billing.models.fields import ClockTimestamp

@@ -24,7 +24,8 @@ from django.db.models import Max
 from django.utils import timezone
 
 from accounts.models import User
-from billing import catalogue, system_settings, welcome
+from billing import catalogue, welcome
+from billing.catalogue import system_settings
 from billing.figures import roll_ups
 from billing.ledger import WELCOME_BONUS_KEY
 from billing.models import ModelPrice, Purchase, TokenPricing, TokenUsage

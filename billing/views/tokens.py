@@ -18,7 +18,8 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from billing import history, ledger, packages, stats, system_settings
+from billing import history, ledger, stats
+from billing.catalogue import packages, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
 from billing.history import receipts
 from billing.history.tables import TransactionTable

@@ -15,7 +15,8 @@ from django.utils import timezone
 from accounts import audit, roles, two_persons
 from accounts.audit import Action
 from accounts.models import AuditEntry, ChangeRequest, User
-from billing import catalogue, packages, system_settings
+from billing import catalogue
+from billing.catalogue import packages, system_settings
 from billing.models import Drift, ModelPrice, SettingChange, StripeEvent, TokenPricing
 from tests.conftest import PASSWORD, MakeUser
 

@@ -14,7 +14,8 @@ from django.utils import timezone
 from accounts import time_zones
 from accounts.models import User
 from accounts.templatetags.devices import device_name
-from billing import ledger, notifications, packages
+from billing import ledger, notifications
+from billing.catalogue import packages
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
 from billing.payments import purchases
 from tests.payments import begin_checkout

@@ -25,7 +25,8 @@ from ai_ops.metering import Finished
 from ai_ops.models import ContentPiece, ImageBatch, Project
 from ai_ops.operations import LEFT_AT_MOST, LEFT_WITHIN, DraftRequest, Started
 from ai_ops.providers import TextDelta
-from billing import catalogue, ledger, system_settings
+from billing import catalogue, ledger
+from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools, ceil_multiply
 from postmate.standins.ai import count_tokens as count_as_the_provider

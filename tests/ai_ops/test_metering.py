@@ -9,8 +9,8 @@ from accounts.models import User
 from ai_ops import metering, prompts
 from ai_ops.metering import MIN_OUTPUT_TOKENS, Ask, Quote, TooLongForModel
 from ai_ops.prompts import LENGTHS, TONES, Prompt, draft_prompt
-from billing import ledger, system_settings
-from billing.catalogue import RetiredModel, UnknownModel
+from billing import ledger
+from billing.catalogue import RetiredModel, UnknownModel, system_settings
 from billing.ledger import AccountNotActive, InsufficientTokens
 from billing.models import ModelPrice, TokenAccount, TokenUsage
 from postmate.standins.ai import count_tokens as count_as_the_provider

@@ -14,7 +14,8 @@ from ai_ops import operations
 from ai_ops.metering import Finished
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, ImagePrompt
 from ai_ops.operations import DraftRequest, ImageRequest
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import ceil_multiply
 from kit.database import in_thread

@@ -9,7 +9,8 @@ import pytest
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.ledger import Operation
 from billing.models import Notification, Purchase, TokenAccount
 from billing.pricing import TokenPools

@@ -26,7 +26,8 @@ from ai_ops.models import (
     ImagePrompt,
     Project,
 )
-from billing import catalogue, ledger, system_settings, usage
+from billing import catalogue, ledger, usage
+from billing.catalogue import system_settings
 from billing.models import (
     BonusKey,
     BonusMark,

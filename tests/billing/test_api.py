@@ -15,7 +15,8 @@ from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from tests.environment import BILLING_SECRET
 

@@ -7,7 +7,7 @@ from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import AuditEntry, User
-from billing import system_settings
+from billing.catalogue import system_settings
 from billing.models import BulkJob, BulkJobRow, GrantRequest, TokenAccount, TokenTransaction
 from billing.staff import accounts, bulk, grants
 from billing.staff.accounts import AccountFilter

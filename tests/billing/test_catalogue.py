@@ -14,8 +14,8 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from billing import catalogue, system_settings
-from billing.catalogue import ImageOption
+from billing import catalogue
+from billing.catalogue import ImageOption, system_settings
 from billing.models import ModelPrice, ModelPriceChange, SystemSettings
 from billing.pricing import TokenPools
 

@@ -9,7 +9,8 @@ from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, packages, system_settings, tasks
+from billing import ledger, tasks
+from billing.catalogue import packages, system_settings
 from billing.history import receipts
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
 from billing.payments import purchases

@@ -10,7 +10,8 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import AuditEntry, User
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.forms import SystemSettingsForm
 from billing.models import (
     BulkJob,

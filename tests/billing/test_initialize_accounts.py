@@ -16,7 +16,8 @@ from django.db import connection, transaction
 from pytest_django.fixtures import Settings
 
 from accounts.models import User, Workspace
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.management.commands import initialize_accounts
 from billing.models import TokenAccount, TokenTransaction
 from tests.payments import verify_books

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from pytest_django.fixtures import Settings
 
 from accounts.models import User, Workspace
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.ledger import Operation, Posting
 from billing.models import (
     PaymentReversal,

@@ -13,7 +13,8 @@ from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, packages, tasks
+from billing import ledger, tasks
+from billing.catalogue import packages
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.payments import purchases
 from billing.pricing import TokenPools

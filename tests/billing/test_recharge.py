@@ -24,7 +24,8 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, notifications, packages, tasks
+from billing import ledger, notifications, tasks
+from billing.catalogue import packages
 from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.payments import gateway, recharge, reconcile

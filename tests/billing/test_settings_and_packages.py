@@ -7,7 +7,7 @@ import pytest
 from django.core.exceptions import ValidationError
 
 from accounts.models import User
-from billing import packages, system_settings
+from billing.catalogue import packages, system_settings
 from billing.models import SettingChange, SystemSettings, TokenPricing
 
 pytestmark = pytest.mark.django_db

@@ -9,7 +9,8 @@ from django.core.exceptions import ValidationError
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.figures import settings_preview
 from billing.figures.settings_preview import SettingsPreview, preview_settings
 from billing.ledger import Operation

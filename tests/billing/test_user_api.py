@@ -14,7 +14,8 @@ from pytest_django.fixtures import Settings
 
 from accounts import api_keys
 from accounts.models import ApiKey, User
-from billing import ledger, packages
+from billing import ledger
+from billing.catalogue import packages
 from billing.models import TokenAccount, TokenPricing, TokenTransaction
 from tests.billing.test_api import Service, refused, used
 from tests.environment import BILLING_SECRET

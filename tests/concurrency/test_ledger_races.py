@@ -14,7 +14,8 @@ from django.db import connection
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, system_settings, welcome
+from billing import ledger, welcome
+from billing.catalogue import system_settings
 from billing.ledger import Operation, Posting
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools

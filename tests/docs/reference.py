@@ -15,7 +15,7 @@ PAGE = "docs/REFERENCE.md"
 ROOMS = {
     "Balances": ["billing/ledger.py"],
     "Usage": ["billing/usage.py", "billing/stats.py"],
-    "What is on offer": ["billing/packages.py", "billing/catalogue.py", "billing/system_settings.py"],
+    "What is on offer": ["billing/catalogue/packages.py", "billing/catalogue.py", "billing/catalogue/system_settings.py"],
     "Arithmetic": ["billing/pricing.py"],
     "Payments": ["billing/payments/purchases.py", "billing/payments/customers.py", "billing/payments/recharge.py", "billing/payments/refunds.py",
                  "billing/payments/webhooks.py", "billing/payments/reconcile.py"],

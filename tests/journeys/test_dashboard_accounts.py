@@ -6,7 +6,8 @@ from django.test import Client
 from playwright.sync_api import Page, expect
 
 from accounts.models import User
-from billing import ledger, system_settings, usage
+from billing import ledger, usage
+from billing.catalogue import system_settings
 from billing.models import BulkJob, TokenAccount
 from billing.pricing import TokenPools
 from billing.staff import accounts, bulk, grants

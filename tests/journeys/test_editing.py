@@ -10,7 +10,8 @@ from playwright.sync_api import Locator, Page, expect
 from accounts.models import User
 from ai_ops import operations
 from ai_ops.models import Chat, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
-from billing import ledger, system_settings
+from billing import ledger
+from billing.catalogue import system_settings
 from billing.models import TokenTransaction, TokenUsage
 from tests.conftest import PASSWORD, MakeUser
 from tests.journeys.conftest import OpenContext, shoot, sign_in

@@ -56,7 +56,8 @@ from django.core.management import call_command  # noqa: E402
 from django.db import connection  # noqa: E402
 from django.utils import timezone  # noqa: E402
 
-from billing import catalogue, ledger, packages  # noqa: E402
+from billing import catalogue, ledger  # noqa: E402
+from billing.catalogue import packages  # noqa: E402
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenTransaction  # noqa: E402
 from billing.payments import purchases, recharge, reconcile, refunds  # noqa: E402
 from tests.payments import sign  # noqa: E402

@@ -8,7 +8,8 @@ from django.db.models import BooleanField, Exists, ExpressionWrapper, OuterRef, 
 from tqdm import tqdm
 
 from accounts.models import User, Workspace
-from billing import ledger, system_settings, welcome
+from billing import ledger, welcome
+from billing.catalogue import system_settings
 from billing.models import TokenAccount, TokenTransaction
 from billing.models.account import WithheldBonus
 

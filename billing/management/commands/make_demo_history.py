@@ -7,7 +7,8 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import transaction
 from tqdm import tqdm
 
-from billing import catalogue, packages, system_settings
+from billing import catalogue
+from billing.catalogue import packages, system_settings
 from billing.demo import DEMO_PEOPLE
 from billing.models import TokenTransaction
 from billing.upkeep import invented_past

@@ -2,7 +2,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from billing import catalogue, packages, system_settings, welcome
+from billing import catalogue, welcome
+from billing.catalogue import packages, system_settings
 
 
 class Command(BaseCommand):
