@@ -32,12 +32,13 @@ from ai_ops.providers import (
     TextEnd,
 )
 from ai_ops.providers.counts import Counted, Said, count_call
-from billing import after_debit, catalogue, ledger, notifications, pricing, usage
+from billing import catalogue, ledger, notifications, pricing, usage
 from billing.catalogue import CatalogueError
 from billing.figures import roll_ups
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
 from billing.models import ModelPrice, TokenAccount, TokenUsage
 from billing.pricing import TokenPools
+from billing.usage import after_debit
 from kit import counters
 from kit.database import DATABASE_AWAY, in_thread
 

@@ -16,12 +16,12 @@ from accounts.permissions import SignedInRequest
 from ai_ops import operations
 from ai_ops.models import Project
 from ai_ops.tables import UsageTable
-from billing import pricing, stats
-from billing.charts import BUCKET_LABELS, Chart, Table, bucket_head, bucket_labels, number_or_dash, percent
+from billing import pricing
 from billing.models import ModelPrice, TokenTransaction, TokenUsage
 from billing.models.fields import Provider
-from billing.stats import BucketName, Dimension, Figures, UsageGroup
-from billing.usage import UnknownCursor, get_user_usage
+from billing.usage import UnknownCursor, get_user_usage, stats
+from billing.usage.charts import BUCKET_LABELS, Chart, Table, bucket_head, bucket_labels, number_or_dash, percent
+from billing.usage.stats import BucketName, Dimension, Figures, UsageGroup
 from kit import periods
 from kit.periods import InvalidPeriod, Period
 from kit.text import read_id

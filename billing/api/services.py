@@ -4,7 +4,7 @@ from django.conf import settings
 from django.http import HttpRequest
 from ninja import Router, Status
 
-from billing import after_debit, catalogue, ledger, usage
+from billing import catalogue, ledger, usage
 from billing.api.access import BillingSecret
 from billing.api.problems import EVERY_BODY, refusals
 from billing.api.schemas import (
@@ -27,6 +27,7 @@ from billing.api.schemas import (
 from billing.models import TokenUsage
 from billing.models.usage import OperationType, UsageStatus
 from billing.pricing import TokenPools
+from billing.usage import after_debit
 
 _NO_BODY = ReleaseRequest()
 _MODEL_REFUSED = ("unknown_model", "retired_model", "unpriced_model")

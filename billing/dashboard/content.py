@@ -6,10 +6,10 @@ from datetime import datetime
 from decimal import Decimal
 
 from billing import pricing
-from billing.charts import Chart, Table, percent
 from billing.figures import business
 from billing.history.exports import Cell
-from billing.stats import BucketName
+from billing.usage.charts import Chart, Table, percent
+from billing.usage.stats import BucketName
 
 MAX_CHANGE_PERMILLE = 10_000  # beyond that a per cent tells nobody anything
 

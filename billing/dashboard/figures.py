@@ -18,8 +18,6 @@ from django.views.decorators.http import require_GET
 
 from accounts import audit
 from accounts.permissions import SignedInRequest, admin_required
-from billing import charts, stats
-from billing.charts import BUCKET_LABELS, Chart, Table
 from billing.dashboard.content import (
     COUNT,
     DAYS,
@@ -42,7 +40,9 @@ from billing.figures import business
 from billing.figures.business import LiabilityDoesNotBalance, LiabilityRow, TokenStats, UsageSums
 from billing.history.exports import Cell, csv_lines
 from billing.models import ModelPrice, TokenAccount, TokenUsage
-from billing.stats import BucketName
+from billing.usage import charts, stats
+from billing.usage.charts import BUCKET_LABELS, Chart, Table
+from billing.usage.stats import BucketName
 from kit import periods
 from kit.periods import InvalidPeriod, Period
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from django.template.loader import render_to_string
 from django.utils import timezone
 
-from billing.charts import Table
 from billing.dashboard.content import Content
 from billing.figures import business
+from billing.usage.charts import Table
 
 if TYPE_CHECKING:
     from kit.pdf import Document

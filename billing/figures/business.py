@@ -16,11 +16,11 @@ from typing import Any, Literal, TypeAlias
 from django.db import connection, transaction
 from django.db.models import Case, Count, F, Q, Sum, When
 
-from billing import stats
 from billing.catalogue import system_settings
 from billing.figures import roll_ups
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
-from billing.stats import BucketName
+from billing.usage import stats
+from billing.usage.stats import BucketName
 from kit.database import one_snapshot
 
 BEGINNING = datetime(1990, 1, 1, tzinfo=UTC)  # of everything there is to count

@@ -18,7 +18,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from billing import history, ledger, stats
+from billing import history, ledger
 from billing.catalogue import packages, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
 from billing.history import receipts
@@ -28,6 +28,7 @@ from billing.models.account import WithheldBonus
 from billing.models.fields import Currency
 from billing.payments import gateway, purchases, recharge
 from billing.payments.gateway import GatewayUnavailable
+from billing.usage import stats
 
 NEWEST_ENTRIES = 8
 # What a package is reckoned in, for people: tokens say little.

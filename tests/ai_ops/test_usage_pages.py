@@ -10,7 +10,7 @@ from django.utils import timezone
 
 from accounts.models import User, Workspace
 from ai_ops.models import Chat, ChatTurn, Project
-from billing import charts, stats
+from billing.usage import charts, stats
 from kit import periods
 from tests.billing.test_stats import add_usage
 

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from accounts.models import User, Workspace
-from billing import stats
 from billing.models import TokenAccount, TokenUsage
-from billing.stats import BucketName, Dimension, Figures, Runway
+from billing.usage import stats
+from billing.usage.stats import BucketName, Dimension, Figures, Runway
 from kit import periods
 from tests.conftest import MakeUser
 

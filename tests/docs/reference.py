@@ -14,7 +14,7 @@ PAGE = "docs/REFERENCE.md"
 # What other code of the platform may call: every function of these modules whose name has no underscore in front.
 ROOMS = {
     "Balances": ["billing/ledger.py"],
-    "Usage": ["billing/usage.py", "billing/stats.py"],
+    "Usage": ["billing/usage.py", "billing/usage/stats.py"],
     "What is on offer": ["billing/catalogue/packages.py", "billing/catalogue.py", "billing/catalogue/system_settings.py"],
     "Arithmetic": ["billing/pricing.py"],
     "Payments": ["billing/payments/purchases.py", "billing/payments/customers.py", "billing/payments/recharge.py", "billing/payments/refunds.py",

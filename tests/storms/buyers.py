@@ -19,10 +19,11 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from billing import after_debit, ledger
+from billing import ledger
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.payments import customers, purchases, recharge, refunds
 from billing.pricing import TokenPools
+from billing.usage import after_debit
 from tests.storms.programs import STRIPE_URL, WEB_URL
 
 GOOD, DECLINED, POOR, BANK_DEBIT = "4242424242424242", "4000000000000002", "4000000000009995", "bank_debit"

@@ -9,7 +9,7 @@ from typing import Any
 from django.utils import timezone
 from django.utils.formats import date_format
 
-from billing.stats import BucketName
+from billing.usage.stats import BucketName
 
 BUCKET_LABELS: dict[BucketName, str] = {"hour": "Hours", "day": "Days", "week": "Weeks", "month": "Months"}
 
