@@ -37,8 +37,8 @@ from packaging.requirements import Requirement
 
 from accounts.models import User
 from ai_ops import providers
-from billing import welcome
 from billing.figures import finance
+from billing.ledger import welcome
 from billing.models import (
     Drift,
     ModelPrice,

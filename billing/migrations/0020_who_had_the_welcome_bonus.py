@@ -3,7 +3,7 @@ from itertools import chain
 from django.conf import settings
 from django.db import connection, migrations
 
-from billing import welcome
+from billing.ledger import welcome
 
 BATCH_ACCOUNTS = 5_000
 

@@ -3,7 +3,7 @@ from django.db import models
 
 class BonusMark(models.Model):
     """A mailbox had the welcome bonus: a keyed hash of its address, and nothing else. It names no account and no
-    moment, and stays when the account is anonymised. Written by billing/welcome.py."""
+    moment, and stays when the account is anonymised. Written by billing/ledger/welcome.py."""
 
     digest = models.CharField(max_length=32, primary_key=True)
 

@@ -24,10 +24,10 @@ from django.db.models import Max
 from django.utils import timezone
 
 from accounts.models import User
-from billing import catalogue, welcome
+from billing import catalogue
 from billing.catalogue import system_settings
 from billing.figures import roll_ups
-from billing.ledger import WELCOME_BONUS_KEY
+from billing.ledger import WELCOME_BONUS_KEY, welcome
 from billing.models import ModelPrice, Purchase, TokenPricing, TokenUsage
 from billing.pricing import TokenPools, calculate_llm_billable_tokens
 
@@ -665,7 +665,7 @@ class History:
         key: str = NULL,
         metadata: Mapping[str, Any] | None = None,
     ) -> int:
-        """The ledger row that billing/ledger.py would have written (law 2). Returns its id."""
+        """The ledger row that billing/ledger/__init__.py would have written (law 2). Returns its id."""
         at = max(at, person.last_at)
         before, person.balance = person.balance, person.balance + tokens
         person.sequence += 1

@@ -7,7 +7,8 @@ import structlog
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, welcome
+from billing import ledger
+from billing.ledger import welcome
 from billing.models import (
     Notification,
     NotificationPreference,

@@ -10,7 +10,7 @@ from django.views.decorators.http import require_GET
 
 from billing import ledger
 from billing.context_processors import BalanceBadge
-from billing.live import STREAM_SECONDS, listener
+from billing.ledger.announcements import STREAM_SECONDS, listener
 from kit.database import in_thread
 
 KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies

@@ -30,7 +30,8 @@ from threading import Thread
 from django.conf import settings
 from django.db import connection
 
-from billing import ledger, live
+from billing import ledger
+from billing.ledger import announcements
 from billing.pricing import TokenPools
 from postmate import embedded
 from tests.benchmarks import SCRATCH, scratch_database
@@ -102,7 +103,7 @@ def _share(barrier: Barrier) -> None:
 def debit_in_threads(is_announced: bool) -> tuple[float, list[float]]:
     """One process's part of a repetition: debits per second, and the milliseconds of each debit."""
     if not is_announced:
-        live.announce_balance_change = lambda user_id: None
+        announcements.announce_balance_change = lambda user_id: None
     latencies: list[list[float]] = [[] for _ in range(THREADS)]
     seconds = [0.0] * THREADS
 

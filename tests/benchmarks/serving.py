@@ -46,7 +46,8 @@ from django.utils import timezone
 
 from accounts.models import User
 from ai_ops.models import ContentPiece, Project
-from billing import ledger, live
+from billing import ledger
+from billing.ledger import announcements
 from billing.models import TokenAccount
 from billing.payments import gateway
 from billing.pricing import TokenPools
@@ -453,7 +454,7 @@ async def measure_balance_streams(meter: Meter, sessions: dict[int, str]) -> Non
     async with metered(meter, cores):
         with redis.Redis.from_url(os.environ["REDIS_URL"]) as publisher, publisher.pipeline() as pipeline:
             for user_id in by_user:
-                pipeline.publish(live.BALANCE_CHANNEL, user_id)
+                pipeline.publish(announcements.BALANCE_CHANNEL, user_id)
             pipeline.execute()
         arrived = [await asyncio.wait_for(stream.arrivals.get(), 60) - began for stream in streams]
     show("events, all tabs at once", len(arrived) / max(arrived), [each * 1_000 for each in arrived], cores)

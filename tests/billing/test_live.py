@@ -9,7 +9,8 @@ import httpx2
 from django.test import Client
 
 from accounts.models import User
-from billing import ledger, live
+from billing import ledger
+from billing.ledger import announcements
 from kit import redis_client
 from tests import servers
 from tests.ai_ops.studio import until
@@ -64,7 +65,7 @@ def test_the_oldest_of_too_many_streams_is_told_to_close(web: Server, alice: Use
     readers = opened(web, sessions[0], 2)
     with servers.running_live(port=free_port()) as second:
         readers += opened(second, sessions[0], 10)
-        readers += opened(web, sessions[0], live.STREAMS_PER_USER - 9)
+        readers += opened(web, sessions[0], announcements.STREAMS_PER_USER - 9)
         were_told(readers[:3])
         for person in (alice, bob):
             ledger.add_tokens(user_id=person.pk, tokens=5, type="bonus", description="Test", idempotency_key="five")
@@ -74,7 +75,7 @@ def test_the_oldest_of_too_many_streams_is_told_to_close(web: Server, alice: Use
         second.process.kill()
         second.process.wait()
     counted = redis_client.client().zcard(f"postmate:streams:{alice.pk}")
-    assert counted == live.STREAMS_PER_USER  # nine of them of the process that died
+    assert counted == announcements.STREAMS_PER_USER  # nine of them of the process that died
     more = opened(web, sessions[0], 9)
     assert all(reader.is_alive() for reader in [*readers[12:], *more])
     were_told_before = set(readers[:12])
@@ -87,7 +88,7 @@ def test_the_oldest_of_too_many_streams_is_told_to_close(web: Server, alice: Use
 
 def test_a_change_is_read_once_for_all_streams_of_a_person_and_never_from_before_it() -> None:
     async def scenario() -> tuple[list[str], list[str], int]:
-        listener, readings, gate = live.BalanceListener(), 0, asyncio.Event()
+        listener, readings, gate = announcements.BalanceListener(), 0, asyncio.Event()
 
         async def read(user_id: int) -> str:
             nonlocal readings

@@ -14,7 +14,8 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import AuditEntry, User
 from ai_ops import own_data
-from billing import ledger, welcome
+from billing import ledger
+from billing.ledger import welcome
 from billing.models import BonusKey, BonusMark, SystemSettings, TokenAccount, TokenTransaction
 from billing.staff import grants
 from tests.accounts.test_people import link_in, sign_up

@@ -14,9 +14,9 @@ from django.db import connection
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, welcome
+from billing import ledger
 from billing.catalogue import system_settings
-from billing.ledger import Operation, Posting
+from billing.ledger import Operation, Posting, welcome
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser

@@ -13,13 +13,13 @@ PAGE = "docs/REFERENCE.md"
 
 # What other code of the platform may call: every function of these modules whose name has no underscore in front.
 ROOMS = {
-    "Balances": ["billing/ledger.py"],
-    "Usage": ["billing/usage.py", "billing/usage/stats.py"],
-    "What is on offer": ["billing/catalogue/packages.py", "billing/catalogue.py", "billing/catalogue/system_settings.py"],
+    "Balances": ["billing/ledger/__init__.py"],
+    "Usage": ["billing/usage/__init__.py", "billing/usage/stats.py"],
+    "What is on offer": ["billing/catalogue/packages.py", "billing/catalogue/__init__.py", "billing/catalogue/system_settings.py"],
     "Arithmetic": ["billing/pricing.py"],
     "Payments": ["billing/payments/purchases.py", "billing/payments/customers.py", "billing/payments/recharge.py", "billing/payments/refunds.py",
                  "billing/payments/webhooks.py", "billing/payments/reconcile.py"],
-    "History": ["billing/history.py", "billing/history/exports.py", "billing/history/statements.py", "billing/history/receipts.py"],
+    "History": ["billing/history/__init__.py", "billing/history/exports.py", "billing/history/statements.py", "billing/history/receipts.py"],
     "What admins do": ["billing/staff/grants.py", "billing/staff/accounts.py", "billing/staff/bulk.py", "billing/figures/settings_preview.py"],
     "What the business reads": ["billing/figures/business.py", "billing/figures/roll_ups.py", "billing/figures/finance.py"],
     "Upkeep": ["billing/upkeep/verification.py", "billing/upkeep/retention.py"],

@@ -8,8 +8,9 @@ from django.db.models import BooleanField, Exists, ExpressionWrapper, OuterRef, 
 from tqdm import tqdm
 
 from accounts.models import User, Workspace
-from billing import ledger, welcome
+from billing import ledger
 from billing.catalogue import system_settings
+from billing.ledger import welcome
 from billing.models import TokenAccount, TokenTransaction
 from billing.models.account import WithheldBonus
 

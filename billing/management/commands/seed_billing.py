@@ -2,8 +2,9 @@ from typing import Any
 
 from django.core.management.base import BaseCommand
 
-from billing import catalogue, welcome
+from billing import catalogue
 from billing.catalogue import packages, system_settings
+from billing.ledger import welcome
 
 
 class Command(BaseCommand):

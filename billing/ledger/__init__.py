@@ -25,8 +25,8 @@ from psycopg.rows import namedtuple_row
 
 from accounts import mailboxes
 from accounts.models import User, Workspace
-from billing import live, welcome
 from billing.catalogue import system_settings
+from billing.ledger import announcements, welcome
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.system_settings import DisposableBonus
@@ -578,7 +578,7 @@ def _post(statement: _Statement, parameters: Mapping[str, Any], *, needed_tokens
         if row.status != TokenAccount.Status.ACTIVE:
             raise AccountNotActive(status=row.status, reason=row.status_reason)
         raise InsufficientTokens(needed_tokens=needed_tokens, available_tokens=row.balance - row.reserved)
-    transaction.on_commit(partial(live.announce_balance_change, row.user_id))
+    transaction.on_commit(partial(announcements.announce_balance_change, row.user_id))
     return Posting(
         account_id=row.account_id,
         user_id=row.user_id,
