@@ -44,7 +44,7 @@ from billing.models import (
 from billing.staff import grants
 from billing.upkeep.invented_past import Cast, History, Planned, bring_up_to_date
 from postmate.demo_texts import CHATS, HAIKU, PICTURES, PIECES, PROJECTS, Conversation, Pictures, Piece
-from postmate.standins.ai.painting import paint
+from standins.ai.painting import paint
 
 OPERATION_OF = {"draft": "generation"}  # of a version, where it is not called the same
 SIZE = "1024x1024"
@@ -268,7 +268,7 @@ class Studio:
 def _tell_stand_in(data: Path) -> None:
     """Write the payments, refunds and disputes of the past into the stand-in's file, as having happened then. It has
     told of them already: no event of them waits."""
-    from postmate.standins.stripe import CARDS, Account, Store
+    from standins.stripe import CARDS, Account, Store
 
     class Past(Account):
         wanted: str = ""  # the id that the next object of a kind gets

@@ -130,7 +130,7 @@ def standin_commands(*, stripe_port: int, ai_port: int, webhook_url: str) -> dic
             "STRIPE_API_BASE": f"http://localhost:{stripe_port}",
         }
         commands["stripe"] = [
-            *(sys.executable, "-m", "postmate.standins.stripe", "--port", str(stripe_port)),
+            *(sys.executable, "-m", "standins.stripe", "--port", str(stripe_port)),
             *("--data", str(stripe_data_file())),
             *("--webhook-url", webhook_url),
             *("--webhook-secret", STANDIN_WEBHOOK_SECRET),
@@ -142,7 +142,7 @@ def standin_commands(*, stripe_port: int, ai_port: int, webhook_url: str) -> dic
         os.environ[f"{name}_API_KEY"] = "local-stand-in"
         os.environ[base_name] = f"http://127.0.0.1:{ai_port}/{bases[name]}"
     if without_key:
-        commands["ai"] = [sys.executable, "-m", "postmate.standins.ai", "--port", str(ai_port)]
+        commands["ai"] = [sys.executable, "-m", "standins.ai", "--port", str(ai_port)]
     return commands
 
 

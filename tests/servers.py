@@ -93,7 +93,7 @@ def _answers(url: str) -> bool:
 
 
 def running_stripe(*, port: int = STRIPE_PORT, web_port: int = WEB_PORT, data: str = ":memory:", **options: Any) -> Any:
-    command = ["-m", "postmate.standins.stripe", "--port", str(port), "--data", data]
+    command = ["-m", "standins.stripe", "--port", str(port), "--data", data]
     command += [
         "--webhook-url",
         f"http://127.0.0.1:{web_port}/stripe/webhook/",
@@ -106,7 +106,7 @@ def running_stripe(*, port: int = STRIPE_PORT, web_port: int = WEB_PORT, data: s
 
 
 def running_ai(*, port: int = AI_PORT, **options: Any) -> Any:
-    command = ["-m", "postmate.standins.ai", "--port", str(port), "--tokens-per-second", "1200"]
+    command = ["-m", "standins.ai", "--port", str(port), "--tokens-per-second", "1200"]
     return running(command, url=f"http://127.0.0.1:{port}", ready_path="/control/requests", **options)
 
 

@@ -29,7 +29,7 @@ from billing import catalogue, ledger
 from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools, ceil_multiply
-from postmate.standins.ai import count_tokens as count_as_the_provider
+from standins.ai import count_tokens as count_as_the_provider
 from tests import servers
 from tests.ai_ops.studio import ANTHROPIC, GOOGLE, OPENAI, Writer, asked, each_provider, events_of, until
 from tests.conftest import MakeUser

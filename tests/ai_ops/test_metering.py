@@ -13,7 +13,7 @@ from billing import ledger
 from billing.catalogue import RetiredModel, UnknownModel, system_settings
 from billing.ledger import AccountNotActive, InsufficientTokens
 from billing.models import ModelPrice, TokenAccount, TokenUsage
-from postmate.standins.ai import count_tokens as count_as_the_provider
+from standins.ai import count_tokens as count_as_the_provider
 from tests.conftest import MakeUser
 
 pytestmark = pytest.mark.django_db

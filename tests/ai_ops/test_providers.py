@@ -18,8 +18,8 @@ from ai_ops import providers
 from ai_ops.providers import Images, Message, TextDelta, TextEnd, TextStream
 from ai_ops.providers.counts import Said, count_call
 from billing.pricing import TokenPools
-from postmate.standins.ai import count_tokens
-from postmate.standins.ai.writing import write_article
+from standins.ai import count_tokens
+from standins.ai.writing import write_article
 from tests.servers import Server
 from tests.standins.ai_server import AiServer, running_ai_standin
 

@@ -138,7 +138,7 @@ def running_product(log: IO[str]) -> Iterator[dict[str, psutil.Process]]:
     with ExitStack() as stack:
         standin = stack.enter_context(running_ai_standin(tokens_per_second=AI_TOKENS_PER_SECOND))
         os.environ["OPENAI_BASE_URL"] = f"{standin.address}/openai/v1"
-        [standin_process] = [each for each in psutil.Process().children() if "postmate.standins.ai" in each.cmdline()]
+        [standin_process] = [each for each in psutil.Process().children() if "standins.ai" in each.cmdline()]
         collect = [sys.executable, "manage.py", "collectstatic", "--noinput", "--verbosity=0"]
         subprocess.run(collect, cwd=servers.PROJECT, check=True)
         web = stack.enter_context(_server("web --workers 2 --threads 8", WEB_PORT, log))

@@ -47,7 +47,7 @@ class AiServer:
 
 @contextmanager
 def running_ai_standin(*, tokens_per_second: int = 20_000) -> Iterator[AiServer]:
-    command = [sys.executable, "-m", "postmate.standins.ai", "--port", "0"]
+    command = [sys.executable, "-m", "standins.ai", "--port", "0"]
     process = subprocess.Popen(
         [*command, "--tokens-per-second", str(tokens_per_second)],
         cwd=PROJECT,

@@ -18,11 +18,11 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsStr
 from openai.types.image_generate_params import ImageGenerateParamsStreaming
 from openai.types.responses.response_create_params import ResponseCreateParamsStreaming
 
-from postmate.standins.ai import count_tokens, split_tokens
-from postmate.standins.ai.anthropic import Anthropic
-from postmate.standins.ai.openai import OpenAI, OpenAIImages, OpenAIResponses
-from postmate.standins.ai.painting import paint
-from postmate.standins.ai.writing import Turn, write, write_article
+from standins.ai import count_tokens, split_tokens
+from standins.ai.anthropic import Anthropic
+from standins.ai.openai import OpenAI, OpenAIImages, OpenAIResponses
+from standins.ai.painting import paint
+from standins.ai.writing import Turn, write, write_article
 from tests.standins.ai_server import AiServer, running_ai_standin
 
 PROMPTS = [

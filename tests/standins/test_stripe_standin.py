@@ -164,7 +164,7 @@ def standin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Standin]:
     port = str(free_port())
     receiver = Receiver()
     data = str(tmp_path_factory.mktemp("stripe") / "stripe.db")
-    command = [sys.executable, "-m", "postmate.standins.stripe", "--port", port, "--data", data]
+    command = [sys.executable, "-m", "standins.stripe", "--port", port, "--data", data]
     running = Standin(
         f"http://127.0.0.1:{port}",
         receiver,

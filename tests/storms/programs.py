@@ -60,7 +60,7 @@ def running(logs: Path, *, workers: int) -> Iterator[list[Program]]:
             return program
 
         run(
-            *("stripe", "-m", "postmate.standins.stripe", "--port", str(STRIPE_PORT), "--data", ":memory:"),
+            *("stripe", "-m", "standins.stripe", "--port", str(STRIPE_PORT), "--data", ":memory:"),
             *("--webhook-url", f"{WEB_URL}/stripe/webhook/", "--webhook-secret", WEBHOOK_SECRET),
         )
         web = run(

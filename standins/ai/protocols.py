@@ -15,9 +15,9 @@ from typing import Any, Literal, TypeAlias
 
 from starlette.requests import Request
 
-from postmate.standins.ai import count_tokens, split_tokens
-from postmate.standins.ai.painting import paint
-from postmate.standins.ai.writing import FAULT_MARKER, Turn, last_prompt, write
+from standins.ai import count_tokens, split_tokens
+from standins.ai.painting import paint
+from standins.ai.writing import FAULT_MARKER, Turn, last_prompt, write
 
 Json: TypeAlias = dict[str, Any]
 FinishReason: TypeAlias = Literal["stop", "length", "refused"]

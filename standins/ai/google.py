@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from starlette.requests import Request
 
-from postmate.standins.ai.painting import paint
-from postmate.standins.ai.protocols import (
+from standins.ai.painting import paint
+from standins.ai.protocols import (
     Answer,
     Call,
     FinishReason,

@@ -1,20 +1,18 @@
-"""`python -m postmate.standins.ai`: see the package."""
+"""`python -m standins.ai`: see the package."""
 
 import argparse
 import socket
 
 import uvicorn
 
-from postmate.standins import ai
-from postmate.standins.ai.server import Server
+from standins import ai
+from standins.ai.server import Server
 
 DEFAULT_TOKENS_PER_SECOND = 160.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m postmate.standins.ai", description=(ai.__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m standins.ai", description=(ai.__doc__ or "").splitlines()[0])
     parser.add_argument("--port", type=int, default=8011, help="0 takes a free one (default: %(default)s)")
     parser.add_argument("--tokens-per-second", type=float, default=DEFAULT_TOKENS_PER_SECOND)
     arguments = parser.parse_args()

@@ -12,10 +12,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from postmate.standins.ai.anthropic import Anthropic
-from postmate.standins.ai.google import Google
-from postmate.standins.ai.openai import OpenAI, OpenAIImages, OpenAIResponses
-from postmate.standins.ai.protocols import (
+from standins.ai.anthropic import Anthropic
+from standins.ai.google import Google
+from standins.ai.openai import OpenAI, OpenAIImages, OpenAIResponses
+from standins.ai.protocols import (
     DELTA_TOKENS,
     FAULT_NAMES,
     RECORDED,

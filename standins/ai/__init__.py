@@ -1,6 +1,6 @@
 """A stand-in for OpenAI, Anthropic and Google: their wire protocols on a loopback port, without an account.
 
-    python -m postmate.standins.ai --port 8011
+    python -m standins.ai --port 8011
 
 The unmodified SDKs are pointed at it: OpenAI to `http://127.0.0.1:8011/openai/v1`, Anthropic to `…/anthropic`
 and Google to `…/google`; any key will do. It answers with a short article about whatever the prompt is about,

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from starlette.requests import Request
 
-from postmate.standins.ai.protocols import (
+from standins.ai.protocols import (
     Answer,
     Call,
     FinishReason,

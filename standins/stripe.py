@@ -4,7 +4,7 @@ It speaks Stripe's wire protocol to the unmodified stripe-python SDK, so the app
 difference: API, hosted Checkout and billing portal, signed webhooks with retries, plus a control page
 (`/control`) for what a real account cannot be told to do on demand. Run it with
 
-    python -m postmate.standins.stripe --port 8010 --data FILE --webhook-url URL --webhook-secret whsec_...
+    python -m standins.stripe --port 8010 --data FILE --webhook-url URL --webhook-secret whsec_...
 
 Everything runs on one event loop and every change happens inside `Store.transaction`, so an operation, its
 events and its idempotency record are committed together or not at all. Fields whose names begin with an
@@ -48,7 +48,7 @@ from stripe import RequestOptions
 from stripe._api_version import _ApiVersion
 from typing_extensions import is_typeddict
 
-from postmate.standins import stripe_pages as pages
+from standins import stripe_pages as pages
 
 API_VERSION = _ApiVersion.CURRENT
 DAY_SECONDS = 86_400

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from starlette.requests import Request
 
-from postmate.standins.ai.protocols import (
+from standins.ai.protocols import (
     DELTA_TOKENS,
     Answer,
     Call,
@@ -26,7 +26,7 @@ from postmate.standins.ai.protocols import (
     text_of,
     turns_of,
 )
-from postmate.standins.ai.writing import Turn
+from standins.ai.writing import Turn
 
 SERVER_ERROR = "The server had an error while processing your request. Sorry about that!"
 
