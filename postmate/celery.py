@@ -26,7 +26,7 @@ def _leave_logs_to_django(**options: Any) -> None:
 
 @task_success.connect
 def _note_success(sender: Task, **options: Any) -> None:
-    from postmate import metrics  # the models are there only once the worker has begun
+    from postmate.web import metrics  # the models are there only once the worker has begun
 
     metrics.note_success(sender.name)
 
@@ -45,7 +45,7 @@ def _watch_beat(**options: Any) -> None:
 
 
 def _note_beat(**options: Any) -> None:
-    from postmate import metrics
+    from postmate.web import metrics
 
     metrics.note_beat()
 

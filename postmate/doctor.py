@@ -56,8 +56,9 @@ from billing.models.fields import Provider
 from billing.payments import gateway, webhooks
 from billing.upkeep.verification import verify
 from kit import redis_client
-from postmate import backup, metrics
+from postmate import backup
 from postmate.checks import existing, is_writable
+from postmate.web import metrics
 
 TIMEOUT_SECONDS = 5.0  # of a question over the network, where nothing else says so
 OLDEST_POSTGRESQL = 15  # docs/TOKEN_BILLING_SETUP.md says with which ones the tests were run

@@ -16,7 +16,7 @@ from django.core.exceptions import ImproperlyConfigured
 from django.urls import reverse_lazy
 from kombu import Exchange, Queue
 
-from postmate import logs
+from postmate.web import logs
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 VERSION = tomllib.loads((BASE_DIR / "pyproject.toml").read_text())["project"]["version"]
@@ -168,14 +168,14 @@ INSTALLED_APPS = [
 ]
 
 MIDDLEWARE = [
-    "postmate.logs.request_middleware",
-    "postmate.headers.asked_by_address_middleware",
+    "postmate.web.logs.request_middleware",
+    "postmate.web.headers.asked_by_address_middleware",
     "django.middleware.security.SecurityMiddleware",
-    "postmate.headers.permissions_policy_middleware",
+    "postmate.web.headers.permissions_policy_middleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
-    "postmate.headers.no_store_middleware",
+    "postmate.web.headers.no_store_middleware",
     "csp.middleware.CSPMiddleware",
-    "postmate.outage.outage_middleware",
+    "postmate.web.outage.outage_middleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
@@ -203,8 +203,8 @@ TEMPLATES = [
                 "django.contrib.messages.context_processors.messages",
                 "billing.context_processors.balance",
                 "billing.context_processors.unread_notifications",
-                "postmate.context_processors.rehearsal",
-                "postmate.context_processors.sign_in",
+                "postmate.web.context_processors.rehearsal",
+                "postmate.web.context_processors.sign_in",
             ],
         },
     },
@@ -278,7 +278,7 @@ else:
     EMAIL_FILE_PATH = DATA_DIR / "mails"
 EMAIL_TIMEOUT = 20  # seconds; a mail server that hangs must not hold its worker
 
-LOGGING_CONFIG = "postmate.logs.configure"
+LOGGING_CONFIG = "postmate.web.logs.configure"
 LOGGING = logs.dict_config(format=LOG_FORMAT, level=LOG_LEVEL)
 
 # --- People ---------------------------------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ if not DEBUG:
 # --- Reports of errors ----------------------------------------------------------------------------------------------
 
 if SENTRY_DSN:
-    from postmate import error_reports
+    from postmate.web import error_reports
 
     error_reports.start(
         dsn=SENTRY_DSN,

@@ -13,8 +13,8 @@ import billing.views.settings
 from accounts.permissions import may_enter_django_admin, superadmin_required
 from billing import dashboard
 from billing.views import history, notifications, tokens, webhook
-from postmate import views
 from postmate.api import api_urls, docs_urlpatterns
+from postmate.web import views
 
 # Django admin has no sign-in of its own, which would know neither the limit on guesses nor the second factor.
 admin.site.login = superadmin_required(admin.site.login)  # type: ignore[method-assign]

@@ -29,8 +29,8 @@ from billing.models import Notification, Purchase, RollUp, StripeEvent, TokenAcc
 from billing.tasks import check_books
 from billing.upkeep.verification import BOOKS_KEY
 from kit import counters, redis_client
-from postmate import metrics
 from postmate.celery import app
+from postmate.web import metrics
 from tests.ai_ops.studio import Writer, until
 from tests.billing.test_rollups import invent_history, roll_up_until, tamper
 from tests.environment import free_port

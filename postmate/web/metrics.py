@@ -40,7 +40,7 @@ from kit import counters, redis_client
 from kit.database import one_snapshot
 from postmate import backup
 from postmate.checks import existing
-from postmate.logs import NO_ROUTE, QUIET_ROUTES
+from postmate.web.logs import NO_ROUTE, QUIET_ROUTES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 DATABASE_PATIENCE_MS = 5_000  # of one query; Prometheus itself gives up after 10 seconds

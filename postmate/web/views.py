@@ -18,7 +18,8 @@ from psycopg_pool import PoolTimeout
 
 from billing.catalogue import packages, system_settings
 from kit import redis_client
-from postmate import metrics, serving
+from postmate import serving
+from postmate.web import metrics
 
 
 @require_safe

@@ -1,7 +1,7 @@
 """Errors to Sentry, when SENTRY_DSN is set: where it happened and for whom by number, and nothing that people wrote.
 
 No bodies, headers, cookies, addresses, local variables, breadcrumbs or e-mail addresses, and of an exception's words
-no more than in the log (postmate/logs.py).
+no more than in the log (postmate/web/logs.py).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from sentry_sdk.integrations.modules import ModulesIntegration
 from sentry_sdk.types import Event, Hint
 from structlog.types import EventDict
 
-from postmate import logs
+from postmate.web import logs
 
 KEPT = (
     *("event_id", "timestamp", "start_timestamp", "platform", "level", "environment", "release", "sdk", "type"),
