@@ -5,4 +5,4 @@ class PostmateConfig(AppConfig):
     name = "postmate"
 
     def ready(self) -> None:
-        from postmate import checks  # noqa: F401 – importing it registers the checks
+        from postmate.ops import checks  # noqa: F401 – importing it registers the checks

@@ -27,7 +27,7 @@ from billing import ledger
 from billing.models import Purchase, RollUp, TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools
 from billing.staff import grants
-from postmate import backup
+from postmate.ops import backup
 from tests.billing.test_rollups import roll_up_until
 from tests.payments import (
     BONUS_TOKENS,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from postmate import checks
+from postmate.ops import checks
 from tests.environment import MEDIA_ROOT
 from tests.servers import PROJECT
 

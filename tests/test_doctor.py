@@ -27,7 +27,7 @@ from billing import ledger
 from billing.models import ModelPrice, StripeEvent, TokenAccount, TokenPricing, TokenUsage
 from billing.payments import gateway
 from kit import redis_client
-from postmate import doctor
+from postmate.ops import doctor
 from postmate.web import metrics
 from tests.environment import free_port
 from tests.servers import PROJECT, Server, StripeStandIn, running_worker

@@ -38,8 +38,8 @@ from billing.models.fields import Currency, Provider
 from billing.upkeep.verification import BOOKS_KEY
 from kit import counters, redis_client
 from kit.database import one_snapshot
-from postmate import backup
-from postmate.checks import existing
+from postmate.ops import backup
+from postmate.ops.checks import existing
 from postmate.web.logs import NO_ROUTE, QUIET_ROUTES
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

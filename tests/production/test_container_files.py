@@ -15,7 +15,8 @@ import pytest
 import yaml
 from django.core.management import get_commands, load_command_class
 
-from postmate import backup, serving
+from postmate import serving
+from postmate.ops import backup
 from tests.production.conftest import SHELL
 from tests.servers import PROJECT
 

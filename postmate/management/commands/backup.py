@@ -11,7 +11,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, InterfaceError, connection
 from psycopg_pool import PoolTimeout
 
-from postmate import backup
+from postmate.ops import backup
 
 logger = structlog.get_logger(__name__)
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from postmate import doctor
-from postmate.doctor import Level, Line
+from postmate.ops import doctor
+from postmate.ops.doctor import Level, Line
 
 
 class Command(BaseCommand):

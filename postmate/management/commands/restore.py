@@ -3,7 +3,7 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from postmate import backup
+from postmate.ops import backup
 
 
 class Command(BaseCommand):

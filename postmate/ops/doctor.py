@@ -56,8 +56,8 @@ from billing.models.fields import Provider
 from billing.payments import gateway, webhooks
 from billing.upkeep.verification import verify
 from kit import redis_client
-from postmate import backup
-from postmate.checks import existing, is_writable
+from postmate.ops import backup
+from postmate.ops.checks import existing, is_writable
 from postmate.web import metrics
 
 TIMEOUT_SECONDS = 5.0  # of a question over the network, where nothing else says so
