@@ -17,25 +17,25 @@ installed-local installed-dev: installed-%:
 	@python="$(PYTHON)"; \
 	[ -n "$$python" ] || { $(BIN)/python -c "" 2>/dev/null && python=$(BIN)/python || python=python3; }; \
 	command -v "$$python" >/dev/null || { echo "There is no $$python here. Install Python 3.11 to 3.14, or name one: make run PYTHON=python3.13"; exit 1; }; \
-	"$$python" postmate/install.py $*
+	"$$python" postmate/local/install.py $*
 
 run: installed-local ## Run the whole product here: http://localhost:8000 (PORT=… for another)
-	@exec $(BIN)/python -m postmate.run
+	@exec $(BIN)/python -m postmate.local.run
 
 run-production: installed-local ## Run it as production does: https://localhost:8443 (PORT=… for another)
-	@exec $(BIN)/python -m postmate.run_production
+	@exec $(BIN)/python -m postmate.local.run_production
 
 restart-production: installed-local ## Restart what `make run-production` runs, one process at a time, unnoticed
-	@$(BIN)/python -m postmate.run_production restart
+	@$(BIN)/python -m postmate.local.run_production restart
 
 manage-production: installed-local ## A command there: make manage-production ARGS="createsuperuser"
-	@$(BIN)/python -m postmate.run_production manage $(ARGS)
+	@$(BIN)/python -m postmate.local.run_production manage $(ARGS)
 
 manage: installed-local ## A command beside `make run`, on its data: make manage ARGS="createsuperuser"
 	@$(BIN)/python manage.py $(ARGS)
 
 stop: ## End `make run` and `make run-production` from another terminal
-	@$(BIN)/python -m postmate.running
+	@$(BIN)/python -m postmate.local.running
 
 test: installed-dev ## Run all tests against real PostgreSQL, Redis and Chromium
 	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(if $(CI),$(RERUN))
@@ -62,7 +62,7 @@ reference: installed-dev ## Write docs/REFERENCE.md, the public functions, out o
 	@$(BIN)/python -m tests.docs.reference
 
 css: installed-local ## Take from Tabler the rules that the pages use, into static/css/tabler.css
-	@$(BIN)/python -m postmate.stylesheet
+	@$(BIN)/python -m postmate.local.stylesheet
 
 doctor: installed-local ## Look at everything here and say what is wrong and what to do (ARGS="--quick --json")
 	@$(BIN)/python manage.py doctor $(ARGS)
@@ -127,5 +127,5 @@ lock: installed-dev ## Resolve the dependencies of pyproject.toml anew, and look
 	      --python-version $$python --python-platform $$platform -r requirements/dev.txt || exit 1; done; done
 
 clean: ## Remove what the commands above made, the local data included
-	@[ ! -x $(BIN)/python ] || $(BIN)/python -m postmate.running || true
+	@[ ! -x $(BIN)/python ] || $(BIN)/python -m postmate.local.running || true
 	rm -rf .venv .postmate staticfiles artifacts tests/audit/node_modules .mypy_cache .ruff_cache .pytest_cache .hypothesis

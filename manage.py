@@ -10,7 +10,7 @@ from pathlib import Path
 
 import environ
 
-from postmate import embedded, run
+from postmate.local import embedded, run
 
 
 def main() -> None:

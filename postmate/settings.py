@@ -62,7 +62,7 @@ SITE_URL = env.str("SITE_URL", f"http://localhost:{env.int('PORT', 8000)}")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[] if DEBUG else [str(urlsplit(SITE_URL).hostname)])
 DATA_DIR = Path(env.str("POSTMATE_DATA_DIR", str(BASE_DIR / ".postmate")))
 
-# Set by postmate/embedded.py on a machine without servers.
+# Set by postmate/local/embedded.py on a machine without servers.
 DATABASE_URL = _secret("DATABASE_URL", "postgresql:///postmate")
 DATABASE_POOL_SIZE = env.int("DATABASE_POOL_SIZE", 20)  # at least the number of threads of a process
 DATABASE_TIMEOUT_SECONDS = env.int("DATABASE_TIMEOUT_SECONDS", 5)  # until a request that gets no connection is a 503

@@ -18,7 +18,7 @@ from billing.demo import DEMO_PASSWORD, DEMO_PEOPLE
 from billing.figures import roll_ups
 from billing.models import Drift, GrantRequest, Notification, Purchase, TokenTransaction, TokenUsage, UsageHour
 from billing.payments import gateway, reconcile
-from postmate import demo
+from postmate.local import demo
 from tests import servers
 from tests.environment import free_port
 from tests.payments import verify_books

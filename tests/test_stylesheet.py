@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from postmate import stylesheet
+from postmate.local import stylesheet
 
 
 def test_has_every_rule_that_the_pages_use() -> None:

@@ -33,7 +33,7 @@ from billing import ledger
 from billing.models import RollUp
 from billing.upkeep import verification
 from kit.database import one_snapshot
-from postmate import embedded
+from postmate.local import embedded
 
 NAME_PATTERN = "postmate-*.tar"
 MANIFEST, DUMP, MEDIA = "manifest.json", "database.dump", "media"

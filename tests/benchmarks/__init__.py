@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import django
 import psycopg
 
-from postmate import embedded
+from postmate.local import embedded
 
 SCRATCH = "bench_postmate"
 

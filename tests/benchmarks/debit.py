@@ -33,7 +33,7 @@ from django.db import connection
 from billing import ledger
 from billing.ledger import announcements
 from billing.pricing import TokenPools
-from postmate import embedded
+from postmate.local import embedded
 from tests.benchmarks import SCRATCH, scratch_database
 
 ACCOUNTS = 1_000

@@ -16,7 +16,7 @@ import psycopg
 import redis
 from psycopg.rows import dict_row
 
-from postmate import embedded, keeper
+from postmate.local import embedded, keeper
 from tests import servers
 from tests.environment import free_port
 from tests.servers import PROJECT, Server, StripeStandIn

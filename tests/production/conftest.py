@@ -40,7 +40,7 @@ class Production:
             )
 
     def _command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "postmate.run_production", *arguments]
+        return [sys.executable, "-m", "postmate.local.run_production", *arguments]
 
     def run(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """A command beside it; `env` in the place of what production was started with."""

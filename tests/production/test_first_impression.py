@@ -68,19 +68,19 @@ def test_port_in_use(tmp_path: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        said = refused("-m", "postmate.run", PORT=str(port), POSTMATE_DATA_DIR=str(tmp_path))
+        said = refused("-m", "postmate.local.run", PORT=str(port), POSTMATE_DATA_DIR=str(tmp_path))
     assert f"Port {port} is in use" in said
     assert "make run" in said
 
 
 def test_port_that_is_none(tmp_path: Path) -> None:
     for port in ("eighty", "80", "-1", "70000"):
-        assert "PORT is" in refused("-m", "postmate.run", PORT=port, POSTMATE_DATA_DIR=str(tmp_path))
+        assert "PORT is" in refused("-m", "postmate.local.run", PORT=port, POSTMATE_DATA_DIR=str(tmp_path))
 
 
 def test_database_that_does_not_answer(tmp_path: Path) -> None:
     own = {"DATABASE_URL": "postgresql://nobody:sesame@127.0.0.1:1/none", "REDIS_URL": os.environ["REDIS_URL"]}
-    said = refused("-m", "postmate.run", **own, PORT=str(row_of_free_ports(3)), POSTMATE_DATA_DIR=str(tmp_path))
+    said = refused("-m", "postmate.local.run", **own, PORT=str(row_of_free_ports(3)), POSTMATE_DATA_DIR=str(tmp_path))
     assert "DATABASE_URL" in said
     assert "sesame" not in said
 
@@ -88,6 +88,6 @@ def test_database_that_does_not_answer(tmp_path: Path) -> None:
 def test_data_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     said = refused(
-        "-m", "postmate.run", PORT=str(row_of_free_ports(3)), POSTMATE_DATA_DIR=str(tmp_path / "file" / "inside")
+        "-m", "postmate.local.run", PORT=str(row_of_free_ports(3)), POSTMATE_DATA_DIR=str(tmp_path / "file" / "inside")
     )
     assert "POSTMATE_DATA_DIR names another place" in said

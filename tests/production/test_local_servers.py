@@ -19,7 +19,7 @@ import psycopg
 import pytest
 import redis
 
-from postmate import keeper
+from postmate.local import keeper
 from tests.production.conftest import SHELL, wait_until
 from tests.servers import PROJECT
 

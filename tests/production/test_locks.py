@@ -20,7 +20,7 @@ from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from postmate import install
+from postmate.local import install
 from tests.production.conftest import SHELL
 from tests.servers import PROJECT
 
@@ -201,14 +201,14 @@ class Clone:
         (self.directory / "pip.conf").write_text(f"[global]\nindex-url = {url}\n")
 
     def install(self, name: str, *command: str) -> subprocess.CompletedProcess[str]:
-        """`python3 postmate/install.py NAME`, or another command, as a person's shell starts it."""
+        """`python3 postmate/local/install.py NAME`, or another command, as a person's shell starts it."""
         own = {
             "PIP_CONFIG_FILE": str(self.directory / "pip.conf"),
             "UV_CACHE_DIR": "/dev/null/cache",
             "PIP_NO_CACHE_DIR": "1",
         }
         return subprocess.run(
-            command or [BASE_PYTHON, "postmate/install.py", name],
+            command or [BASE_PYTHON, "postmate/local/install.py", name],
             cwd=self.directory,
             env=SHELL | own,
             capture_output=True,

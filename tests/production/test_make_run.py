@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from postmate import keeper, running
+from postmate.local import keeper, running
 from tests.production.conftest import SHELL, _is_free, row_of_free_ports, wait_until
 from tests.production.test_first_impression import refused
 from tests.production.test_local_servers import open_to_others, runs
@@ -19,7 +19,7 @@ ADDRESSES = "from django.conf import settings as s; print(s.SITE_URL, s.STRIPE_A
 def start(directory: Path, port: int) -> "subprocess.Popen[bytes]":
     with (directory.parent / "terminal.txt").open("wb") as output:
         return subprocess.Popen(
-            [sys.executable, "-m", "postmate.run"], cwd=PROJECT, stdout=output, stderr=output,
+            [sys.executable, "-m", "postmate.local.run"], cwd=PROJECT, stdout=output, stderr=output,
             env=SHELL | {"POSTMATE_DATA_DIR": str(directory), "PORT": str(port)},
         )  # fmt: skip
 
@@ -43,7 +43,7 @@ def test_make_run(tmp_path: Path) -> None:
         assert runner.poll() is None, output.read_text()
         groups = list(running.read(directory)["processes"].values())
         assert len(groups) == 5
-        for command in ("postmate.run", "postmate.run_production"):
+        for command in ("postmate.local.run", "postmate.local.run_production"):
             said = refused("-m", command, **here, PORT=str(row_of_free_ports(8)))
             assert f"http://localhost:{port}" in said
             assert f"POSTMATE_DATA_DIR={directory} make stop" in said
@@ -86,7 +86,9 @@ def test_every_end_is_one_for_all(tmp_path: Path, how: str, code: int) -> None:
     assert runner.stdout.readline() == "first  | up\n"
     groups = list(running.read(tmp_path)["processes"].values())
     if how == "make stop":
-        stopped = subprocess.run([sys.executable, "-m", "postmate.running"], cwd=PROJECT, env=here, capture_output=True)
+        stopped = subprocess.run(
+            [sys.executable, "-m", "postmate.local.running"], cwd=PROJECT, env=here, capture_output=True
+        )
         assert b"`make run` at here has ended" in stopped.stdout
     elif how != "by itself":
         runner.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGKILL)

@@ -24,7 +24,7 @@ class Command(BaseCommand):
         if not settings.DEBUG:
             raise CommandError("Demo people have a known password; they are for development only.")
         if past and not User.objects.exists() and not TokenTransaction.objects.exists():
-            from postmate.demo import make_past  # needs what is installed for development alone
+            from postmate.local.demo import make_past  # needs what is installed for development alone
 
             began = time.monotonic()
             counts = make_past(stripe_data=stripe_data).tables.counts

@@ -43,7 +43,7 @@ from billing.models import (
 )
 from billing.staff import grants
 from billing.upkeep.invented_past import Cast, History, Planned, bring_up_to_date
-from postmate.demo_texts import CHATS, HAIKU, PICTURES, PIECES, PROJECTS, Conversation, Pictures, Piece
+from postmate.local.demo_texts import CHATS, HAIKU, PICTURES, PIECES, PROJECTS, Conversation, Pictures, Piece
 from standins.ai.painting import paint
 
 OPERATION_OF = {"draft": "generation"}  # of a version, where it is not called the same

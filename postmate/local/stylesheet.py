@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 WHOLE = PROJECT / "vendor" / "tabler-1.6.1" / "tabler.min.css"
 USED = PROJECT / "static" / "css" / "tabler.css"
 OWN = PROJECT / "static" / "css" / "postmate.css"

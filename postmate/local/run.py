@@ -23,8 +23,8 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from postmate import embedded, running
-from postmate.embedded import PROJECT
+from postmate.local import embedded, running
+from postmate.local.embedded import PROJECT
 
 READY_WITHIN_SECONDS = 60
 STOP_SECONDS = 6  # open streams have three

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import environ
 
-from postmate import embedded, keeper
-from postmate.embedded import PROJECT
+from postmate.local import embedded, keeper
+from postmate.local.embedded import PROJECT
 
 DEVELOPMENT, PRODUCTION = PROJECT / ".postmate", PROJECT / ".postmate" / "production"
 STOP_SECONDS = 120  # production lets texts come to their end

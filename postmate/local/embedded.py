@@ -33,9 +33,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from postmate import keeper
+from postmate.local import keeper
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_SECONDS = 120  # of a server that lives and does not answer: it may have a crash to recover from
 NEEDED_MB = 300  # of the disk, for an empty cluster and room to work
 LONGEST_SOCKET_BYTES = 100  # macOS takes 103, Linux 107

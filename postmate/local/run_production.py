@@ -27,16 +27,9 @@ from urllib.parse import quote, urlsplit
 
 import environ
 
-from postmate import embedded, running
-from postmate.embedded import PROJECT
-from postmate.run import (
-    chosen_port,
-    insist_on_servers,
-    is_set,
-    require_free_ports,
-    standin_commands,
-    step,
-)
+from postmate.local import embedded, running
+from postmate.local.embedded import PROJECT
+from postmate.local.run import chosen_port, insist_on_servers, is_set, require_free_ports, standin_commands, step
 from postmate.serving import insist_on_settings
 
 STARTED_WITH = dict(os.environ)
@@ -45,7 +38,7 @@ STOP_SECONDS = 75  # above what a text may take to its end (serving.STREAM_SECON
 CRASH_PAUSE_SECONDS = 2.0  # and twice as long after each further crash in a row
 STEADY_SECONDS = 30  # what runs for so long has not crashed in a row
 TICK_SECONDS = 0.1
-PREPARE = [sys.executable, "-m", "postmate.run_production", "prepare"]
+PREPARE = [sys.executable, "-m", "postmate.local.run_production", "prepare"]
 
 
 def main() -> None:
@@ -62,7 +55,7 @@ def main() -> None:
             configure()
             sys.exit(subprocess.run([sys.executable, "manage.py", *arguments]).returncode)
         case _:
-            sys.exit("python -m postmate.run_production [restart | manage ARGUMENTS]")
+            sys.exit("python -m postmate.local.run_production [restart | manage ARGUMENTS]")
 
 
 # --- The environment ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Makes .venv and installs a set of locked packages into it: `python3 postmate/install.py local`. `make` calls it.
+"""Makes .venv and installs a set of locked packages into it: `python3 postmate/local/install.py local`. `make` calls it.
 
 uv installs them, itself fetched by its hash; where it has no build or does not get through, pip does. Both use the
 index, the proxy and the certificates that pip is set to here. What is in place already is left alone.
@@ -17,7 +17,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parent.parent
+PROJECT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = PROJECT / ".venv"
 PYTHON = ENVIRONMENT / "bin" / "python"
 UV = ENVIRONMENT / "bin" / "uv"
@@ -69,7 +69,7 @@ def main() -> None:
     if sys.argv[1:] == ["--is-fit"]:
         sys.exit(what_is_unfit() or 0)
     if len(sys.argv) != 2 or sys.argv[1] not in NEEDED_MB:
-        sys.exit("python3 postmate/install.py " + "|".join(NEEDED_MB))
+        sys.exit("python3 postmate/local/install.py " + "|".join(NEEDED_MB))
     name, began = sys.argv[1], time.time()
     insist_on_a_fit_python()
     lock, stamp = LOCKS / (name + ".txt"), ENVIRONMENT / ("installed-" + name + ".txt")
