@@ -21,8 +21,8 @@ class GrantState(models.TextChoices):
 class GrantRequest(models.Model):
     """An admin's wish to give tokens or to take them, and what became of it. Also of those carried out at once.
 
-    Written by billing/staff/grants.py. Roles and limits are as they were when it was asked for: who is an admin later does
-    not change what was right then.
+    Written by billing/staff/grants.py. Roles and limits are as they were when it was asked for: who is an admin later
+    does not change what was right then.
     """
 
     Kind = GrantKind

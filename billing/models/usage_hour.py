@@ -1,4 +1,4 @@
-"""Roll-ups for the dashboard, kept by billing/figures/roll_ups.py: what the sums over many raw rows came to, hour by hour.
+"""Roll-ups for the dashboard, kept by billing/figures/roll_ups.py: sums over many raw rows, hour by hour.
 
 Their size follows the calendar and the catalogue, not the history, so a dashboard over years stays quick. Hours are
 UTC's. All of them are made from the raw rows and can be made again from them.
@@ -92,7 +92,7 @@ class RollUp(models.Model):
 
     key = models.CharField(max_length=20, unique=True, default="global", editable=False)
     rolled_until = models.DateTimeField(null=True, blank=True)
-    # The next end: reached once every transaction older than `sealing_xid` is over (billing/figures/roll_ups.py says why).
+    # The next end: reached once every transaction older than `sealing_xid` is over (figures/roll_ups.py says why).
     sealing_until = models.DateTimeField(null=True, blank=True)
     sealing_xid = models.BigIntegerField(null=True, blank=True)
     updated_at = models.DateTimeField(auto_now=True)

@@ -631,7 +631,7 @@ class History:
     def _give_back(
         self, person: Person, at: datetime, purchase_id: int, tokens: int, paid_cents: int, kind: str, is_whole: bool
     ) -> None:
-        """What billing/payments/refunds.py posts for a refund or a lost dispute. It may leave a debt; then the person stops."""
+        """What billing/payments/refunds.py posts for a refund or a lost dispute. A debt ends what they buy."""
         cents = paid_cents if is_whole else paid_cents // 2
         due_tokens = tokens * cents // paid_cents
         intent = f"pi_demo_{purchase_id}"

@@ -1,8 +1,8 @@
 """A year of the demo: what `manage.py seed_demo --past` makes beside the people, so that there is something to see.
 
-The books are invented by billing/upkeep/invented_past.py. Here the first of its people gets what they made in the Studio,
-each piece, chat and image beside the operation that paid for it; and the Stripe stand-in is told of the payments, so
-that receipts, refunds and the comparison of the books work for them as for any other.
+The books are invented by billing/upkeep/invented_past.py. Here the first of its people gets what they made in the
+Studio, each piece, chat and image beside the operation that paid for it; and the Stripe stand-in is told of the
+payments, so that receipts, refunds and the comparison of the books work for them as for any other.
 """
 
 from collections.abc import Iterator

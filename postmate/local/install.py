@@ -1,4 +1,4 @@
-"""Makes .venv and installs a set of locked packages into it: `python3 postmate/local/install.py local`. `make` calls it.
+"""Makes .venv and installs a set of locked packages into it: `postmate/local/install.py local`. `make` calls it.
 
 uv installs them, itself fetched by its hash; where it has no build or does not get through, pip does. Both use the
 index, the proxy and the certificates that pip is set to here. What is in place already is left alone.

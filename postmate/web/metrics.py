@@ -2,8 +2,8 @@
 
 What matters is in the books already, so it is counted nowhere else: every process gives the same answer, a crash loses
 no count, and a counter falls only if the books do. What is over comes from the roll-ups, what is newer from the raw
-rows, and all of it from one snapshot: see billing/figures/roll_ups.py. What no table knows, requests and errors of the AI
-providers, all processes add up in Redis: see kit/counters.py.
+rows, and all of it from one snapshot: see billing/figures/roll_ups.py. What no table knows, requests and errors of the
+AI providers, all processes add up in Redis: see kit/counters.py.
 
 On a new installation everything is there, at zero: a panel without a line says nothing, and Prometheus does not see the
 first of anything in a counter that begins with it. What has never happened is as old as what would remember it.

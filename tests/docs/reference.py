@@ -15,13 +15,14 @@ PAGE = "docs/REFERENCE.md"
 ROOMS = {
     "Balances": ["billing/ledger/__init__.py"],
     "Usage": ["billing/usage/__init__.py", "billing/usage/stats.py"],
-    "What is on offer": ["billing/catalogue/packages.py", "billing/catalogue/__init__.py", "billing/catalogue/system_settings.py"],
+    "What is on offer": [f"billing/catalogue/{name}.py" for name in ("packages", "__init__", "system_settings")],
     "Arithmetic": ["billing/pricing.py"],
-    "Payments": ["billing/payments/purchases.py", "billing/payments/customers.py", "billing/payments/recharge.py", "billing/payments/refunds.py",
-                 "billing/payments/webhooks.py", "billing/payments/reconcile.py"],
-    "History": ["billing/history/__init__.py", "billing/history/exports.py", "billing/history/statements.py", "billing/history/receipts.py"],
-    "What admins do": ["billing/staff/grants.py", "billing/staff/accounts.py", "billing/staff/bulk.py", "billing/figures/settings_preview.py"],
-    "What the business reads": ["billing/figures/business.py", "billing/figures/roll_ups.py", "billing/figures/finance.py"],
+    "Payments": [f"billing/payments/{name}.py" for name in
+                 ("purchases", "customers", "recharge", "refunds", "webhooks", "reconcile")],
+    "History": [f"billing/history/{name}.py" for name in ("__init__", "exports", "statements", "receipts")],
+    "What admins do": [f"billing/staff/{name}.py" for name in ("grants", "accounts", "bulk")],
+    "What the business reads": [f"billing/figures/{name}.py" for name in
+                                ("business", "roll_ups", "finance", "settings_preview")],
     "Upkeep": ["billing/upkeep/verification.py", "billing/upkeep/retention.py"],
     "AI operations": ["ai_ops/operations.py", "ai_ops/metering.py"],
     "A person's data": ["accounts/own_data.py", "billing/upkeep/own_data.py", "ai_ops/own_data.py"],
