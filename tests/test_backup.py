@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("
 TEXT = ledger.Operation("chat", "openai", "gpt-6-luna", multiplier=Decimal("1.5"))
 HOLD_SERVER = """
 import os
-from postmate import embedded
+from postmate.local import embedded
 embedded.configure_environment()
 print(os.environ["DATABASE_URL"], flush=True)
 input()

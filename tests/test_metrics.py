@@ -266,7 +266,7 @@ def test_without_redis_the_rest_is_told(alice: User, settings: Settings) -> None
 
 def test_without_the_database_the_rest_is_told() -> None:
     """In a process of its own, whose database is not there: half of the counters would look like a fall."""
-    code = "import django; django.setup(); from postmate import metrics; print(metrics.render().decode())"
+    code = "import django; django.setup(); from postmate.web import metrics; print(metrics.render().decode())"
     environment = {
         **os.environ,
         "DJANGO_SETTINGS_MODULE": "postmate.settings",

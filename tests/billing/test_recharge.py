@@ -318,7 +318,8 @@ KILLED_WORKER = """
 import os, signal, sys
 import django
 django.setup()
-from billing import gateway, purchases, recharge, tasks
+from billing import tasks
+from billing.payments import gateway, purchases, recharge
 point, user_id = sys.argv[1], int(sys.argv[2])
 charge = gateway.charge_saved_card
 

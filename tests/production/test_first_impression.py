@@ -12,7 +12,7 @@ import pytest
 from tests.production.conftest import SHELL, row_of_free_ports
 from tests.servers import PROJECT
 
-INSTALL = PROJECT / "postmate" / "install.py"
+INSTALL = PROJECT / "postmate" / "local" / "install.py"
 
 
 def refused(*arguments: str, **environment: str) -> str:

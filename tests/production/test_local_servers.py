@@ -28,7 +28,7 @@ NAMELESS, NAMED = (20_001, pwd.getpwnam("daemon").pw_uid) if IS_ROOT else (os.ge
 # Everything is imported before the user changes, who may not be allowed to read this Python.
 USE = """
 import os, secrets, sys, psutil, psycopg, redis
-from postmate import embedded
+from postmate.local import embedded
 uid, sys.executable = int(sys.argv[1]), sys.argv[2]
 if uid != os.geteuid():
     os.setgroups([]); os.setgid(uid); os.setuid(uid)

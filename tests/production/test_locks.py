@@ -192,8 +192,8 @@ class Clone:
     def __init__(self, directory: Path, index: Index) -> None:
         self.directory, self.index = directory / "my projects" / ("clone " * 20).strip(), index
         index.write_locks(self.directory / "requirements")
-        (self.directory / "postmate").mkdir()
-        shutil.copy(install.__file__, self.directory / "postmate")
+        (self.directory / "postmate" / "local").mkdir(parents=True)
+        shutil.copy(install.__file__, self.directory / "postmate" / "local")
         shutil.copy(PROJECT / "Makefile", self.directory)
         self.set_pip_to(index.directory.as_uri())
 

@@ -69,7 +69,7 @@ def test_every_end_is_one_for_all(tmp_path: Path, how: str, code: int) -> None:
     last = "sleep 0.5" if how == "by itself" else "sleep 600 & wait"
     commands = {"first": ["sh", "-c", f"{deaf}echo up; sleep 600 & wait"], "last": ["sh", "-c", last]}
     program = (
-        "from postmate import embedded, run, running; run.STOP_SECONDS = 0.5\n"
+        "from postmate.local import embedded, run, running; run.STOP_SECONDS = 0.5\n"
         "running.hold('make run', address='here', port=1); embedded.guard()\n"
         f"raise SystemExit(run.run_together({commands}))"
     )
