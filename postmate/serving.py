@@ -77,7 +77,7 @@ def serve_live(host: str, port: int) -> None:
     import uvicorn
 
     from ai_ops import counting, providers
-    from billing.ledger.announcements import listener
+    from billing.announcements import listener
 
     providers.load_configured()  # before the port is open
     counting.load()

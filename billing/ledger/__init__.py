@@ -25,8 +25,9 @@ from psycopg.rows import namedtuple_row
 
 from accounts import mailboxes
 from accounts.models import User, Workspace
+from billing import announcements
 from billing.catalogue import system_settings
-from billing.ledger import announcements, welcome
+from billing.ledger import welcome
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.system_settings import DisposableBonus

@@ -9,8 +9,8 @@ from django.template.loader import render_to_string
 from django.views.decorators.http import require_GET
 
 from billing import ledger
+from billing.announcements import STREAM_SECONDS, listener
 from billing.context_processors import BalanceBadge
-from billing.ledger.announcements import STREAM_SECONDS, listener
 from kit.database import in_thread
 
 KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies

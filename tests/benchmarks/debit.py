@@ -30,8 +30,7 @@ from threading import Thread
 from django.conf import settings
 from django.db import connection
 
-from billing import ledger
-from billing.ledger import announcements
+from billing import announcements, ledger
 from billing.pricing import TokenPools
 from postmate.local import embedded
 from tests.benchmarks import SCRATCH, scratch_database

@@ -46,8 +46,7 @@ from django.utils import timezone
 
 from accounts.models import User
 from ai_ops.models import ContentPiece, Project
-from billing import ledger
-from billing.ledger import announcements
+from billing import announcements, ledger
 from billing.models import TokenAccount
 from billing.payments import gateway
 from billing.pricing import TokenPools

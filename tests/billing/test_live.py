@@ -9,8 +9,7 @@ import httpx2
 from django.test import Client
 
 from accounts.models import User
-from billing import ledger
-from billing.ledger import announcements
+from billing import announcements, ledger
 from kit import redis_client
 from tests import servers
 from tests.ai_ops.studio import until
