@@ -133,7 +133,7 @@ class AccountAdapter(DefaultAccountAdapter):
 
     def send_mail(self, template_prefix: str, email: str, context: dict[str, Any]) -> None:
         """Links come from SITE_URL, whatever host the request named. Of the mails that anybody can have sent to an
-        address, those beyond the limit are left out without a word: the ones before them do the same."""
+        address, those beyond the limit are left out silently: the ones before them do the same."""
         if template_prefix in SENT_TO_ANY_ADDRESS and not guesses.may_send_mail(current.request, email):
             return
         site = urlsplit(settings.SITE_URL)

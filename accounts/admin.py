@@ -97,7 +97,7 @@ class UserAdmin(admin.ModelAdmin):
         return False
 
     def delete_view(self, request: HttpRequest, object_id: str, extra_context: Any = None) -> HttpResponse:
-        """Says what to do instead (row 70)."""
+        """Says what to do instead."""
         if not self.has_change_permission(request):
             raise PermissionDenied
         messages.error(request, UserKept.message)

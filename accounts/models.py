@@ -15,7 +15,7 @@ from accounts import time_zones
 
 
 class UserKept(models.ProtectedError):
-    """A person whom the ledger names is not deleted; nothing was changed (row 70)."""
+    """A person whom the ledger names is not deleted; nothing was changed."""
 
     message = (
         "The ledger names this person, so they cannot be deleted. Anonymise them instead: "

@@ -55,7 +55,7 @@ class ModelSelect(forms.Select):
 
 
 class ModelField(forms.ChoiceField):
-    """A model on sale. For another one the catalogue says why not: a retired one names its replacement (row 58)."""
+    """A model on sale. For another one the catalogue says why not: a retired one names its replacement."""
 
     widget = ModelSelect
     default_error_messages = {"required": "Choose a model."}

@@ -535,7 +535,7 @@ class _TextRun:
                 self.output_counted_to = len(self.written)
 
     def end_call(self, end: TextEnd) -> None:
-        """Note what the whole call used. An answer without a word is none: it fails the operation."""
+        """Note what the whole call used. An empty answer fails the operation."""
         call = self._count_call(has_ended=True)
         self.ended_calls.append(call.pools)
         self.is_estimated |= call.is_estimated

@@ -62,7 +62,7 @@ class OperationError(Refusal):
 
 
 class NotYours(OperationError):
-    """There is no such thing among what the user has made (row 63)."""
+    """There is no such thing among what the user has made."""
 
     http_status = 404
 

@@ -1,4 +1,4 @@
-"""Everything that is a person's, over all layers: to take along as a ZIP, and to be made nobody's (row 70)."""
+"""Everything that is a person's, over all layers: to take along as a ZIP, and to be anonymised."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,7 +59,7 @@ class TooManyDownloads(Refusal):
 
 
 def take_download(*, user_id: int) -> None:
-    """Count a download against the day's limit. Raises TooManyDownloads, also while nobody can count (row 73)."""
+    """Count a download against the day's limit. Raises TooManyDownloads, also while nobody can count."""
     key = f"data-downloads:{user_id}:{timezone.now():%Y-%m-%d}"
     try:
         # `add` takes a key once, however many ask for it at the same moment.
@@ -171,7 +171,7 @@ def _write_image(archive: ZipFile, image: GeneratedImage) -> None:
         copyfileobj(source, target)
 
 
-# --- To be made nobody's --------------------------------------------------------------------------------------------
+# --- Anonymising ----------------------------------------------------------------------------------------------------
 
 
 def anonymize_user(*, user_id: int) -> None:

@@ -412,7 +412,7 @@ def _cursor(request: SignedInRequest, name: str) -> int | None:
 @require_GET
 @login_required
 def usage_entry(request: SignedInRequest, pk: int) -> HttpResponse:
-    """One operation, with every field of its row (row 63: of one's own)."""
+    """One operation, with every field of its row (of one's own)."""
     row = get_object_or_404(TokenUsage.objects.select_related("workspace"), pk=pk, user=request.user)
     price = ModelPrice.objects.filter(provider=row.provider, model=row.model).first()
     exact_tokens = None if row.multiplier is None else row.actual_tokens * row.multiplier

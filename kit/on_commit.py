@@ -13,7 +13,7 @@ logger = structlog.get_logger(__name__)
 
 def enqueue_on_commit(task: str, *arguments: int) -> None:
     """Have a worker run `task` ("billing.tasks.…") after the commit. Never raises; it waits for a silent broker
-    once, not for each task (row 40).
+    once, not for each task.
 
     By name, so that domain code can ask for what stands above it.
     """

@@ -1,4 +1,4 @@
-"""Files on their way out: no process waits for whoever takes one slowly (row 131).
+"""Files on their way out: no process waits for whoever takes one slowly.
 
 A process has few threads, and an answer keeps one until all of it is taken. So what is asked for is written to the
 disk first, as fast as the database gives it, and a proxy sends it from there: it says with each request that it does

@@ -27,7 +27,7 @@ FIRST_YEAR, LAST_YEAR = 2000, 2100  # far from the ends of what a datetime holds
 
 
 class InvalidPeriod(Refusal):
-    """The address asks for a span that is none. `message` is for the person."""
+    """The address does not name a valid period. `message` is for the person."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ Balances, quotes, reservations and usage, for the platform's other servers; and 
 have and what became of it.
 
 Amounts are whole tokens. Every refusal is an `application/problem+json` document with a `code` for programs and a
-`detail` for people, also of an address that is none (404) and of a method that an address does not take (405).
+`detail` for people, also for an unknown address (404) and for a method that an address does not take (405).
 """
 
 

@@ -226,7 +226,7 @@ DATABASES["default"] |= {
             "reconnect_timeout": 3,
         },
         "connect_timeout": DATABASE_TIMEOUT_SECONDS,
-        # A network that drops everything without a word is noticed, here and there: locks of the dead are let go.
+        # A network that drops everything silently is noticed, here and there: locks of the dead are let go.
         "keepalives_idle": 10,
         "keepalives_interval": 5,
         "keepalives_count": 3,

@@ -134,7 +134,7 @@ class ProviderRefused(ProviderError):
 
 
 class ProviderUnavailable(ProviderError):
-    """An error on the provider's side, no connection, a stream that broke off, an image that is none, or nonsense."""
+    """An error on the provider's side, no connection, a stream that broke off, a broken image, or nonsense."""
 
     template = "{name} is not answering properly. Please try again in a moment, or choose another model."
 

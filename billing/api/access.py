@@ -28,7 +28,7 @@ class PersonRequest(HttpRequest):
 
 
 class BillingSecret(HttpBearer):
-    """`Authorization: Bearer <BILLING_SECRET>`. Without a configured secret the API is closed (row 66)."""
+    """`Authorization: Bearer <BILLING_SECRET>`. Without a configured secret the API is closed."""
 
     openapi_description = "The secret that the platform's servers share (`BILLING_SECRET`)."
 
@@ -110,5 +110,5 @@ def api_view(view: View) -> View:
 
 @api_view
 def not_found(request: HttpRequest) -> HttpResponse:
-    """Every address under the API's that is none."""
+    """Every unknown address under the API's."""
     return not_found_problem()

@@ -1,6 +1,6 @@
 """How many calls a minute: counted in Redis, for each credential, and for each address that calls without one.
 
-Redis may be away. What a right credential asks for is done all the same (row 73: debits work); a wrong one is
+Redis may be away. What a right credential asks for is done all the same (debits work); a wrong one is
 refused whether it is counted or not.
 """
 

@@ -171,7 +171,7 @@ def _operation_of(body: ReservationRequest, idempotency_key: str) -> tuple[ledge
     """The operation at the prices of now, and the tokens to hold for it.
 
     Law 8: a retry gets the first outcome, though its model was retired meanwhile. The ledger knows it by its key and
-    body; the first time's snapshot stands in for the price that is no more.
+    body; the first time's snapshot stands in for the price that has been removed.
     """
     fields = _PRICED_FIELDS | LINK_FIELDS | {"operation_type"}
     try:

@@ -48,7 +48,7 @@ class RetiredModel(CatalogueError):
 
 
 class UnpricedModel(CatalogueError):
-    """Nobody has set the prices that it would be sold by (row 117)."""
+    """Nobody has set the prices that it would be sold by."""
 
 
 # What the models on offer read and write at once, as their providers say.
@@ -278,7 +278,7 @@ def list_active_models(kind: str) -> list[ModelPrice]:
 
 
 def get_active_model(*, provider: str, model: str) -> ModelPrice:
-    """The model's prices. Raises UnknownModel, RetiredModel naming the replacement (row 58), or UnpricedModel."""
+    """The model's prices. Raises UnknownModel, RetiredModel naming the replacement, or UnpricedModel."""
     price = get_model(provider=provider, model=model)
     is_past = price.retired_on is not None and price.retired_on <= _today()
     if is_past or not price.is_active:

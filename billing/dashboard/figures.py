@@ -537,7 +537,7 @@ class Section:
     polls: bool = False  # shows how things stand now, whatever the period
 
 
-# How their figures are reckoned, says templates/dashboard/_definitions.html.
+# templates/dashboard/_definitions.html says how their figures are calculated.
 SECTIONS = {
     section.name: section
     for section in (

@@ -47,7 +47,7 @@ def render_report(*, name: str, title: str, about: str, content: Content) -> byt
         if data.rows:
             _print_table(pdf, data.table)
     pdf.ln(8)
-    pdf.text_line("How this is reckoned", size=11, height=8, style="B")
+    pdf.text_line("How this is calculated", size=11, height=8, style="B")
     for term, words in _definitions(name):
         pdf.text_line(f"{term}: {words}", size=8, height=5, colour=GREY)
     return bytes(pdf.output())

@@ -3,7 +3,7 @@
 What lies below the roll-ups' end comes from them, what is newer from the raw rows, so a figure is exact at any moment
 and costs what the calendar costs, not what the history does. Spans have a beginning (included) and an end (not
 included); months and days are those of the time zone of `since`. An operation counts when it ended (`completed_at`),
-every ledger entry that is no usage when it was written.
+every other ledger entry when it was written.
 """
 
 from collections import defaultdict
@@ -312,7 +312,7 @@ def liability_roll_forward(*, edges: Sequence[datetime]) -> list[LiabilityRow]:
     """What is owed to users at the beginning and the end of each span between two neighbouring edges, and what
     changed it.
 
-    The openings are added up from the first entry on, the last closing is reckoned back from the balances that the
+    The openings are added up from the first entry on, the last closing is calculated back from the balances that the
     accounts have now: the two ways meet to the token, or LiabilityDoesNotBalance is raised. A debit counts when its
     operation ended; `liability_entries` lists the very rows.
     """
@@ -365,7 +365,7 @@ def liability_entries(*, since: datetime, until: datetime) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class RevenueRate:
-    """What a token that is used has brought in, on average, reckoned at one moment.
+    """What a token that is used has brought in, on average, as of one moment.
 
     Bought and given tokens lie in one balance, and nobody can say which of them an operation used. So each counts the
     same: what all sales until then brought in (after discounts and refunds, without tax), over all tokens that came

@@ -1,6 +1,6 @@
 """Keeping the roll-ups: hours of raw rows, added up once they cannot change any more.
 
-An operation belongs to the hour of its `completed_at`, a ledger row that is no usage to that of its `created_at`. The
+An operation belongs to the hour of its `completed_at`, every other ledger row to that of its `created_at`. The
 database's clock stamps both before the commit that shows them, so an hour that is over may still get rows, and one
 that was added up too early would lack them for ever. Hence an hour is rolled up only once it is *sealed*:
 

@@ -15,7 +15,7 @@ BYTE_ORDER_MARK = "\ufeff"  # tells Excel that the file is UTF-8
 # What a spreadsheet takes for the beginning of a formula, in the wide forms of East Asian keyboards too, at the
 # beginning of a cell: of ours, or of one that it makes itself where a semicolon, a tab or a line's end separates. A
 # German or French Excel does so, to which our quotes are none. Blanks, those without a width too, and quotes are passed
-# over (row 67).
+# over.
 _FORMULA = re.compile(r"""(^|[;\t\r\n])(?=[\s"\ufeff\u200b-\u200f\u2060]*[=+\-@＝＋－＠])""")
 
 TRANSACTION_COLUMNS = {

@@ -534,7 +534,7 @@ _RELEASE = _Statement.of(
 )
 
 
-# What a posting that is no purchase and no grant leaves empty in its ledger row.
+# What a posting other than a purchase or a grant leaves empty in its ledger row.
 _NO_ENTRY: Mapping[str, Any] = {
     "type": "usage",
     "purchase_id": None,

@@ -69,7 +69,7 @@ class ModelPrice(models.Model):
     Prices are USD per million tokens, which is the same number as micro-dollars per token. Rows are written through
     `catalogue.create_model_price` and `catalogue.update_model_price`, which keep what each price was before.
 
-    A price that is missing is never one of zero (row 117): without those that it is sold by, a model is not on offer.
+    A price that is missing is never one of zero: without those that it is sold by, a model is not on offer.
     """
 
     Kind = ModelKind

@@ -96,7 +96,7 @@ class Purchase(models.Model):
                 condition=Q(checkout_key__isnull=False),
                 name="purchase_once_per_form",
             ),
-            # A double click on Buy opens one checkout (row 28).
+            # A double click on Buy opens one checkout.
             models.UniqueConstraint(
                 fields=["account", "package"],
                 condition=Q(kind="checkout", state__in=["created", "open"], package__isnull=False),

@@ -124,7 +124,7 @@ def sweep_changes(*, limit: int = 100) -> int:
 
 
 def forget_card(*, payment_method_id: str) -> None:
-    """The card was removed: forget it, and switch auto-recharge off with a notice (row 37)."""
+    """The card was removed: forget it, and switch auto-recharge off with a notice."""
     if payment_method_id:
         _forget(TokenAccount.objects.filter(stripe_payment_method_id=payment_method_id), cause=payment_method_id)
 

@@ -868,7 +868,7 @@ def _require_storable(value: Any, depth: int = 0) -> None:
             raise ValueError("NUL in a text.")
         value.encode()
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("A number that is none.")
+        raise ValueError("Not a number.")
     elif isinstance(value, dict | list):
         if depth == MAX_EVENT_DEPTH:
             raise ValueError("Nested too deeply.")

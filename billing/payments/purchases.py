@@ -460,7 +460,7 @@ def refresh_from_stripe(purchase: Purchase) -> Purchase:
 
 
 def sweep_purchases(*, limit: int = 200) -> int:
-    """Finish the purchases whose webhook never came, by asking Stripe (row 29). Returns how many came to an end."""
+    """Finish the purchases whose webhook never came, by asking Stripe. Returns how many came to an end."""
     now = database.now()
     Purchase.objects.filter(
         state=State.CREATED,

@@ -88,7 +88,7 @@ def update_auto_recharge(
     `monthly_cap_cents` in a calendar month (UTC). The package's tokens and price of now are what they agree to.
 
     Raises ValidationError naming each wrong field; then nothing is changed. Switching it off lets a charge under way
-    come to its end (row 38). Switched on below the threshold, it recharges at once. The owner is told of what is on.
+    come to its end. Switched on below the threshold, it recharges at once. The owner is told of what is on.
     """
     with transaction.atomic():
         account = TokenAccount.objects.select_for_update().get(user_id=user_id)
@@ -215,8 +215,8 @@ def get_overview(account: TokenAccount, *, attempts: int = 10) -> Overview:
 def trigger_auto_recharge(*, user_id: int) -> Purchase | None:
     """Buy the user's package with the saved card, if it is time for that. Returns the attempt, None when it is not.
 
-    Safe to call whenever and as often as one likes: two calls at the same moment make one attempt (rows 32 and 33),
-    and the monthly cap holds (row 39). Calls Stripe, so never call it inside a transaction. Raises PurchaseNotFound
+    Safe to call whenever and as often as one likes: two calls at the same moment make one attempt,
+    and the monthly cap holds. Calls Stripe, so never call it inside a transaction. Raises PurchaseNotFound
     when Stripe's answer is not about our attempt.
     """
     purchase = _open_attempt(user_id)
@@ -347,7 +347,7 @@ def _charge(purchase: Purchase) -> None:
             amount_cents=purchase.amount_cents,
             currency=purchase.currency,
             description=f"{purchase.package_name}: {purchase.tokens:,} tokens",
-            # One key for the attempt's whole life. While Stripe may have charged, there is no other one (row 30).
+            # One key for the attempt's whole life. While Stripe may have charged, there is no other one.
             idempotency_key=purchase.stripe_key("recharge"),
         )
     except CardDeclined as error:
@@ -486,7 +486,7 @@ def _close_uncharged(purchase: Purchase, *, retry_after: timedelta = RETRY_AFTER
 
 
 def _refuse(purchase: Purchase) -> None:
-    """Close a locked attempt whose card or customer Stripe does not have any more (row 37)."""
+    """Close a locked attempt whose card or customer Stripe does not have any more."""
     message = "The saved card cannot be charged any more."
     set_state(purchase, State.FAILED, message)
     switch_off(account_id=purchase.account_id, reason=message, key=str(purchase.pk))
@@ -654,7 +654,7 @@ def remember_card(*, purchase_id: int) -> None:
 @repeated_after_conflicts
 def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
     with transaction.atomic():
-        # Its row first: who makes the account nobody's meanwhile clears it before this, or after it.
+        # Its row first: whoever anonymises the account meanwhile clears it before this, or after it.
         Purchase.objects.select_for_update().get(pk=purchase.pk)
         is_anonymised = TokenAccount.objects.filter(
             pk=purchase.account_id, status_reason=TokenAccount.ANONYMISED

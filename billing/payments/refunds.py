@@ -342,7 +342,7 @@ def _settle_reversals(purchase: Purchase, cause: PaymentReversal) -> int:
         "metadata": {"reversal_id": cause.pk, "stripe_id": cause.stripe_id, "returned_cents": returned_cents},
     }
     if change_tokens < 0:
-        # The money is gone, spent tokens or not: it may leave a debt (row 42).
+        # The money is gone, spent tokens or not: it may leave a debt.
         ledger.deduct_tokens(tokens=-change_tokens, may_leave_debt=True, **common)
     else:
         ledger.add_tokens(tokens=change_tokens, **common)

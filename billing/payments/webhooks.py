@@ -1,7 +1,7 @@
 """Stripe's events: verified, kept once, handled once.
 
 The inbox row and what the event does are written in one transaction: a crash takes both back and Stripe sends the
-event again; a crash after the commit makes that second delivery find it done (rows 25 and 26).
+event again; a crash after the commit makes that second delivery find it done.
 """
 
 from collections.abc import Callable, Mapping
@@ -273,7 +273,7 @@ def _row_of(event: Event) -> StripeEvent:
         type=event.type[:100],
         api_version=event.api_version[:50],
         livemode=event.livemode,
-        # Kept for the books and to be handled again, for which nobody's name or address is needed.
+        # Kept for the books and to be handled again, which needs no names or addresses.
         payload=gateway.without_personal_data(event.payload),
         state=State.RECEIVED,
         attempts=0,

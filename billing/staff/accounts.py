@@ -43,7 +43,7 @@ class StatusNotPossible(AccountError):
 
 
 class InvalidSearch(AccountError):
-    """An unknown filter, or the address of a page that is none."""
+    """An unknown filter, or the address of a page that does not exist."""
 
 
 # --- Status ---------------------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class InvalidSearch(AccountError):
 def suspend_account(*, superadmin: User, user_id: int, reason: str) -> TokenAccount:
     """No new operation starts until a superadmin reactivates the account; a payment does not (law 12).
 
-    Running operations settle, and money arriving is recorded (row 60). Raises StatusNotAllowed, StatusNotPossible.
+    Running operations settle, and money arriving is recorded. Raises StatusNotAllowed, StatusNotPossible.
     """
     return _set_status(superadmin, user_id, Status.SUSPENDED, reason)
 

@@ -47,7 +47,7 @@ class GrantNotPossible(GrantError):
 
 
 class GrantNotAllowed(GrantError):
-    """Not by this person (row 64); the attempt is in the audit log."""
+    """Not by this person; the attempt is in the audit log."""
 
     http_status = 403
 
@@ -97,7 +97,7 @@ def grant_tokens(*, admin: User, user_id: int, tokens: int, reason: str, request
     """Give tokens, or ask for it: the returned request is `done`, or open and waits for a superadmin.
 
     `request_key` is the form's: sent twice it is one grant, and the second time returns the first outcome (law 8).
-    Raises GrantNotAllowed for who is no admin, GrantNotPossible, GrantKeyConflict.
+    Raises GrantNotAllowed for non-admins, GrantNotPossible, GrantKeyConflict.
     """
     return _ask(Kind.GRANT, admin, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
 

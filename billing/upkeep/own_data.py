@@ -87,7 +87,7 @@ def list_tables(user: User) -> dict[str, tuple[tuple[str, ...], Iterator[Row]]]:
     return {name: (fields, rows.values(*fields).iterator(2_000)) for name, (rows, fields) in tables.items()}
 
 
-# --- To be made nobody's --------------------------------------------------------------------------------------------
+# --- Anonymising ----------------------------------------------------------------------------------------------------
 
 
 def close_open_checkouts(*, user_id: int) -> None:

@@ -203,7 +203,7 @@ def time_edges(*, since: datetime, until: datetime, bucket: BucketName) -> list[
     Monday. The first and the last bucket are as long as the span leaves them.
     """
     zone = since.tzinfo
-    # In UTC: between times of one zone Python reckons by the clock on the wall, as if it were never changed.
+    # In UTC: between times of one zone Python calculates with wall-clock times, as if it were never changed.
     first, last = since.astimezone(UTC), until.astimezone(UTC)
     edges = []
     day = since.date()

@@ -22,7 +22,7 @@ ENTRIES_PER_PAGE = 25
 @require_GET
 @login_required
 def home(request: SignedInRequest) -> HttpResponse:
-    """Any part of the person's ledger. The address says which; a filter that is none is answered with its error."""
+    """Any part of the person's ledger. The address says which; an invalid filter is answered with its error."""
     order = request.GET.get("sort", "")
     if order not in history.ORDERS:
         order = history.NEWEST_FIRST

@@ -31,7 +31,7 @@ from billing.payments.gateway import GatewayUnavailable
 from billing.usage import stats
 
 NEWEST_ENTRIES = 8
-# What a package is reckoned in, for people: tokens say little.
+# The unit in which packages are explained to people: tokens say little.
 WORTH = {
     TokenUsage.OperationType.GENERATION: "drafts",
     TokenUsage.OperationType.CHAT: "chat answers",

@@ -204,7 +204,7 @@ def end_groups(groups: list[int], seconds: float) -> None:
 
 
 def signalled(group: int, sign: int) -> bool:
-    """Send it to a process group; 0 only asks. False when the group is no more."""
+    """Send it to a process group; 0 only asks. False when the group is gone."""
     try:
         os.killpg(group, sign)
     except (ProcessLookupError, PermissionError):

@@ -41,7 +41,7 @@ NUMBER = re.compile(r"[0-9]{1,19}")
 CODE = re.compile(r"[A-Za-z0-9_.-]{1,80}")
 # What asks every few seconds is not worth a line while the answer is a good one.
 QUIET_ROUTES = ("healthz", "readyz", "metrics")
-NO_ROUTE = "(none)"  # what an address that is none counts as
+NO_ROUTE = "(none)"  # what an unknown address counts as
 
 OURS = ("accounts", "ai_ops", "billing", "kit", "postmate")
 # They log requests, prompts or addresses below this level, or each step they take.

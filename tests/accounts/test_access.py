@@ -106,7 +106,7 @@ def test_the_session_itself_has_shown_the_factor(susan: User, settings: Settings
     assert without.post(reverse("mfa_deactivate_totp"))["Location"].startswith(reverse("mfa_reauthenticate"))
     assert without.post(leads_to, {"code": code_of(secret)})["Location"] == "/admin/tokens/?page=2"
     assert statuses(without) == {200}
-    # A session that signed in with a recovery code, until these codes are no more.
+    # A session that signed in with a recovery code, until these codes are gone.
     codes = RecoveryCodes.activate(susan)
     by_recovery = sign_in(susan)
     by_recovery.post(reverse("mfa_authenticate"), {"code": codes.get_unused_codes()[0]})

@@ -415,7 +415,7 @@ def test_django_admin_deletes_nobody(client: Client, susan: User, alice: User) -
 
 
 def test_the_inbox_keeps_no_names(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
-    """Stripe's events are kept to be handled again, for which nobody's address is needed."""
+    """Stripe's events are kept to be handled again, which needs no addresses."""
     event = event_of(stripe, "checkout.session.completed")
     kept = StripeEvent.objects.get(event_id=event["id"])
     assert "alice" not in json.dumps(kept.payload)

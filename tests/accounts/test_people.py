@@ -211,7 +211,7 @@ def test_password_reset(client: Client, alice: User) -> None:
     action = page.redirect_chain[-1][0]
     response = client.post(action, {"password1": new_password, "password2": new_password}, follow=True)
     assert response.status_code == 200
-    assert sign_in(Client(), alice.email).status_code == 200  # the old one is no more
+    assert sign_in(Client(), alice.email).status_code == 200  # the old one is gone
     assert sign_in(Client(), alice.email, new_password).status_code == 302
     assert client.get(link_in(message.body), follow=True).context["token_fail"]  # the link works once
 

@@ -7,7 +7,7 @@ server: `web` with two workers of eight threads, `live`, a Celery worker of eigh
 and no TLS; Stripe's events are signed here, the AI provider is the stand-in. The load comes from one asyncio process,
 which sends requests made beforehand over connections that stay open and reads no more of an answer than its length.
 It shares the machine with everything else, so each line says what each party took of the cores, and "core ms" what one
-item took of a core in the product, PostgreSQL and Redis together, which is the figure to reckon with. It ends by itself
+item took of a core in the product, PostgreSQL and Redis together, which is the figure to plan with. It ends by itself
 in under three minutes where nothing else runs, after `verify_ledger` has gone over all of it.
 """
 

@@ -1,4 +1,4 @@
-"""The pages with the figures of the whole business: what they say is what was reckoned, and files say the same."""
+"""The pages with the figures of the whole business: what they say is what was calculated, and files say the same."""
 
 import csv
 import re
@@ -57,7 +57,7 @@ def rows(client: Client, name: str, query: str = "") -> list[list[str]]:
     return list(csv.reader(StringIO(response.content.decode("utf-8-sig"))))
 
 
-def test_page_opens_without_reckoning_anything(history: None, admin: Client) -> None:
+def test_page_opens_without_calculating_anything(history: None, admin: Client) -> None:
     text = admin.get("/admin/tokens/").content.decode()
     for name in SECTIONS:
         assert f'hx-get="/admin/tokens/sections/{name}/?"' in text
@@ -70,7 +70,7 @@ def test_plain_page_has_every_section(history: None, admin: Client) -> None:
     for name, each in SECTIONS.items():
         assert f'id="figures-{name}"' in text
         assert each.title in text
-    assert text.count("How this is reckoned") == text.count('<dl class="facts">') == len(SECTIONS)
+    assert text.count("How this is calculated") == text.count('<dl class="facts">') == len(SECTIONS)
 
 
 def test_section_opened_in_a_window_leads_to_the_page(admin: Client) -> None:
@@ -84,11 +84,11 @@ def test_section_opened_in_a_window_leads_to_the_page(admin: Client) -> None:
 @pytest.mark.parametrize("query", ["", "period=today", "period=all", "period=12m", "from=2001-01-01&to=2001-02-01"])
 def test_sections_of_an_empty_database(admin: Client, name: str, query: str) -> None:
     TokenAccount.objects.all().update(balance=0)
-    assert "How this is reckoned" in section(admin, name, query)
+    assert "How this is calculated" in section(admin, name, query)
     assert rows(admin, name, query)
 
 
-def test_system_section_says_what_was_reckoned(history: None, admin: Client) -> None:
+def test_system_section_says_what_was_calculated(history: None, admin: Client) -> None:
     today = timezone.localdate()
     since = periods.midnight(today - timedelta(days=29))
     stats = business.get_token_stats(since=since, until=periods.midnight(today + timedelta(days=1)))
@@ -265,7 +265,7 @@ def test_report_says_what_the_page_and_the_file_say(history: None, admin: Client
         words = " ".join(text.split())
         assert f"Dashboard: {each.title}" in words
         assert timezone.get_current_timezone_name() in words
-        assert "How this is reckoned" in words
+        assert "How this is calculated" in words
         # The page's numbers, but for how things stand now, which go on while one looks.
         if not each.polls:
             shown = figures(section(admin, name, "period=12m")) if name in ("system", "customers", "liability") else {}

@@ -125,7 +125,7 @@ def test_operations_by_hour_day_and_week(history: datetime, zone: ZoneInfo) -> N
 
 
 def test_buckets_on_offer() -> None:
-    """The day for as long as its bars can be reckoned in time; some bucket always."""
+    """The day for as long as its bars can be calculated in time; some bucket always."""
     until = midnight(timezone.now().date())
     offers = {
         days: business.trend_buckets(since=midnight(until.date() - timedelta(days=days)), until=until)
@@ -137,7 +137,7 @@ def test_buckets_on_offer() -> None:
 
 
 def test_system_figures(history: datetime) -> None:
-    """Revenue by currency, what was given and taken back, and the real margin, reckoned by hand."""
+    """Revenue by currency, what was given and taken back, and the real margin, calculated by hand."""
     roll_up_until(timezone.now() - timedelta(days=9))
     since, until = history + timedelta(days=20), timezone.now()
     found = business.get_token_stats(since=since, until=until)

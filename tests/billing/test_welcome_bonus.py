@@ -221,7 +221,7 @@ def test_an_admin_gives_the_one_that_waits(client: Client, adam: User) -> None:
     again = join("nora+x@mailinator.com")
     assert withheld(again) == "given_before"
     assert "given before to this mailbox" in admins.get(reverse("dashboard:account", args=[again.pk])).content.decode()
-    # Nobody gives their own, nor does who is no admin any more.
+    # Nobody gives their own, nor does a former admin.
     waits = join("eve@mailinator.com")
     for someone in (waits, user):
         with pytest.raises(grants.GrantNotAllowed):

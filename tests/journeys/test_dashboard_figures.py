@@ -59,7 +59,7 @@ def test_admin_reads_the_figures(admin: User, page: Page, tmp_path: Path) -> Non
     page.wait_for_function(IS_PAINTED, arg="chart-operations-data")
     shoot(page, "dashboard-figures-year")
 
-    page.locator("#figures-system-reckoned").click()
+    page.locator("#figures-system-calculated").click()
     expect(system.get_by_text("There are no exchange rates.")).to_be_visible()
     with page.expect_download() as download:
         page.get_by_role("link", name="Owed to users: download as CSV").click()
@@ -114,7 +114,7 @@ def test_live_figures_follow_what_happens(admin: User, open_context: OpenContext
     sign_in(page, "adam", "/admin/tokens/")
     accounts = page.locator("#figures-live dl > div").filter(has=page.get_by_text("Accounts", exact=True)).locator("dd")
     before = int(accounts.inner_text().replace(",", ""))
-    page.get_by_role("region", name="Now", exact=True).locator("#figures-live-reckoned").click()
+    page.get_by_role("region", name="Now", exact=True).locator("#figures-live-calculated").click()
     make_user("newcomer")
     page.clock.run_for(31_000)
     expect(accounts).to_have_text(f"{before + 1:,}")
@@ -152,5 +152,5 @@ def test_figures_are_accessible(admin: User, open_context: OpenContext) -> None:
     page = open_context(bypass_csp=True, reduced_motion="reduce").new_page()
     sign_in(page, "adam", "/admin/tokens/?period=12m")
     expect(page.locator("[aria-busy]")).to_have_count(0)
-    page.locator("#figures-system-reckoned").click()
+    page.locator("#figures-system-calculated").click()
     assert find_violations(page, widths=(390, 1440)) == []

@@ -419,7 +419,7 @@ def _limit(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     if tokens is None:
         return {}
     if not tokens or tokens != int(tokens):
-        raise BadFile(f"{name}: max_output_tokens is {tokens}, which is no number of tokens.")
+        raise BadFile(f"{name}: max_output_tokens is {tokens}, which is not a number of tokens.")
     return {"max_output_tokens": int(tokens)}
 
 
