@@ -41,6 +41,7 @@ from billing.pricing import TokenPools
 from billing.usage import after_debit
 from kit import counters
 from kit.database import DATABASE_AWAY, in_thread
+from kit.text import storable
 
 logger = structlog.get_logger(__name__)
 
@@ -502,7 +503,7 @@ class _TextRun:
         return self._text_from(0)
 
     def _text_from(self, start: int) -> str:
-        return _storable("".join(self.written[start:]))
+        return storable("".join(self.written[start:]))  # a text that cannot be kept would keep the hold open
 
     @property
     def counted(self) -> TokenPools:
@@ -574,7 +575,7 @@ class _TextRun:
             # A count at the end is of the thoughts, too.
             thought_tokens=0
             if has_ended and self.said and self.said.has_output
-            else _count_tokens(self.quote.ask, _storable("".join(self.thought))),
+            else _count_tokens(self.quote.ask, storable("".join(self.thought))),
         )
 
     def fail(self, error: Exception) -> None:
@@ -671,11 +672,6 @@ class _TextRun:
 
     def _release_unsettled(self) -> Posting:
         return _release_unsettled(self.usage_id, self.failure, self.duration_ms)
-
-
-def _storable(text: str) -> str:
-    # What PostgreSQL cannot keep, and what has no bytes to count, must not keep the hold open.
-    return text.encode(errors="replace").decode().replace("\0", "")
 
 
 @dataclass(frozen=True, slots=True)

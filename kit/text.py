@@ -9,3 +9,19 @@ def read_id(text: str) -> int | None:
 def one_line(text: str) -> str:
     """On one line, without what cannot be printed, nor stored in PostgreSQL."""
     return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+
+
+def require_storable(text: str) -> str:
+    """The text itself. Raises ValueError where PostgreSQL cannot store it: a NUL character or a lone surrogate."""
+    if "\0" in text:
+        raise ValueError("a NUL character is not allowed")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("a lone surrogate is not allowed") from None
+    return text
+
+
+def storable(text: str) -> str:
+    """The text, without what PostgreSQL cannot store."""
+    return text.encode(errors="replace").decode().replace("\0", "")

@@ -32,6 +32,7 @@ from billing.models.account import AccountStatus
 from billing.models.fields import Currency, Provider
 from billing.models.transaction import TransactionType
 from billing.models.usage import ChargeType, OperationType, UsageStatus
+from kit.text import require_storable
 
 MAX_BIGINT = 2**63 - 1
 MAX_RESERVATION_SECONDS = 86_400
@@ -82,17 +83,7 @@ def _in_utc(moment: datetime) -> datetime:
         raise ValueError("the moment is out of range") from None
 
 
-def _storable(value: str) -> str:
-    if "\x00" in value:
-        raise ValueError("a NUL character is not allowed")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("a lone surrogate is not allowed") from None
-    return value
-
-
-_Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra={"pattern": r"^[^\x00]*$"})]
+_Text = Annotated[str, AfterValidator(require_storable), Field(json_schema_extra={"pattern": r"^[^\x00]*$"})]
 _Id = Annotated[int, Field(ge=1, le=MAX_BIGINT)]
 _Tokens = Annotated[int, Field(ge=0, le=pricing.MAX_POOL_TOKENS)]
 Moment = Annotated[AwareDatetime, BeforeValidator(_moment), AfterValidator(_in_utc)]

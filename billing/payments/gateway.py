@@ -18,6 +18,7 @@ from django.conf import settings
 from stripe.params.checkout import SessionCreateParams, SessionCreateParamsLineItem
 
 from kit.refusal import Refusal
+from kit.text import require_storable
 
 API_VERSION: str = stripe.api_version
 SIGNATURE_TOLERANCE_SECONDS = 300
@@ -828,7 +829,7 @@ def verify_event(payload: bytes, signature_header: str) -> Event:
         raise InvalidEvent("The signature does not match.")
     try:
         event = json.loads(payload)
-        _require_storable(event)
+        _require_storable_json(event)
         return read_event(event)
     # RecursionError: the SDK's and our parser alike give up on thousands of nested brackets.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -861,19 +862,17 @@ def _text(value: Any) -> str:
     return value
 
 
-def _require_storable(value: Any, depth: int = 0) -> None:
+def _require_storable_json(value: Any, depth: int = 0) -> None:
     # PostgreSQL's JSON keeps no NUL, no half of a surrogate pair and no infinity, all of which our parser lets pass.
     if isinstance(value, str):
-        if "\0" in value:
-            raise ValueError("NUL in a text.")
-        value.encode()
+        require_storable(value)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("Not a number.")
     elif isinstance(value, dict | list):
         if depth == MAX_EVENT_DEPTH:
             raise ValueError("Nested too deeply.")
         for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            _require_storable(item, depth + 1)
+            _require_storable_json(item, depth + 1)
 
 
 def _is_signed(payload: bytes, signature_header: str, secret: str) -> bool:
