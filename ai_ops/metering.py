@@ -491,6 +491,7 @@ class _TextRun:
     said: Said | None = None  # by the provider, of the call under way
     output_counted_to: int = 0  # in `written`: how far it had come when the provider last counted its output
     thought: list[str] = field(default_factory=list)  # by the call under way, as far as the provider tells
+    thought_counted_to: int = 0  # in `thought`, likewise
     is_asked: bool = False  # the request has gone to the provider
     is_call_under_way: bool = True
     ended_calls: list[TokenPools] = field(default_factory=list)
@@ -534,15 +535,17 @@ class _TextRun:
             self.said = self.said.updated(delta.said) if self.said else delta.said
             if delta.said.has_output:
                 self.output_counted_to = len(self.written)
+                self.thought_counted_to = len(self.thought)
 
     def end_call(self, end: TextEnd) -> None:
-        """Note what the whole call used. An empty answer fails the operation."""
+        """Note what the whole call used. An answer with nothing to read counts as empty and fails the operation."""
         call = self._count_call(has_ended=True)
         self.ended_calls.append(call.pools)
         self.is_estimated |= call.is_estimated
         self.is_call_under_way = False
         self.stopped_by = _STOPPED_BY[end.finish_reason]
-        if not self.written:
+        if not any(character.isprintable() and not character.isspace() for character in self.text):
+            self.written.clear()
             self.fail(self._why_nothing(end)(self.quote.price.get_provider_display()))
 
     def _why_nothing(self, end: TextEnd) -> type[ProviderError]:
@@ -559,23 +562,22 @@ class _TextRun:
         self.call_begins_at = self.output_counted_to = len(self.written)
         self.said = None
         self.thought = []
+        self.thought_counted_to = 0
         self.is_call_under_way = True
         self.stopped_by = "reader"
 
     def _count_call(self, *, has_ended: bool) -> Counted:
-        # When a call has ended, its last count is of all of it, unless it came before the first word.
-        is_all_counted = has_ended and self.output_counted_to > self.call_begins_at
         return count_call(
             self.said,
             prompt_tokens=_count_tokens(self.quote.ask, self.prompt.text),
             text_tokens=_count_tokens(self.quote.ask, self._text_from(self.call_begins_at)),
-            later_text_tokens=0
-            if is_all_counted
-            else _count_tokens(self.quote.ask, self._text_from(self.output_counted_to)),
+            later_text_tokens=_count_tokens(self.quote.ask, self._text_from(self.output_counted_to)),
             # A count at the end is of the thoughts, too.
             thought_tokens=0
-            if has_ended and self.said and self.said.has_output
+            if has_ended and self.thought_counted_to == len(self.thought)
             else _count_tokens(self.quote.ask, storable("".join(self.thought))),
+            # The catalogue may be behind by some, but not by so much.
+            most_tokens=2 * (self.quote.price.max_input_tokens + self.quote.price.max_output_tokens),
         )
 
     def fail(self, error: Exception) -> None:
@@ -621,7 +623,7 @@ class _TextRun:
     def _paid_calls(self, text: str) -> list[TokenPools]:
         """What each call used that we have to pay for, whether or not the user does."""
         was_slow = isinstance(self.failure, ProviderTimedOut)  # to answer, not to read
-        has_read = self.said or text or not self.is_call_under_way or self._has_left(text) or was_slow
+        has_read = self.said or text or self.thought or not self.is_call_under_way or self._has_left(text) or was_slow
         return self.calls if has_read else []
 
     def _keep_too_late(self, keep: KeepText, text: str) -> Posting:

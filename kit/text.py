@@ -23,5 +23,5 @@ def require_storable(text: str) -> str:
 
 
 def storable(text: str) -> str:
-    """The text, without what PostgreSQL cannot store."""
-    return text.encode(errors="replace").decode().replace("\0", "")
+    """The text, without what PostgreSQL cannot store. Two halves of a character that came apart are one again."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\0", "")

@@ -96,7 +96,6 @@ ERRORS = (
 async def stream_text(*, model: str, system: str, messages: Sequence[Message], max_output_tokens: int) -> TextStream:
     """See `ai_ops.providers.stream_text`. The input is counted first, and the output at the end."""
     finish_reason: FinishReason | None = None
-    complete = False
     client, turns = _client(), [_turn(message) for message in messages]
     try:
         async with (
@@ -126,11 +125,11 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                 elif event.type == "message_delta":
                     yield TextDelta("", _said(event.usage))
                     finish_reason = FINISH_REASONS.get(part(event, "delta", "stop_reason"), "other")
-                elif event.type == "message_stop":
-                    complete = True
     except Exception as error:
-        raise _translate(error) from error
-    if not complete or finish_reason is None:
+        # When its end has been said, a connection that breaks takes nothing away from the answer.
+        if finish_reason is None or not isinstance(error, (anthropic.APIConnectionError, httpx2.TransportError)):
+            raise _translate(error) from error
+    if finish_reason is None:
         raise ProviderUnavailable(NAME)
     yield TextEnd(finish_reason)
 

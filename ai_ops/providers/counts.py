@@ -9,6 +9,11 @@ from typing import Any
 
 from billing.pricing import MAX_POOL_TOKENS, TokenPools
 
+# No tokenizer makes so many times fewer tokens than we count: a number below that is of one piece of a stream, or a
+# default. What was asked is judged more mildly, for a server may count less of it, as without our system prompt.
+TIMES_TOO_FEW_WRITTEN = 8
+TIMES_TOO_FEW_READ = 32
+
 
 @dataclass(frozen=True, slots=True)
 class Said:
@@ -34,11 +39,12 @@ class Said:
     is_reasoning_in_output: bool = True
 
     def updated(self, later: "Said") -> "Said":
-        """With what the provider said `later`. Counts of a stream are running totals: the last one stands, but neither
-        silence nor zero nor nonsense takes back a number that was said before."""
+        """With what the provider said `later`. Counts of a stream are running totals, which never fall: the highest
+        stands, and neither silence nor nonsense takes back a number that was said before."""
         heard = {name: new for name in COUNTS if (new := getattr(later, name)) is not None}
         return replace(
-            self, **{name: new for name, new in heard.items() if _count(new) or not _count(getattr(self, name))}
+            self,
+            **{name: new for name, new in heard.items() if (_count(new) or 0) >= (_count(getattr(self, name)) or 0)},
         )
 
     @property
@@ -58,7 +64,13 @@ class Counted:
 
 
 def count_call(
-    said: Said | None, *, prompt_tokens: int, text_tokens: int, later_text_tokens: int = 0, thought_tokens: int = 0
+    said: Said | None,
+    *,
+    prompt_tokens: int,
+    text_tokens: int,
+    later_text_tokens: int = 0,
+    thought_tokens: int = 0,
+    most_tokens: int = MAX_POOL_TOKENS,
 ) -> Counted:
     """What a call used, by the provider's word as far as it can be true and by our own count where it cannot.
 
@@ -66,31 +78,37 @@ def count_call(
     `later_text_tokens` of that part of it which came after the provider had last counted its output, `thought_tokens`
     of what it told of its thoughts, where it has not counted them: they are reasoning, and at least so much.
 
-    - Each half stands for itself. A half that was not said, or is zero beside a text, is counted by us; one that was
-      said is kept, also beside one that was not.
+    - Each half stands for itself. A half that was not said, or is zero or next to nothing beside a text, is counted by
+      us; one that was said is kept, also beside one that was not.
     - Reasoning is a part of the output, or comes on top, as the provider has it; where its total contradicts that and
       agrees with the other, as the total has it. More than there is of the whole is cut to it.
-    - A number that no call can have (negative, broken, no number, above `MAX_POOL_TOKENS`) was not said.
+    - A number that no call can have (negative, broken, no number, above `most_tokens`) was not said.
     """
     said = said or Said()
     raw = {name: getattr(said, name) for name in COUNTS}
-    number = {name: _count(value) or 0 for name, value in raw.items()}
+    number = {name: _count(value, most_tokens) or 0 for name, value in raw.items()}
     # The total is no count that we keep: it may be any nonsense.
-    is_estimated = any(_count(value) is None for name, value in raw.items() if value is not None and name != "total")
+    is_estimated = any(
+        _count(value, most_tokens) is None for name, value in raw.items() if value is not None and name != "total"
+    )
 
     cached = number["cached_input"]
     written = number["cache_write"] or number["cache_write_5m"] + number["cache_write_1h"]
     read = number["input"] + number["tool_input"]
     if said.is_cache_in_input:
-        if not number["input"]:
+        if not number["input"] or number["input"] * TIMES_TOO_FEW_READ < prompt_tokens:
             read, is_estimated = prompt_tokens, True
         is_estimated |= cached + written > read
         cached = min(cached, read)
         written = min(written, read - cached)
         read -= cached + written
-    elif not read + cached + written or _count(said.input) is None:
+    elif _count(said.input, most_tokens) is None or (read + cached + written) * TIMES_TOO_FEW_READ < max(
+        1, prompt_tokens
+    ):
         read, is_estimated = max(0, prompt_tokens - cached - written), True
 
+    if number["output"] * TIMES_TOO_FEW_WRITTEN < text_tokens - later_text_tokens:
+        number["output"] = 0
     output, reasoning = number["output"], max(number["reasoning"], thought_tokens)
     is_estimated |= reasoning > number["reasoning"]
     if not output:
@@ -138,6 +156,6 @@ def _is_reasoning_on_top(said: Said, number: dict[str, int], text_tokens: int) -
     return not is_inside
 
 
-def _count(value: Any) -> int | None:
+def _count(value: Any, most: int = MAX_POOL_TOKENS) -> int | None:
     """`value` if it can be a count: a whole number (True is none) within bounds."""
-    return value if type(value) is int and 0 <= value <= MAX_POOL_TOKENS else None
+    return value if type(value) is int and 0 <= value <= most else None

@@ -31,6 +31,7 @@ from ai_ops.providers import (
     TextStream,
     each,
     image_file,
+    of_images,
     part,
     tls_context,
     to_error,
@@ -99,6 +100,7 @@ ERRORS = (
 async def stream_text(*, model: str, system: str, messages: Sequence[Message], max_output_tokens: int) -> TextStream:
     """See `ai_ops.providers.stream_text`. Every chunk has the usage so far."""
     finish_reason: str | None = None
+    first: int | None = None
     blocked = False
     client, contents = _client(settings.AI_TIMEOUT_SECONDS), _contents(messages)
     config = _config(system_instruction=system or None, max_output_tokens=max_output_tokens)
@@ -110,6 +112,11 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                 blocked = blocked or _is_blocked(chunk)
                 text = thought = ""
                 for candidate in chunk.candidates or ():
+                    # We ask for one. Of several the first that speaks is the answer, and all are counted.
+                    number = candidate.index or 0
+                    first = number if first is None else first
+                    if number != first:
+                        continue
                     text += _text(candidate)
                     thought += _text(candidate, is_thought=True)
                     if candidate.finish_reason:
@@ -118,7 +125,9 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                 if text or said or thought:
                     yield TextDelta(text, said, thought)
     except Exception as error:
-        raise _translate(error) from error
+        # When its end has been said, a connection that breaks takes nothing away from the answer.
+        if finish_reason is None or not isinstance(error, httpx2.TransportError):
+            raise _translate(error) from error
     if blocked:
         raise ProviderRefused(NAME)
     if finish_reason is None:
@@ -172,8 +181,7 @@ async def _generate_image(aio: AsyncClient, model: str, prompt: str, config: typ
             raise _account_limited()
         refused = _is_blocked(answer) or any(_meaning(reason) == "refused" for reason in reasons)
         raise (ProviderRefused if refused else ProviderUnavailable)(NAME, usage=usage)
-    # An image whose tokens were not counted costs its price, and not nothing.
-    return Images((image,), usage if usage and usage.output_tokens else None)
+    return Images((image,), of_images(usage))
 
 
 async def list_models() -> dict[str, date | None]:
@@ -243,13 +251,14 @@ def _is_blocked(answer: types.GenerateContentResponse) -> bool:
 
 def _said(usage: types.GenerateContentResponseUsageMetadata) -> Said:
     """Google counts what came from its cache as prompt, and thoughts apart from the candidates; what tools brought is
-    in neither. Of the candidates it names the modalities that are not words."""
+    in neither. Of the candidates it names some modalities: what has no name is words beside images that have one, and
+    images beside words."""
     by_modality: dict[str, int] = {}
     for detail in usage.candidates_tokens_details or ():
         modality = detail.modality.value if detail.modality else "TEXT"
         by_modality[modality] = by_modality.get(modality, 0) + (detail.token_count or 0)
     others = sum(tokens for modality, tokens in by_modality.items() if modality not in ("TEXT", "MODALITY_UNSPECIFIED"))
-    candidates = usage.candidates_token_count
+    candidates = usage.candidates_token_count or sum(by_modality.values()) or usage.candidates_token_count
     return Said(
         input=usage.prompt_token_count,
         tool_input=usage.tool_use_prompt_token_count,
@@ -257,7 +266,7 @@ def _said(usage: types.GenerateContentResponseUsageMetadata) -> Said:
         image_input=_of_modality(usage.prompt_tokens_details, "IMAGE"),
         audio_input=_of_modality(usage.prompt_tokens_details, "AUDIO"),
         output=candidates,
-        text_output=max(0, candidates - others) if candidates and by_modality else None,
+        text_output=max(0, candidates - others) if candidates and others else by_modality.get("TEXT"),
         audio_output=by_modality.get("AUDIO"),
         reasoning=usage.thoughts_token_count,
         total=usage.total_token_count,

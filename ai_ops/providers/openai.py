@@ -28,6 +28,7 @@ from ai_ops.providers import (
     TextStream,
     each,
     image_file,
+    of_images,
     only_text,
     part,
     tls_context,
@@ -107,6 +108,7 @@ ERRORS = (
 async def stream_text(*, model: str, system: str, messages: Sequence[Message], max_output_tokens: int) -> TextStream:
     """See `ai_ops.providers.stream_text`. OpenAI reports usage at the very end: a broken stream has none."""
     finish_reason: FinishReason | None = None
+    first: Any = None
     client, turns = _client(settings.AI_TIMEOUT_SECONDS), _turns(system, messages)
     try:
         async with (
@@ -123,6 +125,11 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
             async for chunk in stream:
                 text = thought = ""
                 for choice in each(chunk.choices):
+                    # We ask for one. Of several the first that speaks is the answer, and all are counted.
+                    number = part(choice, "index") or 0
+                    first = number if first is None else first
+                    if number != first:
+                        continue
                     text += only_text(part(choice, "delta", "content")) or only_text(part(choice, "delta", "refusal"))
                     thought += _thought(choice)
                     if reason := part(choice, "finish_reason"):
@@ -131,7 +138,9 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                 if text or said or thought:
                     yield TextDelta(text, said, thought)
     except Exception as error:
-        raise _translate(error) from error
+        # When its end has been said, a connection that breaks takes nothing away from the answer.
+        if finish_reason is None or not isinstance(error, openai.APIConnectionError):
+            raise _translate(error) from error
     if finish_reason is None:
         raise ProviderUnavailable(NAME)
     yield TextEnd(finish_reason)
@@ -158,8 +167,7 @@ async def generate_images(*, model: str, prompt: str, size: str, quality: str, c
         raise _translate(error) from error
     if not images:
         raise ProviderUnavailable(NAME, usage=usage)
-    # Images whose tokens were not counted cost their price, and not nothing.
-    return Images(images[:count], usage if usage and usage.output_tokens else None)
+    return Images(images[:count], of_images(usage))
 
 
 async def list_models() -> dict[str, date | None]:

@@ -70,6 +70,14 @@ def billed(pools: TokenPools) -> int:
         (google(None, None, reasoning=40), (PROMPT, 0, 0, TEXT + 40, 40), True),
         (google(100, None, 900, reasoning=800), (100, 0, 0, TEXT + 800, 800), True),
         (openai(), (PROMPT, 0, 0, TEXT, 0), True),
+        # Next to nothing is as good as nothing: the count of one piece, or a default.
+        (openai(100, 34, 134), (100, 0, 0, TEXT, 0), True),
+        (openai(100, 35, 135), (100, 0, 0, 35, 0), False),
+        (anthropic(100, 1), (100, 0, 0, TEXT, 0), True),
+        (google(100, 1, 901, reasoning=800), (100, 0, 0, TEXT + 800, 800), True),
+        (openai(1, 280, 281), (PROMPT, 0, 0, 280, 0), True),
+        (openai(2, 280, 282, cached_input=1), (1, 1, 0, 280, 0), False),
+        (anthropic(0, 280, cached_input=1), (PROMPT - 1, 1, 0, 280, 0), True),
         (None, (PROMPT, 0, 0, TEXT, 0), True),
         *((openai(bad, bad, bad), (PROMPT, 0, 0, TEXT, 0), True) for bad in NOTHING),
         *((anthropic(bad, 280), (PROMPT, 0, 0, 280, 0), True) for bad in NOTHING),
@@ -108,6 +116,7 @@ def test_what_it_costs_the_user() -> None:
         (google(400, 30, reasoning=100), 50, 20, 0, 150, 100),
         (google(400), 50, 50, 0, 50, 0),
         (openai(400, 30), 50, 20, 0, 50, 0),
+        (openai(400, 3), 50, 20, 0, 50, 0),  # next to nothing beside what it had written by then
         (None, 50, 50, 0, 50, 0),
         # Thoughts that were heard and not counted, and such as were counted better.
         (anthropic(400, 1), 0, 0, 90, 90, 90),
@@ -131,7 +140,7 @@ def test_running_totals_are_never_taken_back() -> None:
     assert said == anthropic(9_000, 40, cached_input=50)
     assert openai("?", None).updated(openai(None, 7)) == openai("?", 7)
     assert openai("?", 7).updated(openai(5, "?")) == openai(5, 7)
-    assert google(10, 20).updated(google(12, 18)) == google(12, 18)  # the last number stands
+    assert google(10, 20).updated(google(12, 18)) == google(12, 20)  # a total that falls is none
     said = anthropic(0, 5).updated(anthropic(None, 6))
     assert count_call(said, prompt_tokens=PROMPT, text_tokens=0).pools.input_tokens == PROMPT
 

@@ -5,7 +5,7 @@ Rows 52, 53 and 109. Who can mend an error decides what it means; a count that c
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -25,7 +25,7 @@ from tests.standins.ai_server import AiServer, running_ai_standin
 
 MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5", "google": "gemini-3.8-flash"}
 IMAGE_MODELS = {"openai": "gpt-image-2", "google": "gemini-3-pro-image"}
-PROMPT, TEXT = 51, 280  # what we would count
+PROMPT, TEXT = 51, 20  # what we would count
 NO_TEXT: tuple[Any, ...] = ([{"type": "text", "text": "x"}], 5, {}, [5], True, 0, [])
 
 
@@ -280,6 +280,10 @@ def openai_usage(prompt: Any, completion: Any, total: Any = None, **details: Any
     return {"choices": [], "usage": usage | ({} if total is None else {"total_tokens": total})}
 
 
+def choice(content: Any, index: Any, finish_reason: Any = None) -> dict[str, Any]:
+    return {"index": index, "delta": {"content": content}, "finish_reason": finish_reason}
+
+
 TEA = openai_chunk("Tea.")
 STOP = openai_chunk(None, "stop")
 ERROR_FIRST = [TEA, openai_error("Rate limit reached", "requests", LIMITED)]
@@ -305,6 +309,10 @@ ERROR_FIRST = [TEA, openai_error("Rate limit reached", "requests", LIMITED)]
         ([{"choices": []}, {"choices": None}, TEA, {"choices": [{"delta": None}]}, STOP], "Tea.", "stop", None),
         ([openai_chunk(refusal="I cannot."), openai_chunk(None, "content_filter")], "I cannot.", "refused", None),
         ([TEA, openai_chunk(None, "something_new")], "Tea.", "other", None),
+        # Several answers where one was asked for: the first is shown, all of them are counted.
+        ([{"choices": [choice("Te", 0), choice("Co", 1)]}, {"choices": [choice("ffee.", 1, "content_filter")]},
+          {"choices": [choice("a.", 0, "stop")]}, openai_usage(100, 6)], "Tea.", "stop", (100, 6, 0)),
+        ([{"choices": [choice("Tea.", "1", "stop")]}], "Tea.", "stop", None),
         # Inside a stream the status is 200.
         (ERROR_FIRST, "Tea.", Busy, None),
         ([TEA, openai_error("The server had an error", "server_error")], "Tea.", Nonsense, None),
@@ -334,6 +342,21 @@ def test_streams_of_openai_and_of_what_resembles_it(
         assert (made.input_tokens, made.output_tokens, made.reasoning_tokens) == pools
     else:
         assert said is None
+
+
+@pytest.mark.parametrize(
+    ("provider", "before", "last"),
+    [
+        ("openai", lambda: sse(TEA), lambda: sse(STOP)),
+        ("anthropic", lambda: sse(start(), words("Tea."), named=True), lambda: sse(delta(), named=True)),
+        ("google", lambda: sse(gemini("Tea.")), lambda: sse(gemini(None, "STOP"))),
+    ],
+)
+def test_a_connection_that_breaks_after_the_end_was_said_takes_nothing_away(
+    server: AiServer, provider: str, before: Callable[[], str], last: Callable[[], str]
+) -> None:
+    assert run(server, provider, before(), then="cut")[:2] == ("Tea.", Nonsense)
+    assert run(server, provider, before() + last(), then="cut")[:2] == ("Tea.", "stop")
 
 
 @pytest.mark.parametrize("body", ["<html>Gateway</html>", '{"error": {"message": "x"}}', "", "\xff\x00", "data: \n\n"])
@@ -382,7 +405,7 @@ END = {"type": "message_stop"}
         ),
         (
             [start(input_tokens=400, output_tokens=1), words("Tea."), delta(input_tokens=0, output_tokens=0), END],
-            *("Tea.", "stop", (400, 0, 0, 1, 0)),
+            *("Tea.", "stop", (400, 0, 0, TEXT, 0)),
         ),
         ([start(), words("Tea."), delta(), END], "Tea.", "stop", (PROMPT, 0, 0, TEXT, 0)),
         ([start(input_tokens=None), words("Tea."), delta(output_tokens=[9]), END],
@@ -406,7 +429,8 @@ END = {"type": "message_stop"}
         *([[start(), words("Tea."), words(text)], "Tea.", Nonsense, None] for text in NO_TEXT),
         ([start(), words("Tea."), {"type": "content_block_delta", "delta": None}, delta(), END], "Tea.", "stop", None),
         ([{"type": "message_start", "message": None}, words("Tea."), delta(), END], "Tea.", "stop", None),
-        ([start(), words("Tea."), delta()], "Tea.", Nonsense, None),
+        ([start(), words("Tea."), delta(output_tokens=9)], "Tea.", "stop", (PROMPT, 0, 0, 9, 0)),  # all was said
+        ([start(), words("Tea."), words("")], "Tea.", Nonsense, None),
         ([start(), words("Tea."), END], "Tea.", Nonsense, None),
     ],
 )  # fmt: skip
@@ -466,12 +490,18 @@ OTHER_REASONS = (
             [gemini("Tea.", "STOP", usage=google_usage(10, 5, toolUsePromptTokenCount=30, totalTokenCount=45))],
             *("Tea.", "stop", (40, 5, 0)),
         ),
-        ([gemini("Tea.", "STOP", usage=google_usage(10, 300, 60, totalTokenCount=310))], "Tea.", "stop", (10, 360, 60)),
+        ([gemini("Tea.", "STOP", usage=google_usage(10, 20, 12, totalTokenCount=30))], "Tea.", "stop", (10, 32, 12)),
         ([gemini("Tea.", "STOP", usage={})], "Tea.", "stop", None),
         ([gemini("Tea.", "STOP", usage=google_usage(totalTokenCount=331))], "Tea.", "stop", (PROMPT, TEXT, 0)),
         ([gemini("Tea.", "STOP", usage=google_usage(0, 0, 0))], "Tea.", "stop", (PROMPT, TEXT, 0)),
         ([gemini("Tea.", "STOP", usage=google_usage(-1, 2**63))], "Tea.", "stop", (PROMPT, TEXT, 0)),
         ([gemini("Tea.", "MAX_TOKENS")], "Tea.", "length", None),
+        (
+            [{"candidates": gemini("Tea.", "STOP")["candidates"]
+              + [it | {"index": 1} for it in gemini("Coffee.", "SAFETY")["candidates"]],
+              "usageMetadata": google_usage(100, 6)}],
+            *("Tea.", "stop", (100, 6, 0)),
+        ),
         *(([gemini("Tea."), gemini(None, name)], "Tea.", "refused", None) for name in REFUSAL_REASONS),
         *(([gemini("Tea."), gemini(None, name)], "Tea.", "other", None) for name in OTHER_REASONS),
         ([gemini(None, "PUP_LIMITED_DISABLED")], "", Ours, None),
@@ -542,6 +572,25 @@ def modalities(**tokens: int) -> list[dict[str, Any]]:
             *("google", 200),
             google_image(google_usage(300, 1_290, promptTokensDetails=modalities(TEXT=42, IMAGE=258))),
             TokenPools(300, output_tokens=1_290, image_input_tokens=258),
+        ),
+        (
+            *("google", 200),  # the words have a name, the image has none
+            google_image(google_usage(9, 1_466, 337, candidatesTokensDetails=modalities(TEXT=346))),
+            TokenPools(9, output_tokens=1_803, reasoning_tokens=337, text_output_tokens=346),
+        ),
+        (
+            *("google", 200),  # a sum that was left out
+            google_image(google_usage(9, None, 337, candidatesTokensDetails=modalities(TEXT=46, IMAGE=1_120))),
+            TokenPools(9, output_tokens=1_503, reasoning_tokens=337, text_output_tokens=46),
+        ),
+        # An image that was not counted, or as words, costs its price and not less.
+        ("google", 200, google_image(google_usage(9, None, 337)), None),
+        ("google", 200, google_image(google_usage(9, 1_120, candidatesTokensDetails=modalities(TEXT=1_120))), None),
+        (
+            *("openai", 200),
+            {"data": [{"b64_json": PNG}],
+             "usage": {"input_tokens": 9, "output_tokens": 1_120, "output_tokens_details": {"text_tokens": 1_120}}},
+            None,
         ),
         ("google", 200, google_image(google_usage(5, 0)), None),
         ("google", 200, google_image(google_usage(5, -4)), None),

@@ -115,9 +115,11 @@ OURS = "ours"
         ((0, 0, 0, 0), OURS, OURS, 0),
         ((None, None, 331, None), OURS, OURS, 0),
         ((100, 0, 100, 0), 100, OURS, 0),
+        ((100, 12, 112, 0), 100, OURS, 0),
         ((0, 280, 280, 0), OURS, 280, 0),
         ((-100, -280, -380, -1), OURS, OURS, 0),
         ((2**63, 2**63, 2**64, 2**63), OURS, OURS, 0),
+        ((100, 500_000_000, 500_000_100, 0), 100, OURS, 0),  # more than the model can write
         (("100", 280.0, True, [1]), OURS, OURS, 0),
         (None, OURS, OURS, 0),
     ],
@@ -199,6 +201,73 @@ def test_what_the_provider_had_counted_is_kept_when_it_ends_early(
     assert (usage.input_tokens, usage.output_tokens, usage.is_estimated) == (read, output, True)
     assert paid == usage.billable_tokens == min(billable, usage.reserved_tokens or 0)
     assert usage.unbilled_tokens == billable - paid
+
+
+def openai_delta(**delta: Any) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": delta}]}
+
+
+def test_an_answer_that_shows_nothing_is_none(alice: User, server: AiServer) -> None:
+    """Row 50: no more than one without a character. What it cost us stands on its row."""
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}
+    count = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 1_200}}
+    failure = write(server, alice, "openai", sse(openai_delta(content="\n\u200b\0 "), end, count))
+    usage, piece, paid = outcome(alice)
+    assert metering.ONLY_THOUGHT in failure
+    assert (usage.status, piece.body, paid, usage.provider_cost_microusd) == ("failed", "", 0, 610)
+
+
+def anthropic_delta(type: str, **delta: Any) -> dict[str, Any]:
+    return {"type": "content_block_delta", "delta": {"type": f"{type}_delta", **delta}}
+
+
+@pytest.mark.parametrize(
+    ("provider", "body", "said", "by_our_count", "status"),
+    [
+        (  # counted with its first words, and never again
+            "openai",
+            openai_chunk(400, 44)
+            + sse({"choices": [{"index": 0, "delta": {"content": TEXT}, "finish_reason": "stop"}]}),
+            *((400, 44), [TEXT], "succeeded"),
+        ),
+        (  # counted before its first thought
+            "anthropic",
+            sse(
+                {"type": "message_start", "message": {"usage": {"input_tokens": 400, "output_tokens": 1}}},
+                anthropic_delta("thinking", thinking=TEXT),
+                anthropic_delta("text", text=FORTY_WORDS),
+                {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+                {"type": "message_stop"},
+            ),
+            *((400, 0), [TEXT, FORTY_WORDS], "succeeded"),
+        ),
+        (  # thought, and failed
+            "openai",
+            sse(openai_delta(reasoning_content=TEXT), {"error": {"message": "…", "type": "server_error"}}),
+            *((None, 0), [TEXT], "failed"),
+        ),
+    ],
+)
+def test_what_came_after_the_last_count_is_counted_by_us(
+    alice: User,
+    server: AiServer,
+    provider: str,
+    body: str,
+    said: tuple[int | None, int],
+    by_our_count: list[str],
+    status: str,
+) -> None:
+    write(server, alice, provider, body)
+    usage, _, paid = outcome(alice)
+    read = said[0] or our_prompt_count(usage)
+    written = said[1] + sum(our_count(usage, text) for text in by_our_count)
+    assert usage.status == status
+    assert usage.provider_cost_microusd == pytest.approx(read / 10 + written / 2, abs=1)
+    if status == "succeeded":
+        assert (usage.input_tokens, usage.output_tokens, usage.is_estimated) == (read, written, True)
+        assert paid == ceil_multiply(read + written, Decimal("1.5"))
+    else:
+        assert paid == 0
 
 
 def test_what_the_operator_alone_can_mend_alarms_the_operator(alice: User, susan: User, server: AiServer) -> None:
