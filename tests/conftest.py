@@ -16,6 +16,7 @@ from django.db import IntegrityError, OperationalError, connection, transaction
 from django.test import Client, TransactionTestCase
 from django.urls import reverse
 from pytest_django.fixtures import Settings
+from xdist.scheduler import LoadFileScheduling
 
 from accounts import two_persons
 from accounts.models import User
@@ -41,6 +42,26 @@ BEGUN_FIRST = ("tests/faults", "tests/production", "tests/test_permissions.py", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files begin first, so that no process is alone with one at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(BEGUN_FIRST))
+
+
+# Files that run in one process, one after the other, since what they share takes half a minute to start.
+SHARING = {
+    "tests/faults/test_postgres.py": "faults",
+    "tests/faults/test_redis.py": "faults",
+    "tests/production/test_slow_callers.py": "production",
+    "tests/production/test_start.py": "production",
+}
+
+
+class _ByFile(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return SHARING.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> _ByFile:
+    """How the files are shared out among the processes."""
+    return _ByFile(config, log)
 
 
 @pytest.fixture(scope="session")

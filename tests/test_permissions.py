@@ -271,9 +271,25 @@ def outcome(response: HttpResponseBase) -> str:
     return "login" if to.startswith((reverse("account_login"), reverse("admin:login"))) else "302"
 
 
+def missing_headers(response: Any) -> list[str]:
+    """What an answer lacks."""
+    policy = response.headers.get("Content-Security-Policy", "")
+    wanted = {
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "same-origin",
+        "X-Frame-Options": "DENY",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
+    }
+    missing = [name for name, value in wanted.items() if response.headers.get(name) != value]
+    is_strict = "unsafe" not in policy and {"default-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
+    return missing if is_strict else [*missing, f"Content-Security-Policy: {policy}"]
+
+
 @pytest.fixture
 def ask(alice: User, bob: User, adam: User, susan: User) -> Any:
-    """Asks for a path as each role in turn; what one request has changed is undone before the next."""
+    """Asks for a path as each role in turn, and looks for the headers that every answer has: pages, files, refusals and
+    redirects. What one request has changed is undone before the next."""
     cookies = {}
     for role, person in {"owner": alice, "other": bob, "admin": adam, "superadmin": susan}.items():
         client = Client()
@@ -289,6 +305,7 @@ def ask(alice: User, bob: User, adam: User, susan: User) -> Any:
         headers = {"Authorization": f"Bearer {BILLING_SECRET}"} if role == "service" else {}
         try:
             response = client.generic(method, path, content_type=_CONTENT_TYPES.get(path[:5], _FORM), headers=headers)
+            assert not missing_headers(response), (role, method, path, response.status_code)
             return outcome(response)
         finally:
             if savepoint is not None:

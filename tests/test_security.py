@@ -41,7 +41,7 @@ from tests.conftest import PASSWORD
 from tests.environment import free_port
 from tests.payments import checkout_form, sign
 from tests.servers import PROJECT, Server, running_web
-from tests.test_permissions import make_things, path_of, routes
+from tests.test_permissions import missing_headers
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("fresh_limits")]
 
@@ -367,43 +367,8 @@ def test_an_open_balance_stream_ends_with_its_session(production: Server, alice:
 # --- Headers --------------------------------------------------------------------------------------------------------
 
 
-def missing_headers(response: Any) -> list[str]:
-    """What an answer lacks."""
-    policy = response.headers.get("Content-Security-Policy", "")
-    wanted = {
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "same-origin",
-        "X-Frame-Options": "DENY",
-        "Cross-Origin-Opener-Policy": "same-origin",
-        "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
-    }
-    missing = [name for name, value in wanted.items() if response.headers.get(name) != value]
-    is_strict = "unsafe" not in policy and {"default-src 'self'", "frame-ancestors 'none'"} <= set(policy.split("; "))
-    return missing if is_strict else [*missing, f"Content-Security-Policy: {policy}"]
-
-
-def test_every_answer_has_the_headers(alice: User, susan: User) -> None:
-    """Pages, files, refusals and redirects, Django admin and allauth's pages with them."""
-    own = make_things(alice, "Hello")
-    kinds: dict[int, int] = {}
-    for person in (None, alice, susan):
-        client = Client()
-        if person:
-            client.force_login(person)
-        for address, _ in routes():
-            if address.startswith("live/") or (person == susan and not address.startswith("admin/")):
-                continue  # all but the admin side is the same for her as for Alice
-            for method in ("GET", "POST") if person in (None, alice) else ("GET",):
-                if address == "accounts/logout/" and method == "POST":
-                    continue
-                response = client.generic(method, path_of(address, own))
-                assert not missing_headers(response), (person, method, address, response.status_code)
-                kinds[response.status_code] = kinds.get(response.status_code, 0) + 1
-    assert {200, 302, 400, 403, 404, 405} <= set(kinds)
-    assert kinds[200] > 120
-
-
 def test_streams_and_faults_have_the_headers(production: Server) -> None:
+    """All else is asked for them in test_permissions.py."""
     paths = {"/live/balance/": 200, "/boom/": 500, "/nothing/": 404, "/healthz": 200, "/live/draft/": 302}
     for path, status in paths.items():
         answer = production.get(path, headers=HTTPS)
