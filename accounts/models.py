@@ -11,8 +11,6 @@ from django.db.models.functions import Lower, Now
 from django.utils import timezone
 from django.utils.crypto import salted_hmac
 
-from accounts import time_zones
-
 
 class UserKept(models.ProtectedError):
     """A person whom the ledger names is not deleted; nothing was changed."""
@@ -80,7 +78,7 @@ class User(AbstractBaseUser):
     role = models.CharField(max_length=10, choices=Role, default=Role.USER)
     is_active = models.BooleanField(default=True)
     # The zone their times are shown in, such as "Europe/Berlin"; empty: the browser's.
-    time_zone = models.CharField(max_length=time_zones.MAX_NAME_LENGTH, blank=True, default="")
+    time_zone = models.CharField(max_length=64, blank=True, default="")
     anonymised_at = models.DateTimeField(null=True, blank=True, editable=False)  # for ever: who it was is not known
     date_joined = models.DateTimeField(default=timezone.now, editable=False)
     session_epoch = models.PositiveIntegerField(default=0, db_default=0, editable=False)  # raised, all sessions end

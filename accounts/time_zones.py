@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta, tzinfo
 from functools import cache
-from typing import TYPE_CHECKING, cast
+from typing import cast
 from zoneinfo import ZoneInfo, available_timezones
 
 from asgiref.sync import iscoroutinefunction, sync_to_async
@@ -13,11 +13,9 @@ from django.http import HttpRequest, HttpResponse
 from django.utils import timezone
 from django.utils.decorators import sync_and_async_middleware
 
-if TYPE_CHECKING:
-    from accounts.models import User
+from accounts.models import User
 
 COOKIE = "time_zone"  # written by static/js/app.js
-MAX_NAME_LENGTH = 64
 REGIONS = (
     "Africa", "America", "Antarctica", "Arctic", "Asia", "Atlantic", "Australia", "Europe", "Indian", "Pacific",
 )  # fmt: skip
@@ -47,7 +45,7 @@ def list_choices(now: datetime) -> list[tuple[str, list[tuple[str, str]]]]:
     return [("Everywhere", [("UTC", "UTC")]), *((region, places) for region, places in regions.items() if places)]
 
 
-def zone_of(user: "User") -> tzinfo:
+def zone_of(user: User) -> tzinfo:
     """For what is written while no browser is there, such as e-mails: the person's zone, UTC when they set none."""
     return find_zone(user.time_zone) or UTC
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import django
 import redis
+from celery import current_app
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
 from django.urls import URLResolver, get_resolver
@@ -322,10 +323,8 @@ def _disk_metrics() -> Iterator[Metric]:
 
 
 def _read_redis() -> Iterator[Metric]:
-    from postmate.celery import app
-
     counters.flush()
-    queues = list(app.amqp.queues)
+    queues = list(current_app.amqp.queues)
     with redis_client.client().pipeline(transaction=False) as pipeline:
         for queue in queues:
             pipeline.llen(queue)
