@@ -21,13 +21,13 @@ from django.db import DatabaseError, connection, transaction
 from ai_ops import counting, providers
 from ai_ops.prompts import Prompt
 from ai_ops.providers import (
+    REFUSED,
     FinishReason,
     Images,
     ProviderError,
     ProviderMisconfigured,
     ProviderRefused,
     ProviderTimedOut,
-    ProviderUnavailable,
     TextDelta,
     TextEnd,
 )
@@ -71,6 +71,8 @@ LEFT_BEFORE_A_WORD = "It was stopped before anything was written. What the model
 LEFT_BEFORE_AN_IMAGE = "It was stopped when the provider had begun to make the images, which is charged."
 LEFT_EARLY = (LEFT_BEFORE_A_WORD, LEFT_BEFORE_AN_IMAGE)
 ONLY_THOUGHT = "thought until nothing was left to write with"
+NOTHING_TO_READ = "answered with nothing to read"
+CAME_TO_NOTHING = (ONLY_THOUGHT, NOTHING_TO_READ, REFUSED)  # it was read, and costs us; the user pays nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +156,12 @@ class OnlyThought(ProviderError):
         f"{{name}} {ONLY_THOUGHT}. You were not charged. Please try again with a shorter or simpler text, or choose "
         "another model."
     )
+
+
+class NothingToRead(ProviderError):
+    """The model ended its answer before the first word, or wrote no character that can be seen."""
+
+    template = f"{{name}} {NOTHING_TO_READ}. You were not charged. Please change the text, or choose another model."
 
 
 class BalanceTooSmallToThink(OnlyThought):
@@ -551,7 +559,7 @@ class _TextRun:
     def _why_nothing(self, end: TextEnd) -> type[ProviderError]:
         if end.finish_reason == "length":
             return BalanceTooSmallToThink if self.quote.is_reduced else OnlyThought
-        return ProviderRefused if end.finish_reason == "refused" else ProviderUnavailable
+        return ProviderRefused if end.finish_reason == "refused" else NothingToRead
 
     def begin_call(self, call: "_NextCall") -> None:
         self.prompt, self.output_limit_tokens, self.held_tokens = (

@@ -81,7 +81,7 @@ class PriceChanged(OperationError):
 
 class LeftTooOften(OperationError):
     """Who starts operations of which nothing comes, again and again, waits for a while: because they leave each, or
-    because the model thinks until its limit each time."""
+    because the model thinks until its limit, refuses or writes nothing each time."""
 
     http_status = 429
 
@@ -633,16 +633,18 @@ def _quote_and_hold(
 
 def _require_patience(user_id: int) -> None:
     # Each of them cost us more than it brought: providers think, and paint, on the way to what nobody waits for.
+    come_to_nothing = Q(*(("error_message__contains", words) for words in metering.CAME_TO_NOTHING), _connector=Q.OR)
     left = TokenUsage.objects.filter(
-        Q(error_message__in=metering.LEFT_EARLY) | Q(error_message__contains=metering.ONLY_THOUGHT),
+        Q(error_message__in=metering.LEFT_EARLY) | come_to_nothing,
         user_id=user_id,
+        provider_cost_microusd__gt=0,
         created_at__gt=database.now() - LEFT_WITHIN,
     )
     if left[:LEFT_AT_MOST].count() == LEFT_AT_MOST:
         minutes = LEFT_WITHIN // timedelta(minutes=1)
         raise LeftTooOften(
             f"Within {minutes} minutes {LEFT_AT_MOST} of your operations ended before anything had come: you stopped "
-            f"them, or the model only thought. Please wait for some minutes, then try again."
+            f"them, or the model only thought, refused or wrote nothing. Please wait for some minutes, then try again."
         )
 
 

@@ -22,6 +22,8 @@ from billing.pricing import TokenPools
 
 LIST_TIMEOUT_SECONDS = 10.0  # for the list of models, which nobody waits for with a text
 
+REFUSED = "refused this request"
+
 FinishReason: TypeAlias = Literal["stop", "length", "refused", "other"]
 
 # Imported when first used: the SDKs together take two seconds to import, which the web process need not pay. The live
@@ -130,7 +132,7 @@ class ProviderRefused(ProviderError):
 
     kind = "refused"
     http_status = 422
-    template = "{name} refused this request. Please shorten or change the text, or choose another model."
+    template = f"{{name}} {REFUSED}. Please shorten or change the text, or choose another model."
 
 
 class ProviderUnavailable(ProviderError):

@@ -20,7 +20,7 @@ from pytest_django.fixtures import Settings
 from accounts.models import User
 from ai_ops import counting, metering, operations
 from ai_ops.models import ContentPiece, GeneratedImage, ImageBatch
-from ai_ops.operations import DraftRequest, ImageRequest
+from ai_ops.operations import LEFT_AT_MOST, DraftRequest, ImageRequest
 from ai_ops.providers import ProviderError, TextDelta
 from billing import ledger
 from billing.figures import roll_ups
@@ -62,7 +62,16 @@ def sse(*events: dict[str, Any]) -> str:
     )
 
 
-def write(server: AiServer, user: User, provider: str, body: str, *, leaves: bool = False, **options: Any) -> str:
+def write(
+    server: AiServer,
+    user: User,
+    provider: str,
+    body: str,
+    *,
+    leaves: bool = False,
+    key: str = "key-of-test",
+    **options: Any,
+) -> str:
     """Write a draft, perhaps leave it at its first words, and return the message of its failure, or ""."""
     marker = server.play(f"settling-{provider}", body, **options)
     request = DraftRequest("Tea", f"Tea. {marker}", "Letters", provider, MODELS[provider], "neutral", "medium")
@@ -70,7 +79,7 @@ def write(server: AiServer, user: User, provider: str, body: str, *, leaves: boo
 
     async def read() -> None:
         nonlocal failure
-        draft = operations.generate_draft(user_id=user.pk, request=request, idempotency_key=f"key-{provider}-of-test")
+        draft = operations.generate_draft(user_id=user.pk, request=request, idempotency_key=key)
         try:
             async with aclosing(draft):
                 async for event in draft:
@@ -208,13 +217,28 @@ def openai_delta(**delta: Any) -> dict[str, Any]:
 
 
 def test_an_answer_that_shows_nothing_is_none(alice: User, server: AiServer) -> None:
-    """Row 50: no more than one without a character. What it cost us stands on its row."""
-    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}
-    count = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 1_200}}
-    failure = write(server, alice, "openai", sse(openai_delta(content="\n\u200b\0 "), end, count))
-    usage, piece, paid = outcome(alice)
-    assert metering.ONLY_THOUGHT in failure
-    assert (usage.status, piece.body, paid, usage.provider_cost_microusd) == ("failed", "", 0, 610)
+    """Rows 102 and 109: it costs its user nothing, and us what stands on its row; not again and again."""
+    answers = [
+        ("\n\u200b\0 ", "length"),
+        ("\n\u200b\0 ", "stop"),
+        ("", "stop"),
+        (None, "tomorrow"),
+        ("", "content_filter"),
+    ]
+    words = dict.fromkeys(("stop", "tomorrow"), metering.NOTHING_TO_READ)
+    words |= {"length": metering.ONLY_THOUGHT, "content_filter": "refused this request"}
+    assert len(answers) == LEFT_AT_MOST
+    for number, (answer, reason) in enumerate(answers):
+        end = {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]}
+        count = {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 1_200}}
+        body = sse(openai_delta(content=answer), end, count)
+        failure = write(server, alice, "openai", body, key=f"nothing-{number}")
+        usage, piece = TokenUsage.objects.latest("id"), ContentPiece.objects.latest("id")
+        assert words[reason] in failure
+        assert (usage.status, piece.body, usage.provider_cost_microusd) == ("failed", "", 610)
+    assert TokenAccount.objects.get(user=alice).balance == 10_000
+    with pytest.raises(operations.LeftTooOften):
+        write(server, alice, "openai", "", key="nothing-more")
 
 
 def anthropic_delta(type: str, **delta: Any) -> dict[str, Any]:
