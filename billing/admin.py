@@ -17,7 +17,7 @@ from django.utils.formats import date_format
 from django.utils.html import format_html, format_html_join
 from django.utils.timezone import localtime
 
-from accounts.admin import ReadOnlyAdmin
+from accounts.admin import GuardedAdmin, ReadOnlyAdmin
 from accounts.models import User
 from billing import catalogue, ledger
 from billing.catalogue import packages, system_settings
@@ -350,7 +350,7 @@ class ModelPriceForm(forms.ModelForm):
         return prices
 
 
-class CatalogueAdmin(admin.ModelAdmin):
+class CatalogueAdmin(GuardedAdmin):
     """Switched off rather than deleted: usage and purchases go on naming it."""
 
     formfield_overrides = _PLAIN_FIELDS
@@ -493,7 +493,7 @@ class ModelPriceAdmin(CatalogueAdmin):
 
 
 @admin.register(SystemSettings)
-class SystemSettingsAdmin(admin.ModelAdmin):
+class SystemSettingsAdmin(GuardedAdmin):
     """One row. It is saved through `update_system_settings`, which keeps who changed what."""
 
     formfield_overrides = _PLAIN_FIELDS

@@ -29,6 +29,7 @@ from allauth.usersessions.models import UserSession
 from django.contrib import admin
 from django.contrib.sessions.models import Session
 from django.core.exceptions import ImproperlyConfigured
+from django.http import HttpRequest
 from django.test import Client
 from django.urls import reverse
 from pytest_django.fixtures import Settings
@@ -494,6 +495,30 @@ def test_django_admin_shows_nothing_that_opens_a_door(
             assert not [each for each in hidden if each in shown], address
             pages += 1
     assert pages > 40
+
+
+def test_django_admin_answers_no_questions_about_what_it_does_not_show(
+    alice: User, susan: User, totp_secret: str
+) -> None:
+    """ "Begins with" would tell a key, a secret or a text letter by letter: its lists filter by what they offer."""
+    client = Client()
+    client.force_login(susan)
+    questions = {
+        "accounts_user": "password__startswith=argon2",
+        "mfa_authenticator": f"data__secret__startswith={totp_secret[:4]}",
+        "usersessions_usersession": "session_key__gt=a",
+        "ai_ops_contentpiece": "title__icontains=merger",
+    }
+    for table, question in questions.items():
+        assert client.get(f"{reverse(f'admin:{table}_changelist')}?{question}").status_code == 400, table
+    assert client.get(f"{reverse('admin:billing_purchase_changelist')}?state__exact=paid").status_code == 200
+    assert client.get(f"{reverse('admin:billing_notification_changelist')}?email=waiting").status_code == 200
+    assert client.get(f"{reverse('admin:billing_drift_changelist')}?resolved_at__isempty=1").status_code == 200
+    for model, pages in admin.site._registry.items():
+        offered = {each[0] if isinstance(each, tuple) else each for each in pages.list_filter} | {pages.date_hierarchy}
+        for field in model._meta.concrete_fields:
+            is_allowed = pages.lookup_allowed(f"{field.name}__gt", "a", HttpRequest())
+            assert is_allowed == (field.name in offered), field
 
 
 def test_a_lost_second_factor_is_removed_and_that_is_kept(alice: User, susan: User, totp_secret: str) -> None:
