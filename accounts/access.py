@@ -1,6 +1,6 @@
 """What opens an account besides its password, and how all of it is ended."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,8 @@ from allauth.account.signals import authentication_step_completed, user_signed_u
 from allauth.mfa.models import Authenticator
 from allauth.mfa.signals import authenticator_added
 from allauth.usersessions.models import UserSession
-from django.contrib.auth import update_session_auth_hash
+from django.contrib.auth import get_user, update_session_auth_hash
+from django.contrib.sessions.backends.db import SessionStore
 from django.contrib.sessions.models import Session
 from django.db import transaction
 from django.db.models import F
@@ -20,6 +21,7 @@ from django.utils.crypto import constant_time_compare
 
 from accounts import api_keys, audit
 from accounts.models import User
+from accounts.own_data import ANONYMOUS_HOST
 
 PASSWORD_KNOWN = "password_known"  # noqa: S105 – in a session: the password that was given in it
 
@@ -50,6 +52,14 @@ def end_sessions(user: User, *, but: HttpRequest | None = None) -> None:
         UserSession.objects.create_from_request(but)
 
 
+def is_still_signed_in(request: HttpRequest, user_id: int) -> bool:
+    """Whether the session of a request that goes on for minutes is the person's at this moment, too: it was not signed
+    out, here or from elsewhere, no new password has ended it, and its owner is not switched off."""
+    now = HttpRequest()
+    now.session = SessionStore(request.session.session_key)
+    return get_user(now).pk == user_id
+
+
 @receiver(authenticator_added)
 def trust_no_older_session(request: HttpRequest, user: User, authenticator: Authenticator, **kwargs: Any) -> None:
     """A session that never showed the new factor ends. The one that set it up has shown a code of it."""
@@ -76,6 +86,31 @@ def note_password_of_sign_up(request: HttpRequest, user: User, **kwargs: Any) ->
 def note_password_of_sign_in(request: HttpRequest, user: User, method: str, **kwargs: Any) -> None:
     if method == "password":
         request.session[PASSWORD_KNOWN] = user.get_session_auth_hash()
+
+
+def only_owners(users: Iterable[User], address: str) -> list[User]:
+    """Those whose address it is: who signs in with it, or has proven it. Who only wants to add it to an account of
+    their own has no part in it, and stands in nobody's way."""
+    owners = set(EmailAddress.objects.filter(email=address.lower(), verified=True).values_list("user_id", flat=True))
+    return [user for user in users if user.pk in owners or user.email.lower() == address.lower()]
+
+
+def free_address(proven: EmailAddress) -> None:
+    """Take the address from an account that somebody else signed up with it and never proved, which is nobody's now.
+    In the caller's transaction."""
+    for user in User.objects.select_for_update().filter(email=proven.email).exclude(pk=proven.user_id):
+        EmailAddress.objects.filter(user=user).delete()
+        user.email = f"unproven-{user.pk}@{ANONYMOUS_HOST}"
+        user.set_unusable_password()
+        user.save(update_fields=["email", "password"])
+        end_sessions(user)
+        api_keys.revoke_all(user_id=user.pk)
+        audit.write(
+            action=audit.Action.PERSON_CHANGED,
+            summary="The address that was never proven here was proven by somebody else",
+            actor=None,
+            subject_id=user.pk,
+        )
 
 
 def hand_over(user: User, *, proven: EmailAddress) -> None:

@@ -26,15 +26,16 @@ from accounts.models import User
 
 logger = structlog.get_logger(__name__)
 
-# Whoever knows an address can have these sent to it; all others tell of what its owner did.
-SENT_TO_ANY_ADDRESS = (
-    "account/email/account_already_exists",
-    "account/email/email_confirmation",
-    "account/email/email_confirmation_signup",
-    "account/email/password_reset_key",
-    "account/email/prove_address",
-    "account/email/unknown_account",
-)
+# Whoever knows an address can have these sent to it; all others tell of what its owner did. What each is good for: one
+# stands for another of the same kind, about the same account.
+SENT_TO_ANY_ADDRESS = {
+    "account/email/account_already_exists": "tells",
+    "account/email/unknown_account": "tells",
+    "account/email/email_confirmation": "proves",
+    "account/email/email_confirmation_signup": "proves",
+    "account/email/prove_address": "proves",
+    "account/email/password_reset_key": "opens",
+}
 
 
 class AccountAdapter(DefaultAccountAdapter):
@@ -88,6 +89,7 @@ class AccountAdapter(DefaultAccountAdapter):
             elif is_handed_over:
                 request.handed_over = user.pk  # type: ignore[attr-defined]
             elif is_proven:
+                access.free_address(email_address)
                 added = {"added_email": email_address.email}
                 transaction.on_commit(
                     lambda: self.send_notification_mail("account/email/address_added", user, added, user.email)
@@ -118,7 +120,7 @@ class AccountAdapter(DefaultAccountAdapter):
 
     def send_account_already_exists_mail(self, email: str) -> None:
         """Who signs up an address that somebody signed up before them, and never confirmed, gets the same link."""
-        users = filter_users_by_email(email, prefer_verified=True, for_login=True)
+        users = access.only_owners(filter_users_by_email(email, prefer_verified=True, for_login=True), email)
         unproven = EmailAddress.objects.filter(user__in=users, email=email.lower(), verified=False).first()
         if unproven:
             self._send_proof_link(unproven)
@@ -127,15 +129,18 @@ class AccountAdapter(DefaultAccountAdapter):
 
     def _send_proof_link(self, address: EmailAddress) -> None:
         url = self.get_email_confirmation_url(current.request, EmailConfirmationHMAC(address))
-        self.send_mail("account/email/prove_address", address.email, {"activate_url": url})
+        self.send_mail("account/email/prove_address", address.email, {"user": address.user, "activate_url": url})
 
     # --- Mails ------------------------------------------------------------------------------------------------------
 
     def send_mail(self, template_prefix: str, email: str, context: dict[str, Any]) -> None:
         """Links come from SITE_URL, whatever host the request named. Of the mails that anybody can have sent to an
-        address, those beyond the limit are left out silently: the ones before them do the same."""
-        if template_prefix in SENT_TO_ANY_ADDRESS and not guesses.may_send_mail(current.request, email):
-            return
+        address, those beyond the limit are left out silently: the ones before them, of the same kind and about
+        the same account, do the same."""
+        if kind := SENT_TO_ANY_ADDRESS.get(template_prefix):
+            account_id = getattr(context.get("user"), "pk", None)
+            if not guesses.may_send_mail(current.request, email, what=f"{kind} {account_id}"):
+                return
         site = urlsplit(settings.SITE_URL)
         links = {name: _at_our_site(value) for name, value in context.items() if name.endswith("_url")}
         super().send_mail(

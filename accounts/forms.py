@@ -4,6 +4,7 @@ from uuid import uuid4
 
 from allauth.account import forms
 from allauth.account.adapter import get_adapter
+from allauth.account.internal.userkit import filter_users_by_email
 from allauth.account.models import EmailAddress
 from allauth.core import context
 from allauth.mfa.base import forms as mfa_forms
@@ -13,7 +14,7 @@ from django.db import transaction
 from django.http import HttpRequest
 from django.utils import timezone
 
-from accounts import api_keys, guesses
+from accounts import access, api_keys, guesses
 from accounts.models import ApiKey, User
 
 
@@ -25,6 +26,11 @@ class SignupForm(forms.SignupForm):
         max_length = User._meta.get_field("email").max_length
         self.fields["email"].validators.append(MaxLengthValidator(max_length))
 
+    def validate_unique_email(self, value: str) -> str:
+        """A further address that somebody has written down and not proven is free for its owner."""
+        found = filter_users_by_email(value)
+        return value if found and not access.only_owners(found, value) else str(super().validate_unique_email(value))
+
     def try_save(self, request: HttpRequest) -> tuple[User | None, Any]:
         """For an address that has an account the same work is done, and undone: the time it takes tells nothing."""
         if self.account_already_exists:
@@ -33,6 +39,17 @@ class SignupForm(forms.SignupForm):
                 EmailAddress.objects.create(user=user, email=user.email, primary=True)
                 transaction.set_rollback(True)
         return cast(tuple[User | None, Any], super().try_save(request))
+
+
+class ResetPasswordForm(forms.ResetPasswordForm):
+    """allauth's, which also writes to the address for those who have not proven it."""
+
+    users: list[User]
+
+    def clean_email(self) -> str:
+        email = str(super().clean_email())
+        self.users = access.only_owners(self.users, email)
+        return email
 
 
 class _KeysMayEnd(django_forms.Form):

@@ -27,8 +27,8 @@ RATES = {
     "network": "30/5m/ip",  # one address of the internet, whoever is tried
     "everywhere": "20/5m/key",  # one person, from unknown browsers of all the world; above it:
     "slowed": "1/5m/key",  # one address of the internet, one person
-    "mail": "5/m/key",  # to one address, asked for by one address of the internet
-    "mails": "20/5m/key",  # to one address, asked for from everywhere
+    "mail": "5/m/key",  # of one kind to one address, asked for by one address of the internet
+    "mails": "20/5m/key",  # of one kind to one address, asked for from everywhere
 }
 
 
@@ -63,9 +63,13 @@ def forget(request: HttpRequest, address: str) -> None:
             ratelimit.clear(request, app="accounts", action=action, config=RATES, key=key)
 
 
-def may_send_mail(request: HttpRequest, address: str) -> bool:
-    """Count a mail that anybody can have sent to the address. Who asks for many leaves some for who asks elsewhere."""
-    name = f"mail {address.lower()}"
+def may_send_mail(request: HttpRequest, address: str, *, what: str) -> bool:
+    """Count a mail that anybody can have sent to the address. Who asks for many leaves some for who asks elsewhere.
+
+    Each kind is counted by itself: twenty of one must not keep another from the owner, who cannot use them in its
+    place.
+    """
+    name = f"mail {what} {address.lower()}"
     return all(_consume(request, *each) for each in (("mail", _of_origin(request, name)), ("mails", name)))
 
 

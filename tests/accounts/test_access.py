@@ -222,6 +222,18 @@ def test_mails_to_one_address_are_limited_and_nobody_is_refused(alice: User, set
         assert len(mail.outbox) == 20
 
 
+@pytest.mark.usefixtures("stopped_clock")
+def test_mails_of_one_kind_keep_no_other_from_the_owner(alice: User, settings: Settings) -> None:
+    """That somebody signs an address up sends its owner no link that opens the account."""
+    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
+    prove_address(alice)
+    for number in range(25):
+        Client().post(reverse(SIGN_UP), {"email": alice.email, "password1": PASSWORD}, REMOTE_ADDR=f"192.0.2.{number}")
+    assert len(mail.outbox) == 20
+    Client().post(reverse(RESET), {"email": alice.email}, REMOTE_ADDR="198.51.100.7")
+    assert "/reset/key/" in links_in_mails()[-1]
+
+
 # --- Proof of an address --------------------------------------------------------------------------------------------
 
 
@@ -324,6 +336,43 @@ def test_a_further_address_is_added_by_its_accounts_owner(alice: User) -> None:
     follow(hers, link)
     assert EmailAddress.objects.get(email="victim@example.com").verified
     assert (mail.outbox[-1].to, mail.outbox[-1].subject) == ([alice.email], "Another address was added to your account")
+
+
+@pytest.mark.parametrize("owner_signs_up", [True, False])
+def test_who_only_writes_an_address_down_stands_in_nobodys_way(
+    owner_signs_up: bool, alice: User, settings: Settings
+) -> None:
+    """Neither in an account's list nor at a sign-up; the other way round Alice is the owner."""
+    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
+    prove_address(alice)
+    hers = sign_in(alice)
+
+    def add() -> str:
+        show_password(hers)
+        hers.post(reverse("account_email"), {"email": "owner@example.com", "action_add": ""})
+        return links_in_mails()[-1]
+
+    if owner_signs_up:
+        of_alice = add()
+        mail.outbox.clear()
+        Client().post(reverse(RESET), {"email": "owner@example.com"})
+        assert not [link for link in links_in_mails() if "confirm-email" in link or "/reset/key/" in link]
+        owner = sign_up(NEW_PASSWORD)
+        Client().post(reverse(RESET), {"email": "owner@example.com"})  # each leads to the owner's account
+        for link in [each for each in links_in_mails() if "confirm-email" in each]:
+            follow(owner, link)
+        follow(hers, of_alice)
+    else:
+        stranger = sign_up(STRANGERS_PASSWORD)
+        follow(hers, add())
+        show_password(hers)
+        hers.post(reverse("account_email"), {"email": "owner@example.com", "action_primary": ""})
+        assert not is_in(sign_in("owner@example.com", STRANGERS_PASSWORD, client=stranger))
+        assert AuditEntry.objects.filter(subject__email__endswith=".invalid").count() == 1
+    assert is_in(sign_in("owner@example.com", NEW_PASSWORD if owner_signs_up else PASSWORD))
+    proven = EmailAddress.objects.get(email="owner@example.com", verified=True)
+    alice.refresh_from_db()
+    assert (proven.user == alice, alice.email == proven.email) == (not owner_signs_up, not owner_signs_up)
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------------
