@@ -2,12 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 from django.http import HttpRequest, HttpResponse, StreamingHttpResponse
 from django.template.loader import render_to_string
 from django.views.decorators.http import require_GET
 
+from accounts import access
 from billing import ledger
 from billing.announcements import STREAM_SECONDS, listener
 from billing.context_processors import BalanceBadge
@@ -24,13 +26,13 @@ async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
     if user_id is None:
         return HttpResponse(CLOSED, content_type="text/event-stream")
     return StreamingHttpResponse(
-        _badges(user_id),
+        _badges(user_id, in_thread(partial(access.is_still_signed_in, request, user_id))),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def _badges(user_id: int) -> AsyncIterator[str]:
+async def _badges(user_id: int, is_still_signed_in: Callable[[], Awaitable[bool]]) -> AsyncIterator[str]:
     ends_at = time.monotonic() + STREAM_SECONDS
     with listener.stream_of(user_id) as stream:
         await listener.count(user_id, stream)
@@ -47,6 +49,8 @@ async def _badges(user_id: int) -> AsyncIterator[str]:
                 yield CLOSED
                 return
             stream.changed.clear()
+            if not listener.is_closed and not await is_still_signed_in():
+                return  # the browser asks anew, as whoever it is by now
 
 
 def _badge_event(user_id: int) -> str:

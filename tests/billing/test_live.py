@@ -8,6 +8,7 @@ from contextlib import suppress
 import httpx2
 from django.test import Client
 
+from accounts import access
 from accounts.models import User
 from billing import announcements, ledger
 from kit import redis_client
@@ -83,6 +84,38 @@ def test_the_oldest_of_too_many_streams_is_told_to_close(web: Server, alice: Use
     were_told([readers[12]])
     for reader in [*readers[13:], *more]:
         assert reader.is_alive()
+
+
+def test_who_is_signed_out_hears_nothing_more(web: Server, alice: User) -> None:
+    """By themselves, from elsewhere, or switched off: a stream that is open tells of no change after that."""
+
+    def opened() -> tuple[Client, Reader]:
+        client = Client()
+        client.force_login(alice)
+        reader = Reader(web, str(client.session.session_key))
+        until(reader.waits_for("event: balance"))
+        return client, reader
+
+    def pays(tokens: int) -> None:
+        ledger.add_tokens(
+            user_id=alice.pk, tokens=tokens, type="bonus", description="Test", idempotency_key=f"{tokens}"
+        )
+
+    (out, left), (_, stays) = opened(), opened()
+    out.logout()
+    pays(5)
+    until(stays.waits_for("10,005"))
+    until(lambda: not left.is_alive())
+    access.end_sessions(alice)
+    _, last = opened()
+    pays(50)
+    until(last.waits_for("10,055"))
+    until(lambda: not stays.is_alive())
+    User.objects.filter(pk=alice.pk).update(is_active=False)
+    pays(500)
+    until(lambda: not last.is_alive())
+    for reader, amount in ((left, "10,005"), (stays, "10,055"), (last, "10,555")):
+        assert not reader.waits_for(amount)()
 
 
 def test_a_change_is_read_once_for_all_streams_of_a_person_and_never_from_before_it() -> None:
