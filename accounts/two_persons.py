@@ -78,6 +78,8 @@ def approve(*, request_id: int, by: User | None) -> ChangeRequest:
     decider = _require_decider(request_id, by)
     with transaction.atomic():
         request = _lock_open(request_id)
+        if roles.find_superadmin(request.requested_by_id) is None:  # else it is one person's word
+            raise ChangeNotDecided("Who asked for this is no superadmin any more: another one has to ask for it.")
         _close(request, State.DONE, decider)
         _write(request, "approved", actor=decider)
         _carry_out[request.kind][1](request)

@@ -3,6 +3,7 @@ trip costs, and is never stale."""
 
 from collections.abc import Mapping
 from copy import copy
+from decimal import Decimal
 from typing import Any
 
 from django.core.exceptions import ValidationError
@@ -38,7 +39,7 @@ def update_system_settings(*, changes: Mapping[str, Any], changed_by_id: int) ->
     with transaction.atomic():
         current = SystemSettings.objects.select_for_update().get(key="global")
         with_changes(current, changes)  # all of it is right, also what waits
-        waiting = {name: value for name, value in changes.items() if _loosens(name, getattr(current, name), value)}
+        waiting = {name: _for_json(value) for name, value in changes.items() if _loosens(current, name, value)}
         if waiting:
             by = User.objects.get(pk=changed_by_id)
             two_persons.ask(kind=ChangeRequest.Kind.SETTINGS, subject_id=None, changes=waiting, by=by)
@@ -52,13 +53,23 @@ def carry_out(request: ChangeRequest) -> None:
     _save(current, request.changes, request.requested_by_id)
 
 
-def _loosens(name: str, old: int | None, new: int | None) -> bool:
-    """Whether the setting guards what one person may grant, and would let them grant more."""
+def _loosens(current: SystemSettings, name: str, new: int | None) -> bool:
+    """Whether the setting guards what one person may give, and would let them give more."""
+    old, limit_tokens = getattr(current, name), current.grant_approval_tokens
     if name == "admin_grant_limit_tokens":
         return (new or 0) > (old or 0)
-    if name == "grant_approval_tokens":  # none: there is no such limit
-        return old is not None and (new is None or new > old)
-    return False
+    if limit_tokens is None:  # one person may give anything
+        return False
+    if name == "grant_approval_tokens":
+        return new is None or new > limit_tokens
+    if name == "welcome_bonus_tokens":  # else it is a grant to whoever signs up next
+        return (new or 0) > max(old, limit_tokens)
+    # Tokens for next to nothing are a grant, too; packages are bounded by it.
+    return name == "tokens_per_usd" and (new or 0) > old
+
+
+def _for_json(value: Any) -> Any:
+    return str(value) if isinstance(value, Decimal) else value
 
 
 def _save(current: SystemSettings, changes: Mapping[str, Any], changed_by_id: int) -> SystemSettings:

@@ -1,7 +1,11 @@
+from django.core.exceptions import ValidationError
 from django.db import models
 from django.db.models import Q, Value
 
 from .fields import created_at_field
+from .system_settings import SystemSettings
+
+MOST_TOKENS_FOR_THE_MONEY = 10  # times what the exchange rate gives: beyond a discount, and what a mistyped zero makes
 
 
 class TokenPricing(models.Model):
@@ -41,6 +45,22 @@ class TokenPricing(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        """Where a grant may need two superadmins, one alone puts no grant on sale for next to nothing."""
+        numbers = [self.tokens, self.price_usd_cents, self.price_eur_cents, self.price_gbp_cents]
+        before = TokenPricing.objects.filter(pk=self.pk)
+        if before.values_list("tokens", "price_usd_cents", "price_eur_cents", "price_gbp_cents").first() == (*numbers,):
+            return
+        settings = SystemSettings.objects.filter(key="global", grant_approval_tokens__isnull=False).first()
+        if settings is None or any(type(number) is not int for number in numbers if number is not None):
+            return  # what is no number is said of the fields themselves
+        cheapest_cents = min(price for price in numbers[1:] if price is not None)
+        if self.tokens * 100 > cheapest_cents * settings.tokens_per_usd * MOST_TOKENS_FOR_THE_MONEY:
+            words = (
+                f"More than {MOST_TOKENS_FOR_THE_MONEY} times what the settings give for that price (tokens per USD)."
+            )
+            raise ValidationError({"tokens": words})
 
     def price_cents(self, currency: str) -> int | None:
         """The price in cents of `currency`, None when the package is not sold in it."""

@@ -221,7 +221,9 @@ def approve_request(*, superadmin: User, request_id: int) -> GrantRequest:
         _one_at_a_time(settings, approver, request.account)
         if not request.needs_two:  # by now it may: what else the approver let through in this day counts
             request.needs_two = _needs_two(settings, request.kind, request.tokens, account=request.account, by=approver)
-        if request.needs_two and request.approved_by_id is None:
+        first_id = request.approved_by_id
+        is_approved = first_id is not None and roles.find_superadmin(first_id) is not None
+        if request.needs_two and not is_approved:  # by nobody, or by somebody who is no superadmin any more
             _approve_first(request, by=approver)
             _write(request, Action.GRANT_APPROVED, by=approver, words="approved first", outcome=audit.Outcome.REQUESTED)
             return request

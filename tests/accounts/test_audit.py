@@ -1,11 +1,13 @@
 """The audit log: who did what to whom, kept for ever, and what people were refused."""
 
 from datetime import timedelta
+from decimal import Decimal
 from io import StringIO
 from typing import Any
 
 import pgtrigger
 import pytest
+from django.core.exceptions import ValidationError
 from django.core.management import CommandError, call_command
 from django.db import DatabaseError, connection, transaction
 from django.test import Client, RequestFactory
@@ -200,6 +202,13 @@ def test_a_role_is_given_by_two_superadmins(make_user: MakeUser, susan: User, al
     ChangeRequest.objects.filter(pk=late.pk).update(expires_at=timezone.now())
     with pytest.raises(two_persons.ChangeAlreadyDecided):
         two_persons.approve(request_id=late.pk, by=sandra)
+    # The word of somebody who is no superadmin any more is none: else one is enough.
+    alone = roles.change_role(user_id=adam.pk, role="superadmin", changed_by=susan)
+    assert alone
+    User.objects.filter(pk=susan.pk).update(is_active=False)
+    with pytest.raises(two_persons.ChangeNotDecided):
+        two_persons.approve(request_id=alone.pk, by=sandra)
+    User.objects.filter(pk=susan.pk).update(is_active=True)
     off = roles.change_role(user_id=adam.pk, role="superadmin", changed_by=susan)
     assert off
     User.objects.filter(pk=adam.pk).update(is_active=False)
@@ -241,6 +250,20 @@ def test_settings_that_guard_grants_are_loosened_by_two(client: Client, susan: U
     assert now() == (80, 501, 700)
     assert SettingChange.objects.latest("pk").changed_by == susan
     assert client.post(address, {"decision": "approve"}).status_code == 409
+
+    # A bonus above the limit, and tokens for next to nothing, are grants by another name.
+    change(welcome_bonus_tokens=400, tokens_per_usd=Decimal(9_000))
+    change(welcome_bonus_tokens=10_000, tokens_per_usd=Decimal("9000.5"))
+    found = system_settings.get_system_settings()
+    assert (found.welcome_bonus_tokens, found.tokens_per_usd) == (400, Decimal(9_000))
+    for cheap in ({"tokens": 45_001}, {"tokens": 90_001, "price_usd_cents": 100}, {"price_gbp_cents": 1}):
+        fields: dict[str, Any] = {"name": "Gift", "tokens": 901, "price_usd_cents": 50, **cheap}
+        with pytest.raises(ValidationError, match="More than 10 times"):
+            packages.create_package(changed_by_id=susan.pk, **fields)
+    (waiting,) = two_persons.list_open()
+    two_persons.approve(request_id=waiting.pk, by=sandra)
+    found = system_settings.get_system_settings()
+    assert (found.welcome_bonus_tokens, found.tokens_per_usd) == (10_000, Decimal("9000.5"))
 
     change(grant_approval_tokens=9_000)
     output = StringIO()

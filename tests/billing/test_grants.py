@@ -7,6 +7,7 @@ from django.db import transaction
 from django.db.models import Sum
 from django.utils import timezone
 
+from accounts import roles
 from accounts.models import AuditEntry, User
 from billing import ledger, notifications
 from billing.models import GrantRequest, Notification, TokenAccount, TokenTransaction
@@ -317,6 +318,17 @@ def test_many_tokens_need_two_superadmins(susan: User, sandra: User, alice: User
         grants.approve_request(superadmin=susan, request_id=wish.pk)
     assert grants.approve_request(superadmin=sandra, request_id=wish.pk).state == "done"
     assert balance(alice) == 12_001
+
+
+def test_a_word_counts_while_its_giver_is_superadmin(susan: User, sandra: User, sven: User, alice: User) -> None:
+    """Else one approval would do where two are needed."""
+    change_settings(susan, grant_approval_tokens=1_000)
+    request = grant(susan, alice, 5_000)
+    roles.change_role(user_id=susan.pk, role="admin", changed_by=sven)
+    assert grants.approve_request(superadmin=sandra, request_id=request.pk).state == "approved"
+    assert balance(alice) == 10_000
+    assert grants.approve_request(superadmin=sven, request_id=request.pk).state == "done"
+    assert balance(alice) == 15_000
 
 
 @pytest.mark.parametrize("kind", ["grant", "deduction"])
