@@ -500,7 +500,7 @@ def test_django_admin_shows_nothing_that_opens_a_door(
 def test_django_admin_answers_no_questions_about_what_it_does_not_show(
     alice: User, susan: User, totp_secret: str
 ) -> None:
-    """ "Begins with" would tell a key, a secret or a text letter by letter: its lists filter by what they offer."""
+    """134: its lists filter by what they offer; what something begins with would tell a key letter by letter."""
     client = Client()
     client.force_login(susan)
     questions = {

@@ -224,7 +224,7 @@ def test_mails_to_one_address_are_limited_and_nobody_is_refused(alice: User, set
 
 @pytest.mark.usefixtures("stopped_clock")
 def test_mails_of_one_kind_keep_no_other_from_the_owner(alice: User, settings: Settings) -> None:
-    """That somebody signs an address up sends its owner no link that opens the account."""
+    """133: that somebody signs an address up sends its owner no link that opens the account."""
     settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
     prove_address(alice)
     for number in range(25):
@@ -342,7 +342,7 @@ def test_a_further_address_is_added_by_its_accounts_owner(alice: User) -> None:
 def test_who_only_writes_an_address_down_stands_in_nobodys_way(
     owner_signs_up: bool, alice: User, settings: Settings
 ) -> None:
-    """Neither in an account's list nor at a sign-up; the other way round Alice is the owner."""
+    """133: neither in an account's list nor at a sign-up; the other way round Alice is the owner."""
     settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
     prove_address(alice)
     hers = sign_in(alice)

@@ -251,7 +251,7 @@ def test_settings_that_guard_grants_are_loosened_by_two(client: Client, susan: U
     assert SettingChange.objects.latest("pk").changed_by == susan
     assert client.post(address, {"decision": "approve"}).status_code == 409
 
-    # A bonus above the limit, and tokens for next to nothing, are grants by another name.
+    # Row 134: a bonus above the limit, and tokens for next to nothing, are grants by another name.
     change(welcome_bonus_tokens=400, tokens_per_usd=Decimal(9_000))
     change(welcome_bonus_tokens=10_000, tokens_per_usd=Decimal("9000.5"))
     found = system_settings.get_system_settings()

@@ -321,7 +321,7 @@ def test_many_tokens_need_two_superadmins(susan: User, sandra: User, alice: User
 
 
 def test_a_word_counts_while_its_giver_is_superadmin(susan: User, sandra: User, sven: User, alice: User) -> None:
-    """Else one approval would do where two are needed."""
+    """134: else one approval would do where two are needed."""
     change_settings(susan, grant_approval_tokens=1_000)
     request = grant(susan, alice, 5_000)
     roles.change_role(user_id=susan.pk, role="admin", changed_by=sven)

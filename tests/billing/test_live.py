@@ -87,7 +87,7 @@ def test_the_oldest_of_too_many_streams_is_told_to_close(web: Server, alice: Use
 
 
 def test_who_is_signed_out_hears_nothing_more(web: Server, alice: User) -> None:
-    """By themselves, from elsewhere, or switched off: a stream that is open tells of no change after that."""
+    """135: by themselves, from elsewhere, or switched off: a stream that is open tells of no change after that."""
 
     def opened() -> tuple[Client, Reader]:
         client = Client()
