@@ -32,11 +32,12 @@ from ai_ops.providers import (
     TextEnd,
 )
 from ai_ops.providers.counts import Counted, Said, count_call
-from billing import catalogue, ledger, notifications, pricing, usage
+from billing import catalogue, ledger, pricing, usage
 from billing.catalogue import CatalogueError
 from billing.figures import roll_ups
 from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
 from billing.models import ModelPrice, TokenAccount, TokenUsage
+from billing.notifications import messages
 from billing.pricing import TokenPools
 from billing.usage import after_debit
 from kit import counters
@@ -449,9 +450,7 @@ async def _tell_failure(failure: Exception, log_ids: Mapping[str, Any]) -> None:
     if not isinstance(failure, ProviderMisconfigured):
         return
     try:
-        await in_thread(notifications.provider_refuses_us)(
-            provider=failure.name, model=log_ids["model"], why=failure.why
-        )
+        await in_thread(messages.provider_refuses_us)(provider=failure.name, model=log_ids["model"], why=failure.why)
     except DatabaseError:  # the operation is closed; its answer must not depend on a message
         logger.exception("Admins could not be told of a provider", **log_ids)
 

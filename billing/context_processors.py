@@ -4,9 +4,10 @@ from typing import Any
 
 from django.http import HttpRequest
 
-from billing import ledger, notifications
+from billing import ledger
 from billing.catalogue import system_settings
 from billing.models import TokenAccount
+from billing.notifications import inbox
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,4 +53,4 @@ def unread_notifications(request: HttpRequest) -> dict[str, Any]:
     """`unread_notifications` for signed-in people: their number, asked for where a template shows it."""
     if not getattr(request, "user", None) or not request.user.is_authenticated:
         return {}
-    return {"unread_notifications": partial(notifications.count_unread, request.user.pk)}
+    return {"unread_notifications": partial(inbox.count_unread, request.user.pk)}

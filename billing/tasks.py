@@ -5,8 +5,9 @@ from datetime import timedelta
 from celery import shared_task
 from django.utils import timezone
 
-from billing import ledger, notifications
+from billing import ledger
 from billing.figures import finance, roll_ups
+from billing.notifications import outbox, weekly
 from billing.payments import customers, purchases, recharge, reconcile, refunds
 from billing.payments.gateway import GatewayError
 from billing.staff import bulk, grants
@@ -56,12 +57,12 @@ def check_books() -> int:
 
 @shared_task
 def send_notifications() -> int:
-    return notifications.send_pending_emails()
+    return outbox.send_pending_emails()
 
 
 @shared_task
 def weekly_summary() -> int:
-    return notifications.weekly_summary()
+    return weekly.weekly_summary()
 
 
 @shared_task(autoretry_for=(GatewayError,), retry_backoff=True, max_retries=3)

@@ -7,9 +7,9 @@ import structlog
 from django.db import transaction
 from django.db.models import F, Q, QuerySet
 
-from billing import notifications
 from billing.models import Installation, Purchase, TokenAccount
 from billing.models.installation import stripe_key
+from billing.notifications import messages
 from billing.payments import gateway
 from kit.database import repeated_after_conflicts
 
@@ -162,7 +162,7 @@ def switch_off(*, account_id: int, reason: str, key: str) -> bool:
     account = TokenAccount.objects.select_related("user").get(pk=account_id)
     was_on = account.switch_auto_recharge_off(reason)
     if was_on:
-        notifications.auto_recharge_switched_off(account, reason=reason, key=key)
+        messages.auto_recharge_switched_off(account, reason=reason, key=key)
     return was_on
 
 

@@ -16,10 +16,11 @@ from django.db import IntegrityError, transaction
 from django.db.models import F, Max, Q
 from django.urls import reverse
 
-from billing import ledger, notifications
+from billing import ledger
 from billing.catalogue import packages, system_settings
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.models.fields import Currency
+from billing.notifications import messages
 from billing.payments import customers, gateway, refunds
 from billing.payments.gateway import AskAgain, Asked, CheckoutSession, PaymentIntent
 from billing.pricing import display_price, tokens_for_cents
@@ -666,7 +667,7 @@ def _after_credit(purchase: Purchase) -> None:
         accounts.filter(auto_recharge_enabled=True).update(
             auto_recharge_last_outcome=f"{purchase.tokens:,} tokens were bought for {purchase.price_display}."
         )
-        notifications.auto_recharge_succeeded(purchase)
+        messages.auto_recharge_succeeded(purchase)
     else:
-        notifications.purchase_confirmed(purchase)
+        messages.purchase_confirmed(purchase)
     enqueue_on_commit("billing.tasks.remember_card", purchase.pk)

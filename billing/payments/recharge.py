@@ -18,9 +18,9 @@ from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
-from billing import notifications
 from billing.catalogue import packages
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
+from billing.notifications import messages
 from billing.payments import customers, gateway, purchases
 from billing.payments.customers import switch_off
 from billing.payments.gateway import (
@@ -124,7 +124,7 @@ def update_auto_recharge(
             ]
         )  # fmt: skip
         if enabled and is_changed:
-            notifications.auto_recharge_switched_on(account, key=database.now().isoformat())
+            messages.auto_recharge_switched_on(account, key=database.now().isoformat())
         if enabled and account.available < threshold_tokens:
             enqueue_on_commit("billing.tasks.auto_recharge", user_id)
     return account
@@ -452,7 +452,7 @@ def _await_confirmation(purchase: Purchase) -> None:
     if purchase.state == State.CREATED:
         set_state(purchase, State.ACTION_REQUIRED, "Your bank wants you to confirm this payment.")
         _note_outcome(purchase, "Your bank wants you to confirm the payment.")
-        notifications.auto_recharge_needs_confirmation(purchase)
+        messages.auto_recharge_needs_confirmation(purchase)
 
 
 def _fail(purchase: Purchase, *, message: str, code: str = "", state: str = State.FAILED) -> None:
@@ -473,7 +473,7 @@ def _fail(purchase: Purchase, *, message: str, code: str = "", state: str = Stat
         tries = "" if failures == 1 else f"{failures} payments in a row failed, the last one with: "
         switch_off(account_id=account.pk, reason=tries + message, key=str(purchase.pk))
     else:
-        notifications.auto_recharge_failed(purchase, retry_at=account.auto_recharge_retry_at)
+        messages.auto_recharge_failed(purchase, retry_at=account.auto_recharge_retry_at)
 
 
 def _close_uncharged(purchase: Purchase, *, retry_after: timedelta = RETRY_AFTER_FAULT) -> None:
@@ -740,7 +740,7 @@ def refresh_card(*, user_id: int) -> None:
             _keep_card(account.pk, card)
             was, account = account.stripe_payment_method_id, TokenAccount.objects.get(pk=account.pk)
             if was not in ("", account.stripe_payment_method_id):
-                notifications.saved_card_changed(account)
+                messages.saved_card_changed(account)
 
 
 def open_card_page(*, user_id: int, return_url: str) -> str:

@@ -20,9 +20,10 @@ from django.utils import timezone
 
 from accounts import audit, roles
 from accounts.models import User
-from billing import ledger, notifications
+from billing import ledger
 from billing.models import Installation, PaymentReversal, Purchase, TokenAccount, TokenTransaction
 from billing.models.installation import stripe_key
+from billing.notifications import messages
 from billing.payments import gateway
 from billing.payments.gateway import AskAgain, Asked, Dispute, Held, Refund
 from kit import database
@@ -306,14 +307,14 @@ def _settle(purchase: Purchase, reversal: PaymentReversal, *, was_taking: bool) 
         _switch_auto_recharge_off(purchase, reversal)
     if reversal.kind == Kind.REFUND:
         if is_new:
-            notifications.refund_applied(reversal, tokens=-change_tokens)
+            messages.refund_applied(reversal, tokens=-change_tokens)
         elif was_taking and not reversal.takes_money:
-            notifications.refund_failed(reversal, tokens=max(change_tokens, 0))
+            messages.refund_failed(reversal, tokens=max(change_tokens, 0))
         return
     if is_new:
-        notifications.dispute_opened(reversal, tokens=-change_tokens)
+        messages.dispute_opened(reversal, tokens=-change_tokens)
     if reversal.status in ("won", "lost") and (was_taking or is_new):
-        notifications.dispute_closed(reversal, tokens=max(change_tokens, 0))
+        messages.dispute_closed(reversal, tokens=max(change_tokens, 0))
 
 
 def _settle_reversals(purchase: Purchase, cause: PaymentReversal) -> int:
@@ -374,7 +375,7 @@ def _switch_auto_recharge_off(purchase: Purchase, reversal: PaymentReversal) -> 
     account = TokenAccount.objects.get(pk=purchase.account_id)
     reason = SWITCHES_OFF[Kind(reversal.kind)]
     if account.switch_auto_recharge_off(reason):
-        notifications.auto_recharge_switched_off(account, reason=reason, key=reversal.stripe_id)
+        messages.auto_recharge_switched_off(account, reason=reason, key=reversal.stripe_id)
 
 
 # --- What a superadmin asks for -------------------------------------------------------------------------------------
@@ -568,7 +569,7 @@ def _refuse(reversal: PaymentReversal, message: str) -> RefundRefused:
     with transaction.atomic():
         request = PaymentReversal.objects.filter(pk=reversal.pk, status=REQUESTED)
         if request.update(status=REFUSED, updated_at=timezone.now()):
-            notifications.refund_refused(reversal, reason=message)
+            messages.refund_refused(reversal, reason=message)
     return RefundRefused(message)
 
 

@@ -12,11 +12,11 @@ from django.db.models.functions import Coalesce
 
 from accounts import audit, roles
 from accounts.models import User
-from billing import notifications
 from billing.catalogue import system_settings
 from billing.models import Purchase, SystemSettings, TokenAccount
 from billing.models.account import AccountStatus as Status
 from billing.models.fields import ClockTimestamp
+from billing.notifications import messages
 from kit.refusal import Refusal
 from kit.text import one_line, read_id
 
@@ -112,7 +112,7 @@ def _set_status(superadmin: User, user_id: int, status: Status, reason: str) -> 
             after={"status": account.status, "status_reason": account.status_reason},
             reason=reason,
         )
-        notifications.account_status_changed(account, reason=reason, key=str(entry.pk))
+        messages.account_status_changed(account, reason=reason, key=str(entry.pk))
     return account
 
 

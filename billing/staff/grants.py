@@ -20,13 +20,14 @@ from django.utils import timezone
 from accounts import audit, roles
 from accounts.audit import Action
 from accounts.models import User
-from billing import ledger, notifications
+from billing import ledger
 from billing.catalogue import system_settings
 from billing.models import GrantRequest, SystemSettings, TokenAccount, TokenTransaction
 from billing.models.account import WithheldBonus
 from billing.models.fields import ClockTimestamp
 from billing.models.grant_request import GrantKind as Kind
 from billing.models.grant_request import GrantState as State
+from billing.notifications import messages
 from kit import database
 from kit.database import repeated_after_conflicts
 from kit.locks import lock_until_commit
@@ -368,7 +369,7 @@ def _carry_out(request: GrantRequest, *, by: User, action: Action) -> GrantReque
         before={"balance_tokens": posting.balance_tokens - posting.amount_tokens},
         after={"balance_tokens": posting.balance_tokens},
     )
-    tell = notifications.grant_received if request.kind == Kind.GRANT else notifications.tokens_deducted
+    tell = messages.grant_received if request.kind == Kind.GRANT else messages.tokens_deducted
     tell(account, tokens=request.tokens, reason=request.reason, key=f"grant-request-{request.pk}")
     return request
 

@@ -6,10 +6,10 @@ from functools import partial
 import structlog
 from django.db import transaction
 
-from billing import notifications
 from billing.catalogue import system_settings
 from billing.ledger import Posting
 from billing.models import TokenAccount
+from billing.notifications import messages
 from kit.on_commit import enqueue_on_commit
 
 logger = structlog.get_logger(__name__)
@@ -32,9 +32,9 @@ def _notice_crossing(posting: Posting) -> None:
     try:
         low_tokens, critical_tokens = _thresholds()
         if before_tokens >= critical_tokens > after_tokens:
-            tell = notifications.critical_balance
+            tell = messages.critical_balance
         elif before_tokens > low_tokens >= after_tokens:
-            tell = notifications.low_balance
+            tell = messages.low_balance
         else:
             return
         account = TokenAccount.objects.select_related("user").get(pk=posting.account_id)

@@ -7,8 +7,8 @@ from django.shortcuts import redirect, render
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from billing import notifications
 from billing.models.notification import NotificationKind as Kind
+from billing.notifications import inbox
 from kit.text import read_id
 
 MESSAGES_PER_PAGE = 25
@@ -42,12 +42,12 @@ def home(request: SignedInRequest) -> HttpResponse:
     user_id = request.user.pk
     before_id = _before_id(request)
     # One more than is shown tells whether there are older ones.
-    found = notifications.list_notifications(user_id=user_id, before_id=before_id, limit=MESSAGES_PER_PAGE + 1)
+    found = inbox.list_notifications(user_id=user_id, before_id=before_id, limit=MESSAGES_PER_PAGE + 1)
     shown = found[:MESSAGES_PER_PAGE]
     # A browser that loads pages ahead of a click has shown nothing yet.
     is_prefetch = "prefetch" in request.headers.get("Sec-Purpose", "")
     new_ids = [] if is_prefetch else [notification.pk for notification in shown if notification.read_at is None]
-    unread_elsewhere = notifications.count_unread(user_id, except_ids=new_ids)
+    unread_elsewhere = inbox.count_unread(user_id, except_ids=new_ids)
     context = {
         "notifications": shown,
         "before_id": before_id,
@@ -57,7 +57,7 @@ def home(request: SignedInRequest) -> HttpResponse:
     }
     response = render(request, "billing/notifications.html", context)
     if new_ids:
-        notifications.mark_read(user_id=user_id, notification_ids=new_ids)
+        inbox.mark_read(user_id=user_id, notification_ids=new_ids)
     return response
 
 
@@ -66,7 +66,7 @@ def bell(request: HttpRequest) -> HttpResponse:
     """The bell again, when its number is another than the page shows."""
     if not request.user.is_authenticated:
         return HttpResponse(status=401)  # a redirect would bring the sign-in page into the header
-    unread = notifications.count_unread(request.user.pk)
+    unread = inbox.count_unread(request.user.pk)
     if request.GET.get("shown") == str(unread):
         return HttpResponse(status=204)
     return render(request, "billing/_bell.html", {"unread_notifications": unread})
@@ -75,7 +75,7 @@ def bell(request: HttpRequest) -> HttpResponse:
 @require_POST
 @login_required
 def mark_all_read(request: SignedInRequest) -> HttpResponse:
-    notifications.mark_read(user_id=request.user.pk)
+    inbox.mark_read(user_id=request.user.pk)
     messages.success(request, "All notifications are marked as read.")
     return redirect("tokens:notifications")
 
@@ -85,10 +85,10 @@ def mark_all_read(request: SignedInRequest) -> HttpResponse:
 def settings(request: SignedInRequest) -> HttpResponse:
     """Which messages are sent by e-mail, too."""
     if request.method == "POST":
-        notifications.update_emailed_kinds(request.user, kinds=request.POST.getlist("email"))
+        inbox.update_emailed_kinds(request.user, kinds=request.POST.getlist("email"))
         messages.success(request, "Your choice was saved.")
         return redirect("tokens:notification_settings")
-    offered, emailed = notifications.kinds_for(request.user), notifications.get_emailed_kinds(request.user)
+    offered, emailed = inbox.kinds_for(request.user), inbox.get_emailed_kinds(request.user)
     groups = []
     for group, kinds in GROUPS.items():
         rows = [
@@ -96,7 +96,7 @@ def settings(request: SignedInRequest) -> HttpResponse:
                 "value": kind.value,
                 "label": kind.label,
                 "is_emailed": kind in emailed,
-                "may_be_muted": notifications.may_be_muted(kind),
+                "may_be_muted": inbox.may_be_muted(kind),
             }
             for kind in kinds
             if kind in offered

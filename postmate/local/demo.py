@@ -29,7 +29,7 @@ from ai_ops.models import (
     Project,
     ResultState,
 )
-from billing import catalogue, notifications
+from billing import catalogue
 from billing.catalogue import packages, system_settings
 from billing.demo import DEMO_NAMES, DEMO_PASSWORD, DEMO_PEOPLE
 from billing.models import (
@@ -41,6 +41,7 @@ from billing.models import (
     TokenTransaction,
     TokenUsage,
 )
+from billing.notifications import messages, weekly
 from billing.staff import grants
 from billing.upkeep.invented_past import Cast, History, Planned, bring_up_to_date
 from postmate.local.demo_texts import CHATS, HAIKU, PICTURES, PIECES, PROJECTS, Conversation, Pictures, Piece
@@ -107,13 +108,13 @@ def _say_what_was_said(user: User) -> None:
     """The messages that came with the newest of it: all read but the last."""
     account = TokenAccount.objects.get(user=user)
     for purchase in reversed(Purchase.objects.filter(user=user, state="paid").order_by("-paid_at")[:4]):
-        notifications.purchase_confirmed(purchase)
+        messages.purchase_confirmed(purchase)
         _said(purchase.paid_at)
     for entry in TokenTransaction.objects.filter(user=user, type="admin_grant"):
         account.balance = entry.balance_after
-        notifications.grant_received(account, tokens=entry.amount, reason=entry.description, key=str(entry.pk))
+        messages.grant_received(account, tokens=entry.amount, reason=entry.description, key=str(entry.pk))
         _said(entry.created_at)
-    notifications.weekly_summary()
+    weekly.weekly_summary()
     _said(timezone.now())
     newest = Notification.objects.filter(user=user).order_by("-created_at").values("pk")[:1]
     Notification.objects.filter(user=user).exclude(pk__in=newest).update(read_at=F("created_at"))

@@ -14,9 +14,10 @@ from django.utils import timezone
 from accounts import time_zones
 from accounts.models import User
 from accounts.templatetags.devices import device_name
-from billing import ledger, notifications
+from billing import ledger
 from billing.catalogue import packages
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
+from billing.notifications import messages, outbox
 from billing.payments import purchases
 from tests.payments import begin_checkout
 from tests.servers import Server, StripeStandIn
@@ -121,8 +122,8 @@ def test_emails_use_the_zone_of_the_settings(alice: User) -> None:
             account=account, user=alice, workspace_id=account.workspace_id, kind="auto_recharge", state="failed",
             package=package, package_name="Starter", tokens=1, amount_cents=1, currency="usd",
         )  # fmt: skip
-        notifications.auto_recharge_failed(purchase, retry_at=MOMENT)
-        email = notifications.render_email(Notification.objects.get(key=f"auto_recharge_failed:{purchase.pk}"))
+        messages.auto_recharge_failed(purchase, retry_at=MOMENT)
+        email = outbox.render_email(Notification.objects.get(key=f"auto_recharge_failed:{purchase.pk}"))
         assert words in email.body
 
 

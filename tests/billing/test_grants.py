@@ -9,8 +9,9 @@ from django.utils import timezone
 
 from accounts import roles
 from accounts.models import AuditEntry, User
-from billing import ledger, notifications
+from billing import ledger
 from billing.models import GrantRequest, Notification, TokenAccount, TokenTransaction
+from billing.notifications import messages
 from billing.staff import grants
 from billing.upkeep import verification
 from tests.conftest import MakeUser, change_settings
@@ -415,7 +416,7 @@ def test_a_crash_on_the_way_leaves_nothing_and_the_form_can_be_sent_again(
         raise RuntimeError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(notifications, "grant_received", crash)
+        patch.setattr(messages, "grant_received", crash)
         with pytest.raises(RuntimeError), transaction.atomic():
             grant(susan, alice, request_key="form-1")
     assert nothing_moved(alice)

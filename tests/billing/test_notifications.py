@@ -25,7 +25,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from billing import ledger, notifications, tasks
+from billing import ledger, tasks
 from billing.models import (
     Notification,
     NotificationPreference,
@@ -35,6 +35,7 @@ from billing.models import (
     TokenPricing,
     TokenUsage,
 )
+from billing.notifications import inbox, messages, outbox, weekly
 from billing.payments import purchases
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
@@ -81,25 +82,25 @@ def tell_everything(user: User) -> None:
     recharge = make_purchase(user, kind="auto_recharge", package_name=NASTY, message=f"Declined by {NASTY}")
     refund, dispute = make_reversal(purchase), make_reversal(purchase, kind="dispute", stripe_id="dp_1")
     refused = make_reversal(purchase, status="refused", requested_by=user)
-    notifications.purchase_confirmed(purchase)
-    notifications.auto_recharge_succeeded(recharge)
-    notifications.auto_recharge_failed(recharge, retry_at=NOW)
-    notifications.auto_recharge_needs_confirmation(recharge)
-    notifications.auto_recharge_switched_off(account, reason=f"Declined by {NASTY}", key="1")
-    notifications.auto_recharge_switched_on(account, key="1")
-    notifications.saved_card_changed(account)
-    notifications.low_balance(account, key="1")
-    notifications.critical_balance(account, key="1")
-    notifications.grant_received(account, tokens=5_000, reason=NASTY, key="1")
-    notifications.tokens_deducted(account, tokens=5_000, reason=NASTY, key="1")
-    notifications.account_status_changed(account, reason=NASTY, key="1")
-    notifications.refund_applied(refund, tokens=150_000)
-    notifications.refund_failed(refund, tokens=150_000)
-    notifications.refund_refused(refused, reason=NASTY)
-    notifications.dispute_opened(dispute, tokens=150_000)
-    notifications.dispute_closed(dispute, tokens=0)
-    notifications.provider_refuses_us(provider=NASTY, model=NASTY, why=NASTY)
-    notifications.weekly_summary(now=NOW)
+    messages.purchase_confirmed(purchase)
+    messages.auto_recharge_succeeded(recharge)
+    messages.auto_recharge_failed(recharge, retry_at=NOW)
+    messages.auto_recharge_needs_confirmation(recharge)
+    messages.auto_recharge_switched_off(account, reason=f"Declined by {NASTY}", key="1")
+    messages.auto_recharge_switched_on(account, key="1")
+    messages.saved_card_changed(account)
+    messages.low_balance(account, key="1")
+    messages.critical_balance(account, key="1")
+    messages.grant_received(account, tokens=5_000, reason=NASTY, key="1")
+    messages.tokens_deducted(account, tokens=5_000, reason=NASTY, key="1")
+    messages.account_status_changed(account, reason=NASTY, key="1")
+    messages.refund_applied(refund, tokens=150_000)
+    messages.refund_failed(refund, tokens=150_000)
+    messages.refund_refused(refused, reason=NASTY)
+    messages.dispute_opened(dispute, tokens=150_000)
+    messages.dispute_closed(dispute, tokens=0)
+    messages.provider_refuses_us(provider=NASTY, model=NASTY, why=NASTY)
+    weekly.weekly_summary(now=NOW)
 
 
 def told(user: User) -> Counter[str]:
@@ -123,19 +124,19 @@ def test_each_message_is_said_once_per_event(adam: User) -> None:
     assert told(adam) == dict.fromkeys(Kind.values, 1)
     account = ledger.get_account(user_id=adam.pk)
     for purchase in Purchase.objects.filter(user=adam):
-        notifications.purchase_confirmed(purchase)
-    notifications.low_balance(account, key="1")
-    notifications.weekly_summary(now=NOW)
+        messages.purchase_confirmed(purchase)
+    messages.low_balance(account, key="1")
+    weekly.weekly_summary(now=NOW)
     assert told(adam) == {**dict.fromkeys(Kind.values, 1), "purchase_confirmed": 2}
-    notifications.low_balance(account, key="2")
-    notifications.weekly_summary(now=NOW + timedelta(days=7))
+    messages.low_balance(account, key="2")
+    weekly.weekly_summary(now=NOW + timedelta(days=7))
     assert (told(adam)["low_balance"], told(adam)["weekly_summary"]) == (2, 2)
 
 
 def test_message_goes_with_its_transaction(alice: User) -> None:
     account = ledger.get_account(user_id=alice.pk)
     with transaction.atomic():
-        notifications.low_balance(account, key="1")
+        messages.low_balance(account, key="1")
         assert told(alice) == {"low_balance": 1}
         transaction.set_rollback(True)
     assert not told(alice)
@@ -143,7 +144,7 @@ def test_message_goes_with_its_transaction(alice: User) -> None:
 
 def test_key_is_each_users_own(alice: User, bob: User) -> None:
     for user in (alice, bob):
-        notifications.low_balance(ledger.get_account(user_id=user.pk), key="1")
+        messages.low_balance(ledger.get_account(user_id=user.pk), key="1")
     assert told(alice) == told(bob) == {"low_balance": 1}
 
 
@@ -151,79 +152,79 @@ def test_key_is_each_users_own(alice: User, bob: User) -> None:
     ("tell", "title", "words"),
     [
         (
-            lambda user: notifications.purchase_confirmed(make_purchase(user)),
+            lambda user: messages.purchase_confirmed(make_purchase(user)),
             "150,000 tokens were added",
             ["$15.00", "the Starter package"],
         ),
         (
-            lambda user: notifications.purchase_confirmed(
+            lambda user: messages.purchase_confirmed(
                 make_purchase(user, package=None, package_name="Custom amount", tokens=250_000, amount_cents=2_500)
             ),
             "250,000 tokens were added",
             ["You paid $25.00 for 250,000 tokens."],
         ),
         (
-            lambda user: notifications.auto_recharge_succeeded(make_purchase(user, kind="auto_recharge")),
+            lambda user: messages.auto_recharge_succeeded(make_purchase(user, kind="auto_recharge")),
             "Auto-recharge added 150,000 tokens",
             ["$15.00", "Visa ending in 4242"],
         ),
         (
-            lambda user: notifications.auto_recharge_failed(
+            lambda user: messages.auto_recharge_failed(
                 make_purchase(user, kind="auto_recharge", message="Your card was declined"), retry_at=NOW
             ),
             "We could not buy 150,000 tokens for you",
             ["Your card was declined.", "try again on 23 November 2026 at 07:00 UTC."],
         ),
         (
-            lambda user: notifications.auto_recharge_failed(
+            lambda user: messages.auto_recharge_failed(
                 make_purchase(user, kind="auto_recharge", message=""), retry_at=None
             ),
             "We could not buy 150,000 tokens for you",
             ["We will not try again by ourselves."],
         ),
         (
-            lambda user: notifications.auto_recharge_needs_confirmation(make_purchase(user, kind="auto_recharge")),
+            lambda user: messages.auto_recharge_needs_confirmation(make_purchase(user, kind="auto_recharge")),
             "Please confirm a payment of $15.00",
             ["your bank asks you to confirm"],
         ),
         (
-            lambda user: notifications.auto_recharge_switched_off(
+            lambda user: messages.auto_recharge_switched_off(
                 ledger.get_account(user_id=user.pk), reason="The card was removed", key="1"
             ),
             "Auto-recharge was switched off",
             ["The card was removed.", "You have 10,000 tokens left."],
         ),
         (
-            lambda user: notifications.auto_recharge_switched_off(
+            lambda user: messages.auto_recharge_switched_off(
                 TokenAccount(user=user, balance=-145_000, reserved=0), reason="A payment was refunded", key="1"
             ),
             "Auto-recharge was switched off",
             ["Your balance is 145,000 tokens below zero."],
         ),
         (
-            lambda user: notifications.refund_applied(make_reversal(make_purchase(user)), tokens=150_000),
+            lambda user: messages.refund_applied(make_reversal(make_purchase(user)), tokens=150_000),
             "$15.00 is on its way back to you",
             ["150,000 tokens were taken back from your balance"],
         ),
         (
-            lambda user: notifications.refund_failed(make_reversal(make_purchase(user), status="failed"), tokens=60),
+            lambda user: messages.refund_failed(make_reversal(make_purchase(user), status="failed"), tokens=60),
             "The refund of $15.00 did not go through",
             ["60 tokens are back in your balance", "Contact support"],
         ),
         (
-            lambda user: notifications.dispute_opened(make_reversal(make_purchase(user), kind="dispute"), tokens=9),
+            lambda user: messages.dispute_opened(make_reversal(make_purchase(user), kind="dispute"), tokens=9),
             "Your payment of $15.00 is disputed",
             ["9 tokens are held back", "auto-recharge is off"],
         ),
         (
-            lambda user: notifications.dispute_closed(
+            lambda user: messages.dispute_closed(
                 make_reversal(make_purchase(user), kind="dispute", status="won"), tokens=1_000
             ),
             "The dispute about $15.00 is closed",
             ["The payment of $15.00 stands. 1,000 tokens are back in your balance."],
         ),
         (
-            lambda user: notifications.dispute_closed(
+            lambda user: messages.dispute_closed(
                 make_reversal(make_purchase(user), kind="dispute", status="lost"), tokens=0
             ),
             "The dispute about $15.00 is closed",
@@ -249,12 +250,12 @@ def test_debt_is_named(make_user: MakeUser) -> None:
         pools=TokenPools(input_tokens=1_600),
         may_leave_debt=True,
     )
-    notifications.refund_applied(make_reversal(make_purchase(nora)), tokens=1_500)
+    messages.refund_applied(make_reversal(make_purchase(nora)), tokens=1_500)
     assert "1,500 tokens below zero: your next purchase pays that first." in the_only(nora).body
 
 
 def test_reversal_of_a_payment_we_do_not_know_tells_nobody(seeded: None) -> None:
-    for tell in (notifications.refund_applied, notifications.dispute_opened, notifications.dispute_closed):
+    for tell in (messages.refund_applied, messages.dispute_opened, messages.dispute_closed):
         tell(make_reversal(None), tokens=0)
     assert not Notification.objects.exists()
 
@@ -271,7 +272,7 @@ def test_credit_of_a_checkout_is_announced_with_it(alice: User) -> None:
 
 def test_link_to_confirm_names_the_purchase(alice: User) -> None:
     purchase = make_purchase(alice, kind="auto_recharge")
-    notifications.auto_recharge_needs_confirmation(purchase)
+    messages.auto_recharge_needs_confirmation(purchase)
     assert the_only(alice).link == f"/tokens/confirm/{purchase.pk}/"
 
 
@@ -280,7 +281,7 @@ def test_link_to_confirm_names_the_purchase(alice: User) -> None:
 )
 def test_critical_balance_says_what_is_left(make_user: MakeUser, tokens: int, words: str) -> None:
     nora = make_user("nora", tokens=tokens)
-    notifications.critical_balance(ledger.get_account(user_id=nora.pk), key="1")
+    messages.critical_balance(ledger.get_account(user_id=nora.pk), key="1")
     assert words in the_only(nora).body
 
 
@@ -328,18 +329,18 @@ def test_weekly_summary(make_user: MakeUser, alice: User, bob: User, adam: User,
     others, other_tokens = used.count(), sum(used.values_list("billable_tokens", flat=True))
 
     tomorrow = timezone.now() + timedelta(days=1)
-    figures = notifications.WeeklyFigures.of_week_before(tomorrow)
+    figures = weekly.WeeklyFigures.of_week_before(tomorrow)
     assert figures.operations == 2 + others
     assert figures.billable_tokens == 1_234 + other_tokens
     assert figures.revenue_cents == {"usd": 101_500, "eur": 1_400}
     assert (figures.failed_payments, figures.open_disputes, figures.accounts_in_debt) == (1, 1, 1)
     assert figures.until - figures.since == timedelta(days=7)
-    later = notifications.WeeklyFigures.of_week_before(tomorrow + timedelta(days=8))
+    later = weekly.WeeklyFigures.of_week_before(tomorrow + timedelta(days=8))
     assert (later.operations, later.billable_tokens, later.revenue_cents, later.failed_payments) == (0, 0, {}, 0)
-    today = notifications.WeeklyFigures.of_week_before(timezone.now())
+    today = weekly.WeeklyFigures.of_week_before(timezone.now())
     assert today.operations == 0
 
-    assert notifications.weekly_summary(now=tomorrow) == 2
+    assert weekly.weekly_summary(now=tomorrow) == 2
     assert [told(user)["weekly_summary"] for user in (alice, bob, adam, susan)] == [0, 0, 1, 1]
     body = the_only(adam).body
     assert f"{2 + others} operations used {1_234 + other_tokens:,} tokens." in body
@@ -350,7 +351,7 @@ def test_weekly_summary(make_user: MakeUser, alice: User, bob: User, adam: User,
 def test_a_provider_that_refuses_us_is_told_to_admins_once_a_day(alice: User, adam: User, susan: User) -> None:
     """Row 53."""
     for why in ("Our credit there is used up.", "Our credit there is used up.", ""):
-        notifications.provider_refuses_us(provider="OpenAI", model="gpt-6-luna", why=why)
+        messages.provider_refuses_us(provider="OpenAI", model="gpt-6-luna", why=why)
     assert [told(user)["provider_refuses_us"] for user in (alice, adam, susan)] == [0, 2, 2]
     message = Notification.objects.filter(user=susan).earliest("id")
     assert message.title == "OpenAI does not accept our access"
@@ -364,7 +365,7 @@ def test_weekly_summary_of_a_quiet_week(adam: User) -> None:
 
 def test_weekly_summary_is_not_for_people_who_left(adam: User) -> None:
     User.objects.filter(pk=adam.pk).update(is_active=False)
-    assert notifications.weekly_summary() == 0
+    assert weekly.weekly_summary() == 0
 
 
 # --- E-mails --------------------------------------------------------------------------------------------------------
@@ -399,8 +400,8 @@ def test_every_kind_is_mailed_as_text_and_html(adam: User) -> None:
     adam.name = NASTY
     adam.save()
     tell_everything(adam)
-    assert notifications.send_pending_emails() == len(Kind.values)
-    assert notifications.send_pending_emails() == 0
+    assert outbox.send_pending_emails() == len(Kind.values)
+    assert outbox.send_pending_emails() == 0
     assert len(mail.outbox) == len(Kind.values)
     by_subject = {notification.title: notification for notification in Notification.objects.filter(user=adam)}
     for message in mail.outbox:
@@ -429,10 +430,10 @@ def test_every_kind_is_mailed_as_text_and_html(adam: User) -> None:
 
 
 def test_nothing_in_a_message_becomes_a_header(alice: User) -> None:
-    notifications.purchase_confirmed(make_purchase(alice, package_name="Fine\r\nBcc: eve@example.com\x07"))
+    messages.purchase_confirmed(make_purchase(alice, package_name="Fine\r\nBcc: eve@example.com\x07"))
     account = ledger.get_account(user_id=alice.pk)
-    notifications.grant_received(account, tokens=5, reason="Thanks\r\nBcc: eve@example.com\x07", key="1")
-    assert notifications.send_pending_emails() == Notification.objects.count()
+    messages.grant_received(account, tokens=5, reason="Thanks\r\nBcc: eve@example.com\x07", key="1")
+    assert outbox.send_pending_emails() == Notification.objects.count()
     for message in mail.outbox:
         assert "Bcc" not in message.message()
         assert message.recipients() == [alice.email]
@@ -440,27 +441,27 @@ def test_nothing_in_a_message_becomes_a_header(alice: User) -> None:
 
 def test_muted_kind_is_shown_and_not_mailed(alice: User) -> None:
     account = ledger.get_account(user_id=alice.pk)
-    notifications.update_emailed_kinds(alice, kinds=["purchase_confirmed"])
-    notifications.low_balance(account, key="1")
-    notifications.purchase_confirmed(make_purchase(alice))
-    notifications.auto_recharge_switched_off(account, reason="Three declines", key="1")
-    assert notifications.send_pending_emails() == 2
+    inbox.update_emailed_kinds(alice, kinds=["purchase_confirmed"])
+    messages.low_balance(account, key="1")
+    messages.purchase_confirmed(make_purchase(alice))
+    messages.auto_recharge_switched_off(account, reason="Three declines", key="1")
+    assert outbox.send_pending_emails() == 2
     assert sorted(message.subject for message in mail.outbox) == [
         "150,000 tokens were added",
         "Auto-recharge was switched off",
     ]
     assert told(alice)["low_balance"] == 1
     assert Notification.objects.get(kind="low_balance").email_state == "not wanted"
-    notifications.update_emailed_kinds(alice, kinds=["low_balance"])
-    notifications.low_balance(account, key="2")
-    assert notifications.send_pending_emails() == 1
+    inbox.update_emailed_kinds(alice, kinds=["low_balance"])
+    messages.low_balance(account, key="2")
+    assert outbox.send_pending_emails() == 1
 
 
 def test_muting_a_problem_in_the_database_changes_nothing(alice: User) -> None:
-    for kind in notifications.ALWAYS_EMAILED:
+    for kind in inbox.ALWAYS_EMAILED:
         NotificationPreference.objects.create(user=alice, kind=kind, wants_email=False)
-    notifications.auto_recharge_needs_confirmation(make_purchase(alice, kind="auto_recharge"))
-    assert notifications.send_pending_emails() == 1
+    messages.auto_recharge_needs_confirmation(make_purchase(alice, kind="auto_recharge"))
+    assert outbox.send_pending_emails() == 1
 
 
 # --- The outbox -----------------------------------------------------------------------------------------------------
@@ -475,18 +476,18 @@ def no_mail_server(settings: Settings) -> None:
 def low(user: User, *keys: str) -> None:
     account = ledger.get_account(user_id=user.pk)
     for key in keys:
-        notifications.low_balance(account, key=key)
+        messages.low_balance(account, key=key)
 
 
 def test_mail_server_away_and_back(alice: User, no_mail_server: None, settings: Settings) -> None:
     low(alice, "1")
-    assert notifications.send_pending_emails() == 0
+    assert outbox.send_pending_emails() == 0
     waiting = the_only(alice)
     assert (waiting.email_state, waiting.email_attempts) == ("waiting", 1)
     assert "ConnectionRefusedError" in waiting.email_error
     assert waiting.email_next_at is not None
-    assert waiting.email_next_at > timezone.now() + notifications.FIRST_EMAIL_WAIT / 2
-    assert notifications.send_pending_emails() == 0  # not due yet
+    assert waiting.email_next_at > timezone.now() + outbox.FIRST_EMAIL_WAIT / 2
+    assert outbox.send_pending_emails() == 0  # not due yet
     assert the_only(alice).email_attempts == 1
 
     settings.EMAIL_BACKEND = "django.core.mail.backends.locmem.EmailBackend"
@@ -502,14 +503,14 @@ def test_given_up_after_the_last_attempt_and_seen_in_django_admin(
 ) -> None:
     low(alice, "1")
     waits = []
-    for _ in range(notifications.MAX_EMAIL_ATTEMPTS + 3):
+    for _ in range(outbox.MAX_EMAIL_ATTEMPTS + 3):
         make_due()
-        notifications.send_pending_emails()
+        outbox.send_pending_emails()
         at = the_only(alice).email_next_at
         waits.append(round((at - timezone.now()) / timedelta(minutes=1)) if at else None)
     assert waits[:8] == [2, 6, 18, 54, 162, 486, 1458, None]
     given_up = the_only(alice)
-    assert (given_up.email_state, given_up.email_attempts) == ("given up", notifications.MAX_EMAIL_ATTEMPTS)
+    assert (given_up.email_state, given_up.email_attempts) == ("given up", outbox.MAX_EMAIL_ATTEMPTS)
     client.force_login(susan)
     changelist = reverse("admin:billing_notification_changelist")
     assert "given up" in client.get(changelist, {"email": "given-up"}).content.decode()
@@ -518,7 +519,7 @@ def test_given_up_after_the_last_attempt_and_seen_in_django_admin(
 
 def test_server_that_is_away_is_asked_once(alice: User, no_mail_server: None) -> None:
     low(alice, "1", "2", "3")
-    notifications.send_pending_emails()
+    outbox.send_pending_emails()
     assert sorted(Notification.objects.values_list("email_attempts", flat=True)) == [0, 0, 1]
 
 
@@ -536,7 +537,7 @@ def test_refused_mail_does_not_hold_up_the_others(alice: User, bob: User, settin
     settings.EMAIL_BACKEND = f"{__name__}.RefusingBackend"
     low(alice, "1", "2")
     low(bob, "1")
-    assert notifications.send_pending_emails() == 1
+    assert outbox.send_pending_emails() == 1
     assert mail.outbox[0].to == [bob.email]
     assert Counter(Notification.objects.values_list("email_attempts", flat=True)) == {1: 3}
     assert "No such user" in Notification.objects.filter(user=alice)[0].email_error
@@ -546,13 +547,13 @@ def test_row_that_cannot_be_written_out_does_not_hold_up_the_others(alice: User,
     low(alice, "1")
     low(bob, "1")
     Notification.objects.filter(user=alice).update(title="Two\nlines")
-    assert notifications.send_pending_emails() == 1
+    assert outbox.send_pending_emails() == 1
     assert "BadHeaderError" in the_only(alice).email_error
 
 
 def test_no_more_than_the_limit(alice: User) -> None:
     low(alice, *"12345")
-    assert [notifications.send_pending_emails(limit=2) for _ in range(4)] == [2, 2, 1, 0]
+    assert [outbox.send_pending_emails(limit=2) for _ in range(4)] == [2, 2, 1, 0]
 
 
 def test_crash_after_sending_brings_one_mail_more(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,12 +571,12 @@ def test_crash_after_sending_brings_one_mail_more(alice: User, monkeypatch: pyte
 
         patch.setattr(MemoryBackend, "send_messages", send_and_die)
         with pytest.raises(Killed):
-            notifications.send_pending_emails()
-    assert notifications.send_pending_emails() == 0  # still claimed
+            outbox.send_pending_emails()
+    assert outbox.send_pending_emails() == 0  # still claimed
     make_due()
-    assert notifications.send_pending_emails() == 1
+    assert outbox.send_pending_emails() == 1
     make_due()
-    assert notifications.send_pending_emails() == 0
+    assert outbox.send_pending_emails() == 0
     first, second = (message.message()["Message-ID"] for message in mail.outbox)
     assert first == second
 
@@ -613,7 +614,7 @@ def two_workers(alice: User, settings: Settings, monkeypatch: pytest.MonkeyPatch
 
         def work() -> None:
             try:
-                counts.append(notifications.send_pending_emails())
+                counts.append(outbox.send_pending_emails())
             finally:
                 connection.close()
 
@@ -664,7 +665,7 @@ def test_claim_does_not_wait_for_a_locked_row(alice: User) -> None:
     holder.start()
     try:
         assert locked.wait(60)
-        assert notifications.send_pending_emails() == 1
+        assert outbox.send_pending_emails() == 1
     finally:
         done.set()
         holder.join()
@@ -714,13 +715,13 @@ def test_page_lists_newest_first_and_marks_what_it_showed(signed_in: Client, ali
     assert "Nothing yet" in page(signed_in)
     account = ledger.get_account(user_id=alice.pk)
     for number in range(30):
-        notifications.grant_received(account, tokens=5, reason=f"Number {number}.", key=str(number))
+        messages.grant_received(account, tokens=5, reason=f"Number {number}.", key=str(number))
     first = page(signed_in)
     assert first.index("Number 29.") < first.index("Number 5.")
     assert "Number 4." not in first
     assert first.count("is-new") == 25
     assert "5 Notifications, 5 unread" in bell_words(first)
-    assert notifications.count_unread(alice.pk) == 5
+    assert inbox.count_unread(alice.pk) == 5
     again = page(signed_in)
     assert "is-new" not in again
     assert "Mark all as read" in again
@@ -743,7 +744,7 @@ def test_page_from_anywhere(signed_in: Client, alice: User, before: str) -> None
 def test_page_loaded_ahead_marks_nothing(signed_in: Client, alice: User) -> None:
     low(alice, "1")
     assert signed_in.get(reverse("tokens:notifications"), headers={"Sec-Purpose": "prefetch"}).status_code == 200
-    assert notifications.count_unread(alice.pk) == 1
+    assert inbox.count_unread(alice.pk) == 1
 
 
 def test_mark_all_as_read(signed_in: Client, alice: User, bob: User) -> None:
@@ -752,22 +753,22 @@ def test_mark_all_as_read(signed_in: Client, alice: User, bob: User) -> None:
     assert signed_in.get(reverse("tokens:notifications_read")).status_code == 405
     answer = signed_in.post(reverse("tokens:notifications_read"), follow=True)
     assert "All notifications are marked as read." in answer.content.decode()
-    assert (notifications.count_unread(alice.pk), notifications.count_unread(bob.pk)) == (0, 1)
+    assert (inbox.count_unread(alice.pk), inbox.count_unread(bob.pk)) == (0, 1)
 
 
 def test_another_users_notifications_are_out_of_reach(signed_in: Client, alice: User, bob: User) -> None:
     account = ledger.get_account(user_id=bob.pk)
-    notifications.grant_received(account, tokens=5, reason="For Bob alone.", key="1")
+    messages.grant_received(account, tokens=5, reason="For Bob alone.", key="1")
     theirs = the_only(bob)
     assert "For Bob alone" not in page(signed_in)
     assert "For Bob alone" not in page(signed_in, before=theirs.pk + 1)
-    assert notifications.mark_read(user_id=alice.pk, notification_ids=[theirs.pk]) == 0
+    assert inbox.mark_read(user_id=alice.pk, notification_ids=[theirs.pk]) == 0
     assert the_only(bob).read_at is None
 
 
 def test_nasty_words_are_words(signed_in: Client, alice: User) -> None:
     account = ledger.get_account(user_id=alice.pk)
-    notifications.grant_received(account, tokens=5, reason=NASTY, key="1")
+    messages.grant_received(account, tokens=5, reason=NASTY, key="1")
     html = page(signed_in)
     assert "<b onclick" not in html
     assert NASTY in _Tags(html).words
@@ -819,7 +820,7 @@ def test_admins_choose_the_weekly_summary_too(client: Client, adam: User) -> Non
     client.force_login(adam)
     assert "weekly_summary" in checked(page(client, "tokens:notification_settings"))
     client.post(reverse("tokens:notification_settings"), {"email": []})
-    notifications.weekly_summary(now=NOW)
+    weekly.weekly_summary(now=NOW)
     assert not the_only(adam).email_wanted
 
 
@@ -837,8 +838,8 @@ def mail_files(settings: Settings, tmp_path: Path) -> Path:
 def test_mails_without_a_mail_server(client: Client, alice: User, mail_files: Path) -> None:
     assert "No emails yet" in page(client, "mails")
     low(alice, "1")
-    notifications.purchase_confirmed(make_purchase(alice))
-    assert notifications.send_pending_emails() == 2
+    messages.purchase_confirmed(make_purchase(alice))
+    assert outbox.send_pending_emails() == 2
     listed = page(client, "mails")
     assert listed.index("150,000 tokens were added") < listed.index("Your balance is running low")
     (file,) = (path.name for path in mail_files.iterdir())
@@ -856,7 +857,7 @@ def test_mails_without_a_mail_server(client: Client, alice: User, mail_files: Pa
 
 def test_mails_are_not_shown_in_production(client: Client, alice: User, mail_files: Path, settings: Settings) -> None:
     low(alice, "1")
-    notifications.send_pending_emails()
+    outbox.send_pending_emails()
     (file,) = (path.name for path in mail_files.iterdir())
     settings.DEBUG = False
     for address in (reverse("mails"), reverse("mail", args=[file, 0]), reverse("mail-html", args=[file, 0])):
@@ -866,7 +867,7 @@ def test_mails_are_not_shown_in_production(client: Client, alice: User, mail_fil
 def test_file_of_the_mail_backend_reads_back_whole(alice: User, mail_files: Path) -> None:
     """Its mails are told apart by a line of dashes; none of ours may contain one."""
     low(alice, "1")
-    assert notifications.send_pending_emails() == 1
+    assert outbox.send_pending_emails() == 1
     (path,) = mail_files.iterdir()
     message = message_from_bytes(path.read_bytes(), policy=policy.default)
     assert isinstance(message, EmailMessage)

@@ -24,10 +24,11 @@ from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
-from billing import ledger, notifications, tasks
+from billing import ledger, tasks
 from billing.catalogue import packages
 from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
+from billing.notifications import inbox
 from billing.payments import gateway, recharge, reconcile
 from billing.pricing import TokenPools
 from billing.upkeep import own_data
@@ -1001,7 +1002,7 @@ def test_a_stolen_session_charges_no_card(prepare: Prepare, stripe: StripeStandI
     whatever they have muted, and the request goes on where it stopped."""
     alice = prepare(spend=False)
     recharge.update_auto_recharge(user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk)
-    notifications.update_emailed_kinds(alice, kinds=[])
+    inbox.update_emailed_kinds(alice, kinds=[])
     was_told = told("auto_recharge_switched_on")
     stolen = Client()
     stolen.force_login(alice)  # no password was given in it

@@ -1,76 +1,27 @@
-"""What users are told, in the product and by e-mail: one function per message.
+"""What there is to tell: one function per message."""
 
-A message is a row, written in the caller's transaction, with a key that says which event it tells of: nothing is said
-twice, and nothing is said of what was rolled back. A beat task sends the e-mails of the rows that wait for it.
-"""
+from datetime import datetime
 
-import smtplib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any
-from urllib.parse import urlsplit
-
-import structlog
-from django.conf import settings
-from django.core.mail import EmailMultiAlternatives, get_connection
-from django.db import transaction
-from django.db.models import Count, Q, Sum
-from django.template.loader import render_to_string
 from django.urls import reverse
 from django.utils import timezone
 
 from accounts.models import User
 from accounts.time_zones import zone_of
 from billing.models import (
-    Notification,
-    NotificationPreference,
     PaymentReversal,
     Purchase,
     TokenAccount,
-    TokenTransaction,
-    TokenUsage,
 )
 from billing.models.notification import NotificationKind as Kind
+from billing.notifications.inbox import Facts, notify
 from billing.pricing import display_price
 from kit.text import one_line
-
-logger = structlog.get_logger(__name__)
-
-# The account does not work as its owner set it up, or somebody set it up, and only they can mend it.
-ALWAYS_EMAILED = (
-    Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
-    Kind.AUTO_RECHARGE_SWITCHED_OFF,
-    Kind.ACCOUNT_STATUS_CHANGED,
-    # Whoever sits in a stolen session is not to be able to keep it from them.
-    Kind.AUTO_RECHARGE_SWITCHED_ON,
-    Kind.SAVED_CARD_CHANGED,
-)
-FOR_ADMINS = (Kind.WEEKLY_SUMMARY, Kind.REFUND_REFUSED, Kind.PROVIDER_REFUSES_US)
-
-# The waits triple: 2, 6, 18 minutes … a day. A mail server may be away for a night.
-MAX_EMAIL_ATTEMPTS = 8
-FIRST_EMAIL_WAIT = timedelta(minutes=2)  # longer than any attempt takes, so it is the claim of the one under way, too
-# The server refused this one mail and goes on serving.
-REFUSALS = (
-    smtplib.SMTPRecipientsRefused,
-    smtplib.SMTPSenderRefused,
-    smtplib.SMTPDataError,
-    smtplib.SMTPNotSupportedError,
-)
-
-MAX_COUNTED_UNREAD = 100
-
-Facts = Sequence[tuple[str, str]]
-
-
-# --- The messages ---------------------------------------------------------------------------------------------------
 
 
 def purchase_confirmed(purchase: Purchase) -> None:
     """A purchase by Checkout was paid and credited."""
     what = f"the {purchase.package_name} package" if purchase.package_id else _tokens(purchase.tokens)
-    _notify(
+    notify(
         user_id=purchase.user_id,
         kind=Kind.PURCHASE_CONFIRMED,
         key=str(purchase.pk),
@@ -86,7 +37,7 @@ def purchase_confirmed(purchase: Purchase) -> None:
 def auto_recharge_succeeded(purchase: Purchase) -> None:
     """Auto-recharge charged the saved card and credited the tokens."""
     card = _card_of(purchase.account)
-    _notify(
+    notify(
         user_id=purchase.user_id,
         kind=Kind.AUTO_RECHARGE_SUCCEEDED,
         key=str(purchase.pk),
@@ -107,7 +58,7 @@ def auto_recharge_failed(purchase: Purchase, *, retry_at: datetime | None) -> No
     card = _card_of(purchase.account)
     retry_words = _moment(retry_at, purchase.user) if retry_at else ""
     next_step = f"We will try again on {retry_words}." if retry_at else "We will not try again by ourselves."
-    _notify(
+    notify(
         user_id=purchase.user_id,
         kind=Kind.AUTO_RECHARGE_FAILED,
         key=str(purchase.pk),
@@ -133,7 +84,7 @@ def auto_recharge_failed(purchase: Purchase, *, retry_at: datetime | None) -> No
 def auto_recharge_needs_confirmation(purchase: Purchase) -> None:
     """The bank wants to see the card's owner before it pays."""
     card = _card_of(purchase.account)
-    _notify(
+    notify(
         user_id=purchase.user_id,
         kind=Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
         key=str(purchase.pk),
@@ -150,7 +101,7 @@ def auto_recharge_needs_confirmation(purchase: Purchase) -> None:
 
 def auto_recharge_switched_off(account: TokenAccount, *, reason: str, key: str) -> None:
     """Auto-recharge is off now, and not because its owner switched it off. `reason` is for the person."""
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.AUTO_RECHARGE_SWITCHED_OFF,
         key=key,
@@ -172,7 +123,7 @@ def auto_recharge_switched_on(account: TokenAccount, *, key: str) -> None:
     card = _card_of(account)
     cap_cents = account.auto_recharge_monthly_cap_cents
     limit = f"for at most {display_price(cap_cents, account.currency)} a month" if cap_cents else "without a limit"
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.AUTO_RECHARGE_SWITCHED_ON,
         key=key,
@@ -189,7 +140,7 @@ def auto_recharge_switched_on(account: TokenAccount, *, key: str) -> None:
 
 def saved_card_changed(account: TokenAccount) -> None:
     """The card that auto-recharge charges was replaced at Stripe."""
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.SAVED_CARD_CHANGED,
         key=account.stripe_payment_method_id,
@@ -202,7 +153,7 @@ def saved_card_changed(account: TokenAccount) -> None:
 
 def low_balance(account: TokenAccount, *, key: str) -> None:
     """The available tokens have fallen to the low mark. `key` names the crossing, so that it is said once."""
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.LOW_BALANCE,
         key=key,
@@ -215,7 +166,7 @@ def low_balance(account: TokenAccount, *, key: str) -> None:
 
 def critical_balance(account: TokenAccount, *, key: str) -> None:
     """The available tokens have fallen below the critical mark. `key` names the crossing, so that it is said once."""
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.CRITICAL_BALANCE,
         key=key,
@@ -228,7 +179,7 @@ def critical_balance(account: TokenAccount, *, key: str) -> None:
 
 def grant_received(account: TokenAccount, *, tokens: int, reason: str, key: str) -> None:
     """An admin gave tokens; `account` is the one after it."""
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.GRANT_RECEIVED,
         key=key,
@@ -242,7 +193,7 @@ def grant_received(account: TokenAccount, *, tokens: int, reason: str, key: str)
 
 def tokens_deducted(account: TokenAccount, *, tokens: int, reason: str, key: str) -> None:
     """An admin took tokens; `account` is the one after it."""
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.TOKENS_DEDUCTED,
         key=key,
@@ -266,7 +217,7 @@ def account_status_changed(account: TokenAccount, *, reason: str, key: str) -> N
     else:
         title = f"Your account was {account.status}"
         body = "New drafts and images do not start. Your tokens stay yours. Contact support to have it reopened."
-    _notify(
+    notify(
         user_id=account.user_id,
         kind=Kind.ACCOUNT_STATUS_CHANGED,
         key=key,
@@ -284,7 +235,7 @@ def refund_applied(reversal: PaymentReversal, *, tokens: int) -> None:
         return
     amount, balance_tokens = _amount_of(reversal), _balance_of(reversal.purchase)
     taken = f"{_tokens(tokens)} were taken back from your balance" if tokens > 0 else "no tokens were taken back"
-    _notify(
+    notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.REFUND_APPLIED,
         key=str(reversal.pk),
@@ -303,7 +254,7 @@ def refund_failed(reversal: PaymentReversal, *, tokens: int) -> None:
         return
     amount = _amount_of(reversal)
     returned = f"{_tokens(tokens)} are back in your balance" if tokens > 0 else "your balance stays as it is"
-    _notify(
+    notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.REFUND_FAILED,
         key=str(reversal.pk),
@@ -320,7 +271,7 @@ def refund_refused(reversal: PaymentReversal, *, reason: str) -> None:
     if reversal.requested_by_id is None:
         return
     amount = _amount_of(reversal)
-    _notify(
+    notify(
         user_id=reversal.requested_by_id,
         kind=Kind.REFUND_REFUSED,
         key=str(reversal.pk),
@@ -338,7 +289,7 @@ def dispute_opened(reversal: PaymentReversal, *, tokens: int) -> None:
         return
     amount, balance_tokens = _amount_of(reversal), _balance_of(reversal.purchase)
     taken = f"{_tokens(tokens)} are held back" if tokens > 0 else "no tokens are held back"
-    _notify(
+    notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.DISPUTE_OPENED,
         key=f"{reversal.pk}-{reversal.status}",
@@ -364,7 +315,7 @@ def dispute_closed(reversal: PaymentReversal, *, tokens: int) -> None:
         outcome = f"The payment of {amount} stands. {_tokens(tokens)} are back in your balance."
     else:
         outcome = f"The payment of {amount} stands, and your balance stays as it is."
-    _notify(
+    notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.DISPUTE_CLOSED,
         key=f"{reversal.pk}-{reversal.status}",
@@ -380,97 +331,12 @@ def dispute_closed(reversal: PaymentReversal, *, tokens: int) -> None:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class WeeklyFigures:
-    """What happened from `since` to before `until`, and how things stand now."""
-
-    since: datetime
-    until: datetime
-    operations: int
-    billable_tokens: int
-    revenue_cents: dict[str, int]  # by currency; refunds are not taken off
-    failed_payments: int
-    open_disputes: int
-    accounts_in_debt: int
-
-    @classmethod
-    def of_week_before(cls, now: datetime) -> "WeeklyFigures":
-        """The seven whole days (UTC) before the day of `now`."""
-        until = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-        since = until - timedelta(days=7)
-        in_week = Q(created_at__gte=since, created_at__lt=until)
-        used = TokenUsage.objects.filter(in_week, status=TokenUsage.Status.SUCCEEDED).aggregate(
-            operations=Count("id"), billable_tokens=Sum("billable_tokens", default=0)
-        )
-        revenue = (
-            TokenTransaction.objects.filter(in_week, type__in=TokenTransaction.CREDITS_FOR_MONEY)
-            .order_by("currency")
-            .values_list("currency")
-            .annotate(Sum("paid_cents", default=0))
-        )
-        return cls(
-            since=since,
-            until=until,
-            operations=used["operations"],
-            billable_tokens=used["billable_tokens"],
-            revenue_cents=dict(revenue),
-            failed_payments=Purchase.objects.filter(in_week, state=Purchase.State.FAILED).count(),
-            # Without a purchase they are of another product on the same Stripe account.
-            open_disputes=PaymentReversal.objects.filter(kind=PaymentReversal.Kind.DISPUTE, purchase__isnull=False)
-            .exclude(status__in=PaymentReversal.FINAL_STATUSES)
-            .count(),
-            # An account in debt is never active; its status has an index, the balance has none.
-            accounts_in_debt=TokenAccount.objects.filter(
-                balance__lt=0, status__in=(TokenAccount.Status.SUSPENDED, TokenAccount.Status.BLOCKED)
-            ).count(),
-        )
-
-
-def weekly_summary(*, now: datetime | None = None) -> int:
-    """Tell every admin how the last seven days went, once per day of sending. Returns how many are told."""
-    figures = WeeklyFigures.of_week_before(now or timezone.now())
-    prices = [display_price(cents, currency) for currency, cents in figures.revenue_cents.items() if cents]
-    revenue = " and ".join([", ".join(prices[:-1]), prices[-1]] if len(prices) > 1 else prices)
-    last_day = figures.until - timedelta(days=1)
-    period = f"{figures.since:%-d %b} to {last_day:%-d %b %Y}"
-    told = 0
-    for user_id in _admin_ids():
-        told += 1
-        _notify(
-            user_id=user_id,
-            kind=Kind.WEEKLY_SUMMARY,
-            key=f"{figures.until:%Y-%m-%d}",
-            title=f"The week from {period}",
-            body=(
-                f"{_count(figures.operations, 'operation')} used {_tokens(figures.billable_tokens)}. "
-                f"{f'Payments brought {revenue}' if revenue else 'No payments came in'}, and "
-                f"{_count(figures.failed_payments, 'payment')} failed. Open disputes: {figures.open_disputes:,}. "
-                f"Accounts in debt: {figures.accounts_in_debt:,}."
-            ),
-            link=reverse("tokens:notifications"),
-            action="Open it in Postmate",
-            facts=[
-                ("Period (UTC)", period),
-                ("Operations", f"{figures.operations:,}"),
-                ("Billable tokens", f"{figures.billable_tokens:,}"),
-                *(
-                    (f"Revenue in {currency.upper()}, before refunds", display_price(cents, currency))
-                    for currency, cents in figures.revenue_cents.items()
-                ),
-                ("Failed payments", f"{figures.failed_payments:,}"),
-                ("Open disputes", f"{figures.open_disputes:,}"),
-                ("Accounts in debt", f"{figures.accounts_in_debt:,}"),
-            ],
-        )
-    return told
-
-
 def provider_refuses_us(*, provider: str, model: str, why: str) -> None:
     """Tell every admin, once a day for each reason, that a provider (by its name for people) does not accept our access
     to a model: nobody else can mend it. `why` is a sentence of ours, "" when the provider's words are not known."""
     reason = why or "It did not say why in words that are known here: the log has its status."
-    for user_id in _admin_ids():
-        _notify(
+    for user_id in admin_ids():
+        notify(
             user_id=user_id,
             kind=Kind.PROVIDER_REFUSES_US,
             key=f"{provider}:{timezone.now():%Y-%m-%d}:{reason}"[:150],
@@ -482,195 +348,12 @@ def provider_refuses_us(*, provider: str, model: str, why: str) -> None:
         )
 
 
-def _admin_ids() -> list[int]:
+def admin_ids() -> list[int]:
     admins = User.objects.filter(is_active=True, role__in=(User.Role.ADMIN, User.Role.SUPERADMIN))
     return list(admins.values_list("pk", flat=True))
 
 
-# --- In the product -------------------------------------------------------------------------------------------------
-
-
-def count_unread(user_id: int, *, except_ids: Sequence[int] = ()) -> int:
-    """How many messages the user has not seen; counted no further than 100."""
-    unread = Notification.objects.filter(user_id=user_id, read_at=None).exclude(pk__in=except_ids)
-    return unread[:MAX_COUNTED_UNREAD].count()
-
-
-def list_notifications(*, user_id: int, before_id: int | None = None, limit: int) -> list[Notification]:
-    """The user's messages, newest first, from the one before `before_id` on."""
-    own = Notification.objects.filter(user_id=user_id).order_by("-id")
-    if before_id is not None:
-        own = own.filter(pk__lt=before_id)
-    return list(own[:limit])
-
-
-def mark_read(*, user_id: int, notification_ids: Iterable[int] | None = None) -> int:
-    """Mark the user's unread messages as read: those named, or all. Returns how many there were."""
-    unread = Notification.objects.filter(user_id=user_id, read_at=None)
-    if notification_ids is not None:
-        unread = unread.filter(pk__in=list(notification_ids))
-    return unread.update(read_at=timezone.now())
-
-
-def may_be_muted(kind: str) -> bool:
-    return kind not in ALWAYS_EMAILED
-
-
-def kinds_for(user: User) -> list[Kind]:
-    """What the user can be told about."""
-    return [kind for kind in Kind if user.is_admin or kind not in FOR_ADMINS]
-
-
-def get_emailed_kinds(user: User) -> set[Kind]:
-    """What the user gets e-mails about."""
-    muted = NotificationPreference.objects.filter(user=user, wants_email=False).values_list("kind", flat=True)
-    return {kind for kind in kinds_for(user) if kind not in set(muted) or not may_be_muted(kind)}
-
-
-def update_emailed_kinds(user: User, *, kinds: Iterable[str]) -> None:
-    """Let the user have e-mails about `kinds` and no others, but for those that cannot be muted."""
-    wanted = set(kinds)
-    NotificationPreference.objects.bulk_create(
-        [
-            NotificationPreference(user=user, kind=kind, wants_email=kind in wanted)
-            for kind in kinds_for(user)
-            if may_be_muted(kind)
-        ],
-        update_conflicts=True,
-        unique_fields=["user", "kind"],
-        update_fields=["wants_email"],
-    )
-
-
-# --- The outbox -----------------------------------------------------------------------------------------------------
-
-
-def send_pending_emails(limit: int = 100) -> int:
-    """Send the e-mails that are due, at most `limit`. Returns how many were sent.
-
-    Each is claimed in a transaction of its own, which is over before the mail server is spoken to (law 7). Any number
-    of workers may do this at once. A crash between sending and noting it brings that mail a second time, with the
-    same Message-ID.
-    """
-    connection = get_connection()
-    sent = 0
-    try:
-        for _ in range(limit):
-            notification = _claim_email()
-            if notification is None:
-                break
-            try:
-                connection.open()  # nothing happens when it is open
-                connection.send_messages([render_email(notification)])
-            except Exception as error:
-                logger.warning(
-                    "An e-mail was not sent",
-                    notification_id=notification.pk,
-                    user_id=notification.user_id,
-                    error=error,
-                )
-                Notification.objects.filter(pk=notification.pk).update(email_error=one_line(repr(error))[:500])
-                if isinstance(error, OSError) and not isinstance(error, REFUSALS):
-                    break  # the server is away: the others need not find that out one by one
-            else:
-                sent += Notification.objects.filter(pk=notification.pk).update(
-                    email_sent_at=timezone.now(), email_next_at=None, email_error=""
-                )
-    finally:
-        connection.close()
-    return sent
-
-
-def render_email(notification: Notification) -> EmailMultiAlternatives:
-    """The e-mail of a notification, as text and HTML that say the same."""
-    context = {
-        "notification": notification,
-        "name": one_line(notification.user.display_name),
-        "site_url": settings.SITE_URL,
-        "url": f"{settings.SITE_URL}{notification.link}",
-        "facts": notification.context.get("facts", []),
-        "action": notification.context.get("action") or "Open Postmate",
-        "second_link": notification.context.get("second_link"),
-        "settings_url": f"{settings.SITE_URL}{reverse('tokens:notification_settings')}",
-        "may_be_muted": may_be_muted(notification.kind),
-    }
-    email = EmailMultiAlternatives(
-        subject=notification.title,
-        body=render_to_string("emails/notification.txt", context),
-        to=[notification.user.email],
-        headers={
-            # The same in each attempt, so that mail programs can tell a repetition.
-            "Message-ID": f"<notification-{notification.pk}@{urlsplit(settings.SITE_URL).hostname}>",
-            "Auto-Submitted": "auto-generated",  # no answers from autoresponders
-        },
-    )
-    email.attach_alternative(render_to_string("emails/notification.html", context), "text/html")
-    return email
-
-
-def _claim_email() -> Notification | None:
-    """Take the next e-mail that is due. Until its next attempt is due, nobody else takes it."""
-    with transaction.atomic(durable=True):
-        now = timezone.now()
-        notification = (
-            Notification.objects.select_for_update(skip_locked=True, of=("self",))
-            .select_related("user")
-            .filter(email_next_at__lte=now)
-            .order_by("email_next_at", "id")
-            .first()
-        )
-        if notification is None:
-            return None
-        notification.email_attempts += 1
-        is_last = notification.email_attempts >= MAX_EMAIL_ATTEMPTS
-        wait = FIRST_EMAIL_WAIT * 3 ** (notification.email_attempts - 1)
-        notification.email_next_at = None if is_last else now + wait
-        notification.save(update_fields=["email_attempts", "email_next_at"])
-    return notification
-
-
 # --- Helpers --------------------------------------------------------------------------------------------------------
-
-
-def _notify(
-    *,
-    user_id: int,
-    kind: Kind,
-    key: str,
-    title: str,
-    body: str,
-    link: str,
-    action: str,
-    facts: Facts = (),
-    second_link: tuple[str, str] | None = None,
-) -> None:
-    """Write the message unless its key has been said. `action` are the words on the e-mail's button, which leads to
-    `link`; `facts` its table; `second_link` words and path of a link below."""
-    if User.objects.filter(pk=user_id, anonymised_at__isnull=False).exists():
-        return  # there is nobody any more: a late refund or dispute is the books' matter alone
-    is_muted = (
-        may_be_muted(kind)
-        and NotificationPreference.objects.filter(user_id=user_id, kind=kind, wants_email=False).exists()
-    )
-    context: dict[str, Any] = {"action": action, "facts": [[name, one_line(value)] for name, value in facts]}
-    if second_link:
-        context["second_link"] = second_link
-    Notification.objects.bulk_create(
-        [
-            Notification(
-                user_id=user_id,
-                kind=kind,
-                key=f"{kind}:{key}",
-                title=one_line(title)[:200],
-                body=one_line(body),
-                link=link,
-                context=context,
-                email_wanted=not is_muted,
-                email_next_at=None if is_muted else timezone.now(),
-            )
-        ],
-        ignore_conflicts=True,
-    )
 
 
 def _sentence(text: str) -> str:
