@@ -823,11 +823,13 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
         pools, count = (images.usage or TokenPools(), len(images.images)) if images else (TokenPools(), 0)
         if images is None and isinstance(failure, ProviderError) and failure.usage:
             pools = failure.usage
-        if images is None and failure is None:  # the reader left
+        # The reader left, or we did: what has been begun is made.
+        if images is None and (failure is None or isinstance(failure, ProviderTimedOut)):
             pools = TokenPools(input_tokens=quote.read_tokens)
             return pools, 0, _begun_cost_microusd(quote, pools)
-        is_nothing_used = count == 0 and pools == TokenPools()
-        return pools, count, 0 if is_nothing_used else _images_cost_microusd(quote, pools, count)
+        spoilt = failure.spoilt_images if isinstance(failure, ProviderError) else 0
+        is_nothing_used = count + spoilt == 0 and pools == TokenPools()
+        return pools, count, 0 if is_nothing_used else _images_cost_microusd(quote, pools, count + spoilt)
 
     def keep_too_late() -> Posting:
         pools, count, provider_cost_microusd = used()

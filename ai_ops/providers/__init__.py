@@ -90,19 +90,21 @@ class ProviderError(Exception):
     """A call that failed, before or after some text had come.
 
     `message` is for the user: what happened and what to do. What the SDK said is in `__cause__`, for the log.
-    `usage` is what a call for images used that brought none, or None where that is not known. `why` tells the operator
-    what to mend, where only they can. `kind` is what /metrics counts it under.
+    `usage` is what a call for images used that brought none, or None where that is not known, and `spoilt_images` how
+    many it made that cannot be shown. `why` tells the operator what to mend, where only they can. `kind` is what
+    /metrics counts it under.
     """
 
     kind: ClassVar[str] = "unavailable"
     http_status: ClassVar[int] = 502
     template: ClassVar[str] = "{name} failed. Please try again in a moment, or choose another model."
 
-    def __init__(self, name: str, *, usage: TokenPools | None = None, why: str = "") -> None:
+    def __init__(self, name: str, *, usage: TokenPools | None = None, spoilt_images: int = 0, why: str = "") -> None:
         super().__init__(name)
         self.name = name
         self.message = self.template.format(name=name)
         self.usage = usage
+        self.spoilt_images = spoilt_images
         self.why = why
 
     def __str__(self) -> str:

@@ -163,10 +163,11 @@ async def generate_images(*, model: str, prompt: str, size: str, quality: str, c
             )
         usage = _image_pools(response)
         images = _images(response)
+        made = len(each(response.data))
     except Exception as error:
         raise _translate(error) from error
     if not images:
-        raise ProviderUnavailable(NAME, usage=usage)
+        raise ProviderUnavailable(NAME, usage=of_images(usage) if made else usage, spoilt_images=made)
     return Images(images[:count], of_images(usage))
 
 

@@ -22,7 +22,7 @@ from ai_ops import counting, metering, operations
 from ai_ops.models import ContentPiece, GeneratedImage, ImageBatch
 from ai_ops.operations import LEFT_AT_MOST, DraftRequest, ImageRequest
 from ai_ops.providers import ProviderError, TextDelta
-from billing import ledger
+from billing import catalogue, ledger
 from billing.figures import roll_ups
 from billing.models import ModelPrice, Notification, RollUp, TokenAccount, TokenTransaction, TokenUsage, UsageDay
 from billing.pricing import TokenPools, ceil_multiply
@@ -414,6 +414,43 @@ def test_a_text_whose_hold_has_expired_is_kept(
     assert TokenAccount.objects.get(user=alice).balance == 0
     day = UsageDay.objects.get(status="expired")
     assert (day.provider_cost_microusd, day.actual_tokens) == (usage.provider_cost_microusd, usage.actual_tokens)
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "made"),
+    [
+        # As servers that resemble OpenAI send them: an address in place of the file.
+        (json.dumps({"data": [{"url": "https://example.com/1.png"}]}), {}, 1),
+        (json.dumps({"data": [{"b64_json": "?"}] * 2, "usage": {"input_tokens": 5, "output_tokens": 0}}), {}, 2),
+        ("", {"then": "stall"}, 2),  # begun, as when its reader leaves
+        (json.dumps({"data": []}), {}, 0),
+        (json.dumps({"error": {"message": "…", "type": "server_error"}}), {"status": 500}, 0),
+    ],
+)
+def test_images_that_cannot_be_shown_cost_us_and_not_their_user(
+    alice: User, server: AiServer, settings: Settings, body: str, options: dict[str, Any], made: int
+) -> None:
+    """Row 53: what it cost us stands on the row of a failure (law 9)."""
+    settings.AI_IMAGE_TIMEOUT_SECONDS = 1.0
+    ModelPrice.objects.filter(kind="image").update(image_cost_tokens={"1024x1024": 3_000})
+    price = ModelPrice.objects.get(model="gpt-image-2")
+    each_microusd = catalogue.provider_cost_microusd(
+        price, TokenPools(), image_count=1, image_size="1024x1024", image_quality="low"
+    )
+    marker = server.play("spoilt-images", body, type="application/json", **options)
+    request = ImageRequest(f"Rain {marker}", "", "Letters", "openai", "gpt-image-2", "1024x1024", "low", 2)
+
+    async def read() -> None:
+        async for _ in operations.generate_images(user_id=alice.pk, request=request, idempotency_key="spoilt-images"):
+            pass
+
+    with pytest.raises(ProviderError):
+        asyncio.run(read())
+    usage = TokenUsage.objects.get()
+    assert usage.status == "failed"
+    assert usage.provider_cost_microusd == pytest.approx(made * each_microusd, abs=1)
+    assert each_microusd > 0
+    assert TokenAccount.objects.get(user=alice).balance == 10_000
 
 
 def test_images_whose_hold_has_expired_are_kept(alice: User, settings: Settings) -> None:
