@@ -4,7 +4,7 @@ from typing import cast
 
 from django.db import connection, transaction
 
-from accounts import audit
+from accounts import audit, mailboxes
 from accounts.models import ROLE_CHANGE_IS_WRITTEN, ChangeRequest, User
 from kit.refusal import Refusal
 
@@ -20,6 +20,15 @@ class RoleNotChanged(Refusal):
 def find_superadmin(user_id: int) -> User | None:
     """The person, if they are an active superadmin at this moment, whatever they were when they signed in."""
     return User.objects.filter(pk=user_id, role=User.Role.SUPERADMIN, is_active=True).first()
+
+
+def are_one_person(one: User, other: User) -> bool:
+    """Whether they count as one where two are needed: who reads a mailbox can open every account that it opens."""
+    return one.pk == other.pk or not _mailboxes(one).isdisjoint(_mailboxes(other))
+
+
+def _mailboxes(user: User) -> set[str]:
+    return {mailboxes.canonical(address) for address in (user.email, *user.proven_addresses)}
 
 
 def change_role(*, user_id: int, role: str, changed_by: User, reason: str = "") -> ChangeRequest | None:

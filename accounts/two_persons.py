@@ -105,7 +105,8 @@ def _require_decider(request_id: int, by: User | None) -> User | None:
     if by is None:
         return None
     decider = roles.find_superadmin(by.pk)
-    if decider is not None and decider.pk not in (request.requested_by_id, request.subject_id):
+    concerned = [user for user in (request.requested_by, request.subject) if user is not None]
+    if decider is not None and not any(roles.are_one_person(decider, user) for user in concerned):
         return decider
     audit.write_refusal(
         action=_carry_out[request.kind][0],

@@ -86,10 +86,11 @@ def preview(*, admin: User, user_id: int, tokens: int, kind: str = Kind.GRANT) -
         _require_available(account, tokens)
     settings = system_settings.get_system_settings()
     needs_two = _needs_two(settings, kind, tokens, account=account, by=admin)
-    if _is_at_once(admin, kind, user_id=user_id, tokens=tokens, settings=settings, needs_two=needs_two):
+    is_own = roles.are_one_person(admin, account.user)
+    if _is_at_once(admin, kind, is_own=is_own, tokens=tokens, settings=settings, needs_two=needs_two):
         approvals_needed = 0
     else:
-        counts_as_first = admin.is_superadmin and admin.pk != user_id
+        counts_as_first = admin.is_superadmin and not is_own
         approvals_needed = 2 if needs_two and not counts_as_first else 1
     return GrantPreview(account.balance, account.balance + amount_tokens, approvals_needed)
 
@@ -140,9 +141,10 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
         except IntegrityError:
             # Law 8: the unique key of the form. Who was first has committed by now.
             return _sent_before(kind, asker, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
-        if _is_at_once(asker, kind, user_id=user_id, tokens=tokens, settings=settings, needs_two=needs_two):
+        is_own = roles.are_one_person(asker, account.user)
+        if _is_at_once(asker, kind, is_own=is_own, tokens=tokens, settings=settings, needs_two=needs_two):
             return _carry_out(request, by=asker, action=Action(kind))
-        if asker.is_superadmin and needs_two and asker.pk != user_id:
+        if asker.is_superadmin and needs_two and not is_own:
             _approve_first(request, by=asker)
         if kind == Kind.DEDUCTION:
             _require_available(account, tokens)
@@ -151,10 +153,10 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
 
 
 def _is_at_once(
-    asker: User, kind: str, *, user_id: int, tokens: int, settings: SystemSettings, needs_two: bool
+    asker: User, kind: str, *, is_own: bool, tokens: int, settings: SystemSettings, needs_two: bool
 ) -> bool:
     """Whether it needs nobody else's approval. Call it under `_one_at_a_time`."""
-    if asker.pk == user_id or needs_two:
+    if is_own or needs_two:
         return False
     if asker.is_superadmin:
         return True
@@ -230,6 +232,8 @@ def approve_request(*, superadmin: User, request_id: int) -> GrantRequest:
             return request
         if request.needs_two and request.approved_by_id == approver.pk:
             return request  # the second must be somebody else
+        if request.needs_two and request.approved_by and roles.are_one_person(approver, request.approved_by):
+            raise GrantNotAllowed("The second superadmin must be somebody else, with a mailbox of their own.")
         return _carry_out(request, by=approver, action=Action.GRANT_APPROVED)
 
 
@@ -276,9 +280,9 @@ def _require_decider(superadmin: User, request_id: int, verb: str) -> User:
     decider = roles.find_superadmin(superadmin.pk)
     if decider is None:
         message = "Only superadmins decide on requests."
-    elif decider.pk == request.requested_by_id:
+    elif roles.are_one_person(decider, request.requested_by):
         message = "Nobody decides on their own request: ask another superadmin."
-    elif decider.pk == request.user_id:
+    elif roles.are_one_person(decider, request.user):
         message = "Nobody decides on tokens of their own: ask another superadmin."
     else:
         return decider

@@ -202,6 +202,14 @@ def test_a_role_is_given_by_two_superadmins(make_user: MakeUser, susan: User, al
     ChangeRequest.objects.filter(pk=late.pk).update(expires_at=timezone.now())
     with pytest.raises(two_persons.ChangeAlreadyDecided):
         two_persons.approve(request_id=late.pk, by=sandra)
+    # Nor a person with two accounts, whose addresses lead to one mailbox.
+    double = roles.change_role(user_id=adam.pk, role="superadmin", changed_by=susan)
+    assert double
+    for person, address in ((sandra, "su.san+2@googlemail.com"), (susan, "susan@gmail.com")):
+        User.objects.filter(pk=person.pk).update(email=address)
+    with pytest.raises(two_persons.ChangeNotDecided):
+        two_persons.approve(request_id=double.pk, by=sandra)
+    User.objects.filter(pk=sandra.pk).update(email="sandra@example.com")
     # The word of somebody who is no superadmin any more is none: else one is enough.
     alone = roles.change_role(user_id=adam.pk, role="superadmin", changed_by=susan)
     assert alone

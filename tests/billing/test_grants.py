@@ -321,6 +321,25 @@ def test_many_tokens_need_two_superadmins(susan: User, sandra: User, alice: User
     assert balance(alice) == 12_001
 
 
+def test_one_person_with_two_accounts_counts_once(
+    adam: User, susan: User, sandra: User, sven: User, alice: User
+) -> None:
+    """134: whose addresses lead to one mailbox; neither as the second, nor for what is their own."""
+    for person, address in ((susan, "susan@gmail.com"), (sandra, "su.san+2@googlemail.com")):
+        person.email = address
+        person.save()
+    change_settings(sven, grant_approval_tokens=1_000)
+    wish = grant(adam, alice, 5_000)
+    assert grants.approve_request(superadmin=susan, request_id=wish.pk).state == "approved"
+    own = grant(susan, sandra, 5)
+    assert own.state == "requested"
+    for request, who in ((wish, sandra), (own, sandra), (grant(susan, alice, 5_000), sandra)):
+        with pytest.raises(grants.GrantNotAllowed):
+            grants.approve_request(superadmin=who, request_id=request.pk)
+    assert nothing_moved(alice, sandra)
+    assert grants.approve_request(superadmin=sven, request_id=wish.pk).state == "done"
+
+
 def test_a_word_counts_while_its_giver_is_superadmin(susan: User, sandra: User, sven: User, alice: User) -> None:
     """134: else one approval would do where two are needed."""
     change_settings(susan, grant_approval_tokens=1_000)
