@@ -35,7 +35,7 @@ from ai_ops.providers.counts import Counted, Said, count_call
 from billing import catalogue, ledger, pricing, usage
 from billing.catalogue import CatalogueError
 from billing.figures import roll_ups
-from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed
+from billing.ledger import AccountNotActive, InsufficientTokens, Operation, Posting, UsageAlreadyClosed, statements
 from billing.models import ModelPrice, TokenAccount, TokenUsage
 from billing.notifications import messages
 from billing.pricing import TokenPools
@@ -639,7 +639,7 @@ class _TextRun:
         return _keep_too_late(
             self.usage_id,
             partial(keep, text, self._is_complete),
-            **{name: getattr(pools, name) for name in ledger.COUNTS},
+            **{name: getattr(pools, name) for name in statements.COUNTS},
             provider_cost_microusd=catalogue.provider_cost_microusd(self.quote.price, *calls),
             is_estimated=self.is_estimated or self.is_call_under_way,
             duration_ms=self.duration_ms,
@@ -836,7 +836,7 @@ async def make_images(*, quote: Quote, usage_id: int, keep: KeepImages) -> Finis
         return _keep_too_late(
             usage_id,
             partial(keep, images),
-            **{name: getattr(pools, name) for name in ledger.COUNTS},
+            **{name: getattr(pools, name) for name in statements.COUNTS},
             image_count=count,
             provider_cost_microusd=provider_cost_microusd,
             is_estimated=images is None,

@@ -9,178 +9,73 @@ computes from the row it has locked: take the FOR UPDATE away and two operations
 Locks are taken in one order: purchase, account, operation.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from decimal import Decimal
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 from typing import Any
 
-import psycopg
 import structlog
 from django.core.serializers.json import DjangoJSONEncoder
-from django.db import IntegrityError, connection, transaction
-from psycopg.rows import namedtuple_row
+from django.db import connection, transaction
 
 from accounts import mailboxes
 from accounts.models import User, Workspace
-from billing import announcements
 from billing.catalogue import system_settings
-from billing.ledger import welcome
+from billing.ledger import statements, welcome
+from billing.ledger.posting import leave_lost_connection, post, post_once
+from billing.ledger.types import (
+    MAX_TOKENS,
+    WELCOME_BONUS_KEY,
+    AccountNotActive,
+    AccountNotFound,
+    BalanceCheck,
+    IdempotencyConflict,
+    InsufficientTokens,
+    InvalidAmount,
+    LedgerError,
+    Operation,
+    Posting,
+    Type,
+    UsageAlreadyClosed,
+    UsageNotFound,
+)
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.system_settings import DisposableBonus
-from billing.pricing import (
-    TokenPools,
-    calculate_image_billable_tokens,
-    calculate_llm_billable_tokens,
-)
+from billing.pricing import TokenPools
 from kit.database import DATABASE_AWAY, repeated_after_conflicts
-from kit.refusal import Refusal
 
 logger = structlog.get_logger(__name__)
 
-MAX_TOKENS = 10**15  # per posting; far above any sale, far below what a bigint sum can hold
-WELCOME_BONUS_KEY = "welcome-bonus"
-
-logger = structlog.get_logger(__name__)
-
-Type = TokenTransaction.Type
-
-
-class LedgerError(Refusal):
-    """Refused; nothing was written. `message` is for the person, `http_status` for the API, `code` for programs."""
-
-    code = "refused"
-
-
-class InvalidAmount(LedgerError):
-    code = "invalid_amount"
-
-
-class AccountNotFound(LedgerError):
-    http_status = 404
-    code = "account_not_found"
-
-
-class InsufficientTokens(LedgerError):
-    """The available tokens do not cover the amount; `missing_tokens` says by how much."""
-
-    http_status = 402
-    code = "insufficient_tokens"
-
-    def __init__(self, *, needed_tokens: int, available_tokens: int) -> None:
-        self.needed_tokens = needed_tokens
-        self.available_tokens = available_tokens
-        self.missing_tokens = needed_tokens - available_tokens
-        super().__init__(
-            f"This needs {needed_tokens:,} tokens and {max(available_tokens, 0):,} are available: "
-            f"{self.missing_tokens:,} are missing. Buy tokens and try again."
-        )
-
-
-class AccountNotActive(LedgerError):
-    """The account is suspended or blocked: no new operation starts."""
-
-    http_status = 403
-    code = "account_not_active"
-
-    def __init__(self, *, status: str, reason: str) -> None:
-        self.status = status
-        if reason == TokenAccount.DEBT:
-            message = "The balance is below zero. Buy tokens to go on; they pay the debt first."
-        else:
-            message = f"This account is {status}. Contact support to have it reopened."
-        super().__init__(message)
-
-
-class IdempotencyConflict(LedgerError):
-    http_status = 409
-    code = "idempotency_conflict"
-
-    def __init__(self) -> None:
-        super().__init__("This idempotency key was used before with other contents. Use a new key.")
-
-
-class UsageNotFound(LedgerError):
-    http_status = 404
-    code = "usage_not_found"
-
-
-class UsageAlreadyClosed(LedgerError):
-    """The reservation was already released or has expired; nothing is charged any more."""
-
-    http_status = 409
-    code = "usage_already_closed"
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """What an AI operation is, and the price that applies to it from beginning to end."""
-
-    operation_type: str
-    provider: str
-    model: str
-    multiplier: Decimal | None = None  # text: ceil(actual × multiplier)
-    fixed_cost_tokens: int | None = None  # images: tokens per image
-    image_count: int = 0
-    image_size: str = ""
-    image_quality: str = ""
-    project_id: int | None = None
-    content_id: int | None = None
-    chat_id: int | None = None
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    is_free: bool = False  # billing is switched off: the operation is recorded and nothing is held or charged
-
-    @property
-    def charge_type(self) -> str:
-        charge_type = TokenUsage.ChargeType
-        return charge_type.MULTIPLIER if self.fixed_cost_tokens is None else charge_type.FIXED
-
-    def billable_tokens(self, pools: TokenPools) -> int:
-        """What the user pays for `pools` (text) or for the images, before the quote's ceiling."""
-        if self.is_free:
-            return 0
-        if self.fixed_cost_tokens is not None:
-            return calculate_image_billable_tokens(
-                self.model, self.image_size, self.image_count, self.fixed_cost_tokens
-            ).billable_tokens
-        if self.multiplier is None:
-            raise ValueError("A text operation needs a multiplier.")
-        return calculate_llm_billable_tokens(
-            pools.actual_tokens - pools.output_tokens, pools.output_tokens, self.multiplier
-        ).billable_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Posting:
-    """The outcome: the account right after it, and the rows that belong to it.
-
-    `is_replay` says that the same key had done this before and nothing was written now.
-    """
-
-    account_id: int
-    user_id: int
-    amount_tokens: int  # signed change of the balance
-    balance_tokens: int
-    reserved_tokens: int
-    status: str
-    usage_id: int | None = None
-    transaction_id: int | None = None
-    is_replay: bool = False
-    needs_recharge: bool = False  # auto-recharge is on and the available tokens are below its threshold
-
-    @property
-    def available_tokens(self) -> int:
-        return self.balance_tokens - self.reserved_tokens
-
-
-@dataclass(frozen=True, slots=True)
-class BalanceCheck:
-    has_enough: bool
-    available_tokens: int
-    missing_tokens: int
+__all__ = [
+    "MAX_TOKENS",
+    "WELCOME_BONUS_KEY",
+    "AccountNotActive",
+    "AccountNotFound",
+    "BalanceCheck",
+    "IdempotencyConflict",
+    "InsufficientTokens",
+    "InvalidAmount",
+    "LedgerError",
+    "Operation",
+    "Posting",
+    "UsageAlreadyClosed",
+    "UsageNotFound",
+    "add_tokens",
+    "check_balance",
+    "deduct_tokens",
+    "expire_reservations",
+    "extend_reservation",
+    "find_reservation",
+    "get_account",
+    "has_had_bonus",
+    "initialize_account",
+    "note_use",
+    "outcome_of",
+    "release_usage",
+    "reserve_tokens",
+    "settle_usage",
+]
 
 
 # --- Accounts -------------------------------------------------------------------------------------------------------
@@ -272,359 +167,6 @@ def check_balance(*, user_id: int, tokens: int) -> BalanceCheck:
     return BalanceCheck(available_tokens >= tokens, available_tokens, max(0, tokens - available_tokens))
 
 
-# --- The statement --------------------------------------------------------------------------------------------------
-# Each operation puts its own `posting` between these parts: one row (the account as locked, `amount`,
-# `reserved_change`, `usage_id`), or none when the operation is refused.
-
-_LOCKED_ACCOUNT = """
-WITH account AS MATERIALIZED (
-    SELECT id, user_id, workspace_id, balance, reserved, sequence, status, status_reason
-      FROM billing_tokenaccount
-     WHERE user_id = %(user_id)s::bigint
-       FOR UPDATE
-)"""
-
-_ENTRY = """, entry AS (
-    INSERT INTO billing_tokentransaction (
-        account_id, user_id, workspace_id, sequence, type, amount, balance_before, balance_after, usage_id,
-        purchase_id, admin_id, paid_cents, currency, stripe_payment_intent_id,
-        idempotency_key, request_fingerprint, description, metadata
-    )
-    SELECT id, user_id, workspace_id, sequence + 1, %(type)s::text, amount, balance, balance + amount, usage_id,
-           %(purchase_id)s::bigint, %(admin_id)s::bigint, %(paid_cents)s::bigint, %(currency)s::text,
-           %(stripe_payment_intent_id)s::text, %(entry_key)s::text, %(entry_fingerprint)s::text,
-           %(description)s::text, %(metadata)s::jsonb
-      FROM posting
-     WHERE amount <> 0
-    RETURNING id
-)"""
-
-_UPDATED_ACCOUNT = """, updated AS (
-    UPDATE billing_tokenaccount AS target
-       SET balance = posting.balance + amount,
-           reserved = posting.reserved + reserved_change,
-           sequence = posting.sequence + (amount <> 0)::int,
-           lifetime_purchased_tokens = lifetime_purchased_tokens
-               + CASE WHEN %(type)s::text IN ('purchase', 'auto_recharge') THEN amount ELSE 0 END,
-           lifetime_granted_tokens = lifetime_granted_tokens
-               + CASE WHEN %(type)s::text IN ('admin_grant', 'bonus') THEN amount ELSE 0 END,
-           lifetime_used_tokens = lifetime_used_tokens
-               - CASE WHEN %(type)s::text = 'usage' THEN amount ELSE 0 END,
-           lifetime_spent_cents = lifetime_spent_cents + coalesce(%(paid_cents)s::bigint, 0),
-           status = new.status,
-           status_reason = CASE
-               WHEN new.status = posting.status THEN posting.status_reason
-               WHEN new.status = 'suspended' THEN 'debt'
-               ELSE ''
-           END,
-           status_changed_at = CASE
-               WHEN new.status = posting.status THEN status_changed_at ELSE clock_timestamp()
-           END
-      FROM posting
-     CROSS JOIN LATERAL (
-        SELECT CASE
-            WHEN posting.status = 'active'
-             AND posting.balance + amount < posting.reserved + reserved_change THEN 'suspended'
-            WHEN posting.status = 'suspended' AND posting.status_reason = 'debt'
-             AND posting.balance + amount > 0
-             AND posting.balance + amount >= posting.reserved + reserved_change THEN 'active'
-            ELSE posting.status
-        END AS status
-     ) AS new
-     WHERE target.id = posting.id
-    RETURNING target.balance, target.reserved, target.status,
-              target.auto_recharge_enabled
-              AND target.balance - target.reserved < target.auto_recharge_threshold_tokens AS needs_recharge
-)"""
-
-_OUTCOME = """
-SELECT account.id AS account_id, account.user_id, account.balance, account.reserved, account.status,
-       account.status_reason, updated.balance AS new_balance, updated.reserved AS new_reserved,
-       updated.status AS new_status, updated.needs_recharge, posting.amount, posting.usage_id,
-       entry.id AS transaction_id
-  FROM account
-  LEFT JOIN posting ON true
-  LEFT JOIN updated ON true
-  LEFT JOIN entry ON true
-"""
-
-_NEW_USAGE_COLUMNS = (
-    "status", "operation_type", "provider", "model", "input_tokens", "cached_input_tokens", "cache_write_tokens",
-    "output_tokens", "reasoning_tokens", "image_count", "image_size", "image_quality", "actual_tokens",
-    "billable_tokens", "reserved_tokens", "charge_type", "multiplier", "fixed_cost_tokens", "provider_cost_microusd",
-    "is_estimated", "is_free", "duration_ms", "idempotency_key", "request_fingerprint", "project_id", "content_id",
-    "chat_id",
-)  # fmt: skip
-_TEXT_COLUMNS = {
-    "status", "operation_type", "provider", "model", "image_size", "image_quality", "charge_type", "idempotency_key",
-    "request_fingerprint",
-}  # fmt: skip
-_OTHER_COLUMN_TYPES = {"multiplier": "numeric", "is_estimated": "boolean", "is_free": "boolean", "image_count": "int"}
-
-
-def _cast(column: str) -> str:
-    return "text" if column in _TEXT_COLUMNS else _OTHER_COLUMN_TYPES.get(column, "bigint")
-
-
-# The names above, no input.
-_NEW_USAGE = f""", usage AS (
-    INSERT INTO billing_tokenusage (
-        account_id, user_id, workspace_id, {", ".join(_NEW_USAGE_COLUMNS)}, metadata, created_at, completed_at,
-        expires_at
-    )
-    SELECT id, user_id, workspace_id, {", ".join(f"%({c})s::{_cast(c)}" for c in _NEW_USAGE_COLUMNS)},
-           %(usage_metadata)s::jsonb, clock_timestamp(),
-           CASE WHEN %(lifetime_seconds)s::int IS NULL THEN clock_timestamp() END,
-           clock_timestamp() + %(lifetime_seconds)s::int * interval '1 second'
-      FROM allowed
-    RETURNING id AS usage_id
-)"""  # noqa: S608 – our own names and constants, no input
-
-
-@dataclass(frozen=True, slots=True)
-class _Statement:
-    """SQL whose `%(name)s` are turned into PostgreSQL's `$1` once. psycopg would do it on each call for a text over
-    4,096 characters, at a third of a debit's time."""
-
-    sql: str
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(cls, *parts: str) -> "_Statement":
-        text = " ".join(" ".join(parts).split())
-        names = tuple(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
-        return cls(re.sub(r"%\((\w+)\)s", lambda match: f"${names.index(match[1]) + 1}", text), names)
-
-
-_RESERVE = _Statement.of(
-    _LOCKED_ACCOUNT,
-    # What costs nothing needs no balance, and no debt stands in its way.
-    """, allowed AS MATERIALIZED (
-    SELECT *, 0::bigint AS amount, %(reserved_tokens)s::bigint AS reserved_change
-      FROM account
-     WHERE (status = 'active' AND balance - reserved >= %(reserved_tokens)s::bigint)
-        OR (%(is_free)s::boolean AND (status = 'active' OR status_reason = 'debt'))
-)""",
-    _NEW_USAGE,
-    """, posting AS MATERIALIZED (
-    SELECT allowed.*, usage_id FROM allowed, usage
-), entry AS (
-    SELECT NULL::bigint AS id
-)""",
-    _UPDATED_ACCOUNT,
-    _OUTCOME,
-)
-
-_ALLOWED_DEBIT = """, allowed AS MATERIALIZED (
-    SELECT *, -%(tokens)s::bigint AS amount, 0::bigint AS reserved_change
-      FROM account
-     WHERE %(may_leave_debt)s::boolean OR balance - reserved >= %(tokens)s::bigint
-)"""
-
-_DEBIT_WITH_USAGE = _Statement.of(
-    _LOCKED_ACCOUNT,
-    _ALLOWED_DEBIT,
-    _NEW_USAGE,
-    """, posting AS MATERIALIZED (
-    SELECT allowed.*, usage_id FROM allowed, usage
-)""",
-    _ENTRY,
-    _UPDATED_ACCOUNT,
-    _OUTCOME,
-)
-
-_DEBIT_OR_CREDIT = _Statement.of(
-    _LOCKED_ACCOUNT,
-    _ALLOWED_DEBIT,
-    """, posting AS MATERIALIZED (
-    SELECT allowed.*, NULL::bigint AS usage_id FROM allowed
-)""",
-    _ENTRY,
-    _UPDATED_ACCOUNT,
-    _OUTCOME,
-)
-
-_HOLD = """, hold AS MATERIALIZED (
-    SELECT usage.id, usage.reserved_tokens
-      FROM billing_tokenusage AS usage
-      JOIN account ON account.id = usage.account_id
-     WHERE usage.id = %(usage_id)s::bigint AND usage.status = 'reserved'
-       FOR UPDATE OF usage
-)"""
-
-_EXTEND = _Statement.of(
-    _LOCKED_ACCOUNT,
-    _HOLD,
-    """, posting AS MATERIALIZED (
-    SELECT account.*, 0::bigint AS amount, %(tokens)s::bigint AS reserved_change, hold.id AS usage_id
-      FROM account, hold
-     WHERE account.status = 'active' AND account.balance - account.reserved >= %(tokens)s::bigint
-), extended AS (
-    UPDATE billing_tokenusage AS usage
-       SET reserved_tokens = usage.reserved_tokens + %(tokens)s::bigint
-      FROM posting
-     WHERE usage.id = posting.usage_id
-), entry AS (
-    SELECT NULL::bigint AS id
-)""",
-    _UPDATED_ACCOUNT,
-    _OUTCOME,
-)
-
-_SETTLE = _Statement.of(
-    _LOCKED_ACCOUNT,
-    _HOLD,
-    """, posting AS MATERIALIZED (
-    SELECT account.*, -least(%(billable_tokens)s::bigint, hold.reserved_tokens) AS amount,
-           -hold.reserved_tokens AS reserved_change, hold.id AS usage_id
-      FROM account, hold
-), settled AS (
-    UPDATE billing_tokenusage AS usage
-       SET status = 'succeeded',
-           input_tokens = %(input_tokens)s::bigint,
-           cached_input_tokens = %(cached_input_tokens)s::bigint,
-           cache_write_tokens = %(cache_write_tokens)s::bigint,
-           output_tokens = %(output_tokens)s::bigint,
-           reasoning_tokens = %(reasoning_tokens)s::bigint,
-           image_count = %(image_count)s::int,
-           actual_tokens = %(actual_tokens)s::bigint,
-           billable_tokens = -posting.amount,
-           unbilled_tokens = %(billable_tokens)s::bigint + posting.amount,
-           provider_cost_microusd = %(provider_cost_microusd)s::bigint,
-           is_estimated = %(is_estimated)s::boolean,
-           error_message = %(error_message)s::text,
-           duration_ms = %(duration_ms)s::bigint,
-           completed_at = clock_timestamp()
-      FROM posting
-     WHERE usage.id = posting.usage_id
-)""",
-    _ENTRY,
-    _UPDATED_ACCOUNT,
-    _OUTCOME,
-)
-
-# What a usage row keeps of `TokenPools`.
-COUNTS = (
-    "input_tokens", "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens", "actual_tokens",
-)  # fmt: skip
-
-# With no cost given, what was noted at the beginning stands: nobody knows better.
-_RELEASE = _Statement.of(
-    _LOCKED_ACCOUNT,
-    _HOLD,
-    f""", posting AS MATERIALIZED (
-    SELECT account.*, 0::bigint AS amount, -hold.reserved_tokens AS reserved_change, hold.id AS usage_id
-      FROM account, hold
-), released AS (
-    UPDATE billing_tokenusage AS usage
-       SET status = %(status)s::text,
-           provider_cost_microusd = coalesce(%(provider_cost_microusd)s::bigint, usage.provider_cost_microusd),
-           {", ".join(f"{c} = usage.{c} * (%(provider_cost_microusd)s::bigint IS NULL)::int" for c in COUNTS)},
-           is_estimated = usage.is_estimated AND %(provider_cost_microusd)s::bigint IS NULL,
-           error_message = %(error_message)s::text,
-           duration_ms = %(duration_ms)s::bigint,
-           completed_at = clock_timestamp()
-      FROM posting
-     WHERE usage.id = posting.usage_id
-), entry AS (
-    SELECT NULL::bigint AS id
-)""",  # noqa: S608 – our own names, no input
-    _UPDATED_ACCOUNT,
-    _OUTCOME,
-)
-
-
-# What a posting other than a purchase or a grant leaves empty in its ledger row.
-_NO_ENTRY: Mapping[str, Any] = {
-    "type": "usage",
-    "purchase_id": None,
-    "admin_id": None,
-    "paid_cents": None,
-    "currency": "",
-    "stripe_payment_intent_id": None,
-    "entry_key": None,
-    "entry_fingerprint": "",
-    "description": "",
-    "metadata": "{}",
-}
-
-
-@repeated_after_conflicts
-def _execute(statement: _Statement, parameters: Mapping[str, Any]) -> Any:
-    """Run one statement, bound on the server (so that PostgreSQL prepares it), and return its only row or None.
-
-    Inside the caller's transaction it gets a savepoint: a refused key must not cost the caller their work.
-    """
-    if connection.in_atomic_block:
-        with transaction.atomic():
-            return _execute_bare(statement, parameters)
-    return _execute_bare(statement, parameters)
-
-
-def _execute_bare(statement: _Statement, parameters: Mapping[str, Any]) -> Any:
-    connection.ensure_connection()
-    with (
-        connection.wrap_database_errors,
-        psycopg.RawCursor(connection.connection, row_factory=namedtuple_row) as cursor,
-    ):
-        return cursor.execute(statement.sql, [parameters[name] for name in statement.names]).fetchone()
-
-
-def _post(statement: _Statement, parameters: Mapping[str, Any], *, needed_tokens: int = 0) -> Posting:
-    """Run the statement; raise what refused it, or say after the commit that the balance changed."""
-    row = _execute(statement, parameters)
-    if row is None:
-        raise AccountNotFound("This user has no token account.")
-    if row.new_balance is None:
-        if row.status != TokenAccount.Status.ACTIVE:
-            raise AccountNotActive(status=row.status, reason=row.status_reason)
-        raise InsufficientTokens(needed_tokens=needed_tokens, available_tokens=row.balance - row.reserved)
-    transaction.on_commit(partial(announcements.announce_balance_change, row.user_id))
-    return Posting(
-        account_id=row.account_id,
-        user_id=row.user_id,
-        amount_tokens=row.amount,
-        balance_tokens=row.new_balance,
-        reserved_tokens=row.new_reserved,
-        status=row.new_status,
-        usage_id=row.usage_id,
-        transaction_id=row.transaction_id,
-        needs_recharge=row.needs_recharge,
-    )
-
-
-def _post_once(
-    statement: _Statement,
-    parameters: Mapping[str, Any],
-    replay: Callable[[], Posting | None],
-    *,
-    needed_tokens: int = 0,
-) -> Posting:
-    """Post; when a unique key refuses it, `replay` the outcome which that key already has (law 8).
-
-    A retry may also be refused for what its first time did: it spent the balance, or left a debt. And when the
-    connection was lost, only what stands under the key says whether it was committed. Nothing there: the error goes
-    on, and the caller may repeat it with the same key, also while the lost statement still waits for a lock.
-    """
-    try:
-        return _post(statement, parameters, needed_tokens=needed_tokens)
-    except (IntegrityError, InsufficientTokens, AccountNotActive, *DATABASE_AWAY) as error:
-        _leave_lost_connection(error)
-        outcome = replay()
-        if outcome is None:
-            raise
-        return outcome
-
-
-def _leave_lost_connection(error: Exception) -> None:
-    """After an error that says the connection was lost, have the next query open another one. Inside a transaction
-    the error goes on: all of that is lost or committed, and its caller knows what to ask for."""
-    if isinstance(error, DATABASE_AWAY):
-        if connection.in_atomic_block:
-            raise error
-        connection.close()
-
-
 # --- Reserve, settle, release ---------------------------------------------------------------------------------------
 
 
@@ -668,8 +210,8 @@ def reserve_tokens(
         "type": "",
         "paid_cents": None,
     }
-    return _post_once(
-        _RESERVE,
+    return post_once(
+        statements.RESERVE,
         parameters,
         partial(_replayed_usage, user_id, idempotency_key, fingerprint),
         needed_tokens=tokens,
@@ -702,7 +244,7 @@ def extend_reservation(*, usage_id: int, tokens: int) -> Posting:
         "paid_cents": None,
     }
     try:
-        return _post(_EXTEND, parameters, needed_tokens=tokens)
+        return post(statements.EXTEND, parameters, needed_tokens=tokens)
     except (InsufficientTokens, AccountNotActive):
         _require_open(_get_usage(usage_id))
         raise
@@ -728,7 +270,7 @@ def settle_usage(
     if image_count is not None:
         usage.image_count = min(image_count, usage.image_count)
     parameters = (
-        dict(_NO_ENTRY)
+        dict(statements.NO_ENTRY)
         | _fields(pools)
         | {
             "user_id": usage.account.user_id,
@@ -743,7 +285,7 @@ def settle_usage(
             "description": f"{usage.get_operation_type_display()} · {usage.model}",
         }
     )
-    return _close(_SETTLE, parameters, closed_as=TokenUsage.Status.SUCCEEDED)
+    return _close(statements.SETTLE, parameters, closed_as=TokenUsage.Status.SUCCEEDED)
 
 
 def release_usage(
@@ -770,7 +312,7 @@ def release_usage(
         "type": "",
         "paid_cents": None,
     }
-    return _close(_RELEASE, parameters, closed_as=status)
+    return _close(statements.RELEASE, parameters, closed_as=status)
 
 
 def expire_reservations(*, limit: int = 1_000) -> int:
@@ -809,19 +351,19 @@ def note_use(*, usage_id: int, pools: TokenPools, provider_cost_microusd: int) -
     No balance and no hold moves. Nothing happens when it is closed.
     """
     TokenUsage.objects.filter(pk=usage_id, status=TokenUsage.Status.RESERVED).update(
-        **{name: getattr(pools, name) for name in COUNTS},
+        **{name: getattr(pools, name) for name in statements.COUNTS},
         provider_cost_microusd=provider_cost_microusd,
         is_estimated=True,
     )
 
 
-def _close(statement: _Statement, parameters: Mapping[str, Any], *, closed_as: str) -> Posting:
+def _close(statement: statements.Statement, parameters: Mapping[str, Any], *, closed_as: str) -> Posting:
     try:
-        return _post(statement, parameters)
+        return post(statement, parameters)
     except (InsufficientTokens, AccountNotActive, *DATABASE_AWAY) as error:
         # Closing never lacks tokens: the statement found no open hold, so somebody closed it before. Perhaps it was
         # this call, whose connection was lost before the answer came.
-        _leave_lost_connection(error)
+        leave_lost_connection(error)
         usage = _get_usage(parameters["usage_id"])
         if usage.status == closed_as:
             return _replay(usage)
@@ -870,7 +412,7 @@ def deduct_tokens(
         kind="deduct", tokens=tokens, type=type, operation=operation and _fields(operation), purchase_id=purchase_id,
         admin_id=admin_id, pools=pools and _fields(pools), description=description,
     )  # fmt: skip
-    parameters: dict[str, Any] = dict(_NO_ENTRY) | {
+    parameters: dict[str, Any] = dict(statements.NO_ENTRY) | {
         "user_id": user_id,
         "tokens": tokens,
         "may_leave_debt": may_leave_debt,
@@ -886,7 +428,7 @@ def deduct_tokens(
     if operation is None:
         parameters |= {"entry_key": idempotency_key, "entry_fingerprint": fingerprint}
         replay = partial(_replayed_transaction, user_id, idempotency_key, fingerprint)
-        return _post_once(_DEBIT_OR_CREDIT, parameters, replay, needed_tokens=tokens)
+        return post_once(statements.DEBIT_OR_CREDIT, parameters, replay, needed_tokens=tokens)
     # The operation's row carries the key; the ledger row hangs on it by a unique reference.
     operation_label = TokenUsage.OperationType(operation.operation_type).label
     parameters |= _usage_parameters(operation, pools or TokenPools(), idempotency_key, fingerprint) | {
@@ -900,7 +442,7 @@ def deduct_tokens(
         "description": description or f"{operation_label} · {operation.model}",
     }
     replay = partial(_replayed_usage, user_id, idempotency_key, fingerprint)
-    return _post_once(_DEBIT_WITH_USAGE, parameters, replay, needed_tokens=tokens)
+    return post_once(statements.DEBIT_WITH_USAGE, parameters, replay, needed_tokens=tokens)
 
 
 def add_tokens(
@@ -929,7 +471,7 @@ def add_tokens(
         kind="add", tokens=tokens, type=type, purchase_id=purchase_id, admin_id=admin_id, paid_cents=paid_cents,
         currency=currency, stripe_payment_intent_id=stripe_payment_intent_id, description=description,
     )  # fmt: skip
-    parameters = dict(_NO_ENTRY) | {
+    parameters = dict(statements.NO_ENTRY) | {
         "user_id": user_id,
         "tokens": -tokens,
         "may_leave_debt": True,  # a credit never makes one
@@ -945,7 +487,7 @@ def add_tokens(
         "metadata": _metadata(metadata),
     }
     replay = partial(_replayed_transaction, user_id, idempotency_key, fingerprint)
-    return _post_once(_DEBIT_OR_CREDIT, parameters, replay)
+    return post_once(statements.DEBIT_OR_CREDIT, parameters, replay)
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from django.conf import settings
 from django.db import connection
 
 from billing import announcements, ledger
+from billing.ledger import statements
 from billing.pricing import TokenPools
 from postmate.local import embedded
 from tests.benchmarks import SCRATCH, scratch_database
@@ -206,7 +207,7 @@ def ledger_statement_for_pgbench() -> str:
         "is_free": "false",
     }
     texts = {"image_size", "image_quality", "currency", "entry_fingerprint"}
-    statement = ledger._DEBIT_WITH_USAGE
+    statement = statements.DEBIT_WITH_USAGE
 
     def value(match: re.Match[str]) -> str:
         name = statement.names[int(match[1]) - 1]

@@ -16,7 +16,7 @@ from pytest_django.fixtures import Settings
 from accounts.models import User
 from billing import ledger
 from billing.catalogue import system_settings
-from billing.ledger import Operation, Posting, welcome
+from billing.ledger import Operation, Posting, statements, welcome
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
@@ -89,9 +89,9 @@ def test_as_many_reservations_succeed_as_fit(alice: User) -> None:
 
 def test_without_the_lock_the_same_tokens_are_promised_twice(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of 48: it is the lock that holds, and the storm is strong enough to show it."""
-    unlocked = ledger._RESERVE.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
-    assert unlocked != ledger._RESERVE.sql
-    monkeypatch.setattr(ledger, "_RESERVE", ledger._Statement(unlocked, ledger._RESERVE.names))
+    unlocked = statements.RESERVE.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
+    assert unlocked != statements.RESERVE.sql
+    monkeypatch.setattr(statements, "RESERVE", statements.Statement(unlocked, statements.RESERVE.names))
     assert storm_of_reservations(alice)["Posting"] > 100
     with pytest.raises(CommandError, match="broken"):
         verify_ledger()
@@ -117,9 +117,9 @@ def test_without_the_lock_extensions_promise_the_same_tokens_twice(
     alice: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the one above."""
-    unlocked = ledger._EXTEND.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
-    assert unlocked != ledger._EXTEND.sql
-    monkeypatch.setattr(ledger, "_EXTEND", ledger._Statement(unlocked, ledger._EXTEND.names))
+    unlocked = statements.EXTEND.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
+    assert unlocked != statements.EXTEND.sql
+    monkeypatch.setattr(statements, "EXTEND", statements.Statement(unlocked, statements.EXTEND.names))
     assert storm_of_extensions(alice)["Posting"] > 50
     with pytest.raises(CommandError, match="broken"):
         verify_ledger()
