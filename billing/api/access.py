@@ -16,7 +16,7 @@ from accounts import api_keys
 from accounts.models import ApiKey, User
 from billing.api import limits
 from billing.api.problems import MissingScope, TooManyCalls, method_problem, not_found_problem, too_many_problem
-from kit.addresses import address_of
+from kit.addresses import network_of
 
 View = Callable[..., HttpResponse]
 
@@ -68,14 +68,10 @@ class PersonalKey(HttpBearer):
 
 
 def _count(request: HttpRequest, credential: str, limit: int) -> None:
-    allowance = limits.take_for_credential(credential, limit=limit, address=_address(request))
+    allowance = limits.take_for_credential(credential, limit=limit, address=network_of(request))
     request.allowance = allowance  # type: ignore[attr-defined]
     if allowance is not None and allowance.is_exceeded:
         raise TooManyCalls
-
-
-def _address(request: HttpRequest) -> str:
-    return address_of(request) or "unknown"
 
 
 def api_view(view: View) -> View:
@@ -95,7 +91,7 @@ def api_view(view: View) -> View:
         elif response.status_code == HTTPStatus.SERVICE_UNAVAILABLE:
             allowance = None  # the database could not say whether the credential was right
         else:
-            allowance = limits.take_for_address(_address(request))
+            allowance = limits.take_for_address(network_of(request))
             if allowance is not None and allowance.is_exceeded:
                 response = too_many_problem()
         if allowance is not None:

@@ -36,7 +36,7 @@ def secret(settings: Settings) -> str:
 
 def new_address() -> str:
     """An address that nobody has called from."""
-    return f"2001:db8::{uuid4().hex[:4]}:{uuid4().hex[:4]}"
+    return f"2001:db8:{uuid4().hex[:4]}:{uuid4().hex[:4]}::1"
 
 
 @pytest.fixture
@@ -106,6 +106,14 @@ def test_guessing_is_slowed(alice: User, secret: str, address: str, settings: Se
     assert wrong.content == right.content
     assert told(wrong) == told(right)
     assert call(path, secret).status_code == 200  # from elsewhere
+
+
+def test_a_caller_with_many_addresses_is_one(secret: str, address: str, settings: Settings) -> None:
+    """Row 69: one machine has a whole /64 of IPv6, and its neighbour another."""
+    settings.API_ANONYMOUS_CALLS_PER_MINUTE = 5
+    statuses = [call("/me/balance", "wrong", address=f"{address}{number}").status_code for number in range(6)]
+    assert statuses == [401] * 5 + [429]
+    assert call("/me/balance", "wrong", address=new_address()).status_code == 401
 
 
 def test_guessing_locks_no_neighbour_out(alice: User, secret: str, address: str, settings: Settings) -> None:
