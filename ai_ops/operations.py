@@ -825,7 +825,7 @@ def _history(chat: Chat, request: ChatRequest) -> list[tuple[str, str]]:
     # A model that reads little gets less of what was said before, rather than nothing at all.
     left_tokens = price.max_input_tokens - _count_tokens(request, request.question) - CHAT_PROMPT_TOKENS
     most_tokens = min(CHAT_HISTORY_TOKENS, left_tokens)
-    for turn in chat.turns.exclude(answer="").order_by("-id")[:100]:
+    for turn in chat.turns.exclude(answer__regex=r"^\s*$").order_by("-id")[:100]:  # no provider takes a blank one
         tokens += _count_tokens(request, turn.question) + _count_tokens(request, turn.answer)
         if tokens > most_tokens:
             break

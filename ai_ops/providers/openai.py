@@ -109,6 +109,7 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
     """See `ai_ops.providers.stream_text`. OpenAI reports usage at the very end: a broken stream has none."""
     finish_reason: FinishReason | None = None
     first: Any = None
+    has_begun = False
     client, turns = _client(settings.AI_TIMEOUT_SECONDS), _turns(system, messages)
     try:
         async with (
@@ -134,7 +135,9 @@ async def stream_text(*, model: str, system: str, messages: Sequence[Message], m
                     thought += _thought(choice)
                     if reason := part(choice, "finish_reason"):
                         finish_reason = FINISH_REASONS.get(reason, "other")
-                said = _said(chunk.usage) if chunk.usage else None
+                # The first chunk says that our text was read, whatever else it says.
+                said = _said(chunk.usage) if chunk.usage or not has_begun else None
+                has_begun = True
                 if text or said or thought:
                     yield TextDelta(text, said, thought)
     except Exception as error:

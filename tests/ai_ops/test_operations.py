@@ -106,6 +106,7 @@ def test_chat_leaves_out_what_is_too_long_ago(writer: Writer) -> None:
     chat = Chat.objects.get()
     ChatTurn.objects.create(chat=chat, question="Long", answer="tea " * 2_990, state="ready")
     ChatTurn.objects.create(chat=chat, question="Failed", state="failed")
+    ChatTurn.objects.create(chat=chat, question="Left at a blank", answer="\n ", state="ready")
     answer = writer.run("chat", chat_id=chat.pk, question="Now", project="Tea shop")
     assert answer.last.name == "done"
     assert writer.usage.metadata["history_turns"] == 1

@@ -265,6 +265,11 @@ def anthropic_delta(type: str, **delta: Any) -> dict[str, Any]:
             ),
             *((400, 0), [TEXT, FORTY_WORDS], "succeeded"),
         ),
+        (  # begun, and failed
+            "openai",
+            sse(openai_delta(role="assistant"), {"error": {"message": "…", "type": "server_error"}}),
+            *((None, 0), [], "failed"),
+        ),
         (  # thought, and failed
             "openai",
             sse(openai_delta(reasoning_content=TEXT), {"error": {"message": "…", "type": "server_error"}}),
