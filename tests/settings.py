@@ -11,6 +11,4 @@ class CheapArgon2PasswordHasher(Argon2PasswordHasher):
 
 PASSWORD_HASHERS = ["tests.settings.CheapArgon2PasswordHasher"]
 
-# A browser asks once for each file, as in production.
-WHITENOISE_AUTOREFRESH = False
-WHITENOISE_MAX_AGE = 3600
+WHITENOISE_MAX_AGE = 3600  # a browser asks once for each file, as in production

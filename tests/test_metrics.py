@@ -234,7 +234,8 @@ def test_processes_count_together_and_errors_of_providers_by_kind(alice: User, w
     assert value("postmate_provider_errors_total", provider="openai", kind="busy") == 0
     for fault in ("429", "401", "429"):
         assert writer.draft(topic=f"About tea. [[fault:{fault}]]").last.name == "failed"
-    until(lambda: value("postmate_requests_total", route="live/<slug:name>/") == 3)
+    until(lambda: value("postmate_requests_total", route="live/<slug:name>/") == 3)  # it is counted as it begins
+    until(lambda: value("postmate_provider_errors_total", provider="openai", kind="busy") == 2)
     samples = read()
     for kind, number in {"busy": 2, "misconfigured": 1, "refused": 0, "timed_out": 0, "unavailable": 0}.items():
         assert value("postmate_provider_errors_total", samples, provider="openai", kind=kind) == number
