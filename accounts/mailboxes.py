@@ -91,8 +91,8 @@ def canonical(address: str) -> str:
 
 
 def is_disposable(address: str) -> bool:
-    """Whether the address is of a service that gives anybody as many as they like: throw-away mailboxes (the list of
-    the package, and DISPOSABLE_EMAIL_DOMAINS) and masks. Below such a domain, every other is."""
+    """Whether the address belongs to a service that hands out as many as anyone wants: throw-away mailboxes (the list
+    of the package, and DISPOSABLE_EMAIL_DOMAINS) and masks. Their subdomains count, too."""
     own = {canonical_domain(domain) for domain in settings.DISPOSABLE_EMAIL_DOMAINS}
     domain = canonical_domain(address.rpartition("@")[2])
     return any(parent in blocklist or parent in MASKS or parent in own for parent in _parents(domain))

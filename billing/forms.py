@@ -356,7 +356,7 @@ class SystemSettingsForm(forms.Form):
     welcome_bonus_disposable = forms.ChoiceField(
         label="Welcome bonus for disposable addresses",
         choices=DisposableBonus,
-        help_text="For who has no address but of services whose addresses are thrown away, or made at will.",
+        help_text="For people whose only addresses come from services of throw-away mailboxes or masks.",
     )
     low_balance_tokens = _tokens_setting("Low balance", "With this many tokens or fewer, people are told.")
     critical_balance_tokens = _tokens_setting("Critical balance", "With fewer tokens, they are told again.")

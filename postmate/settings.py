@@ -126,7 +126,7 @@ HSTS_INCLUDE_SUBDOMAINS = env.bool("HSTS_INCLUDE_SUBDOMAINS", False)
 TRUSTED_PROXY_COUNT = env.int("TRUSTED_PROXY_COUNT", 0 if DEBUG else 1)
 
 # The files of generated images. Several machines share them: a common volume, or another storage.
-MEDIA_ROOT = env.str("MEDIA_ROOT", str(DATA_DIR / "media"))
+MEDIA_ROOT = os.path.abspath(env.str("MEDIA_ROOT", str(DATA_DIR / "media")))  # noqa: PTH100 – without its ".."
 
 # Where `manage.py backup` writes, and from which age on `manage.py doctor` finds the newest one too old. 0: backups
 # are made by other means.

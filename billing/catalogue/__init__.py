@@ -364,9 +364,7 @@ def _replacement(price: ModelPrice) -> str:
         if following is None or following in list_active_models(following.kind):
             return price.replacement
         price = following
-    if not price.replacement:
-        return ""
-    return next((other.model for other in list_active_models(price.kind)), "")
+    return ""
 
 
 def multiplier(price: ModelPrice, settings: SystemSettings) -> Decimal:

@@ -67,6 +67,7 @@ __all__ = [
     "expire_reservations",
     "extend_reservation",
     "find_reservation",
+    "fingerprint_of",
     "get_account",
     "has_had_bonus",
     "initialize_account",
@@ -400,15 +401,17 @@ def deduct_tokens(
     stripe_payment_intent_id: str | None = None,
     description: str = "",
     metadata: Mapping[str, Any] | None = None,
+    request: Mapping[str, Any] | None = None,
 ) -> Posting:
     """Lower the balance by `tokens`, and append the ledger row.
 
     With `operation` it also writes the `TokenUsage` row of something that has already run (`type` usage needs it). A
     debit is refused with InsufficientTokens unless it `may_leave_debt` (after-the-fact usage, clawbacks): then the
     account is suspended until the debt is paid. Debits are recorded for suspended and blocked accounts too.
+    `request` is what was asked for under the key, where prices or the catalogue decide what is posted for it.
     """
     _require_amount(tokens)
-    fingerprint = _fingerprint(
+    fingerprint = fingerprint_of(request) if request is not None else _fingerprint(
         kind="deduct", tokens=tokens, type=type, operation=operation and _fields(operation), purchase_id=purchase_id,
         admin_id=admin_id, pools=pools and _fields(pools), description=description,
     )  # fmt: skip
@@ -513,6 +516,11 @@ def _metadata(value: Mapping[str, Any] | None) -> str:
 
 def _fingerprint(**request: Any) -> str:
     return sha256(_json(request).encode()).hexdigest()
+
+
+def fingerprint_of(request: Mapping[str, Any]) -> str:
+    """Of what was asked for under a key: kept beside it, so that a repetition is told from another wish (law 8)."""
+    return _fingerprint(kind="record", request=request)
 
 
 def _request_fingerprint(request: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ class WithheldBonus(models.TextChoices):
 
 class TokenAccount(models.Model):
     """One user's prepaid tokens. `balance`, `reserved`, `sequence`, the lifetime totals and a debt's status are
-    written by billing/ledger/__init__.py alone (law 1)."""
+    written by billing/ledger/ alone (law 1)."""
 
     Status = AccountStatus
 

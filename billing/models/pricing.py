@@ -53,8 +53,9 @@ class TokenPricing(models.Model):
         if before.values_list("tokens", "price_usd_cents", "price_eur_cents", "price_gbp_cents").first() == (*numbers,):
             return
         settings = SystemSettings.objects.filter(key="global", grant_approval_tokens__isnull=False).first()
-        if settings is None or any(type(number) is not int for number in numbers if number is not None):
-            return  # what is no number is said of the fields themselves
+        are_numbers = all(type(number) is int for number in numbers if number is not None)
+        if settings is None or None in numbers[:2] or not are_numbers:
+            return  # what is missing or no number is said of the fields themselves
         cheapest_cents = min(price for price in numbers[1:] if price is not None)
         if self.tokens * 100 > cheapest_cents * settings.tokens_per_usd * MOST_TOKENS_FOR_THE_MONEY:
             words = (

@@ -20,7 +20,7 @@ class TransactionType(models.TextChoices):
 class TokenTransaction(models.Model):
     """The ledger: one row for every change of a balance, never changed, never deleted.
 
-    Written by billing/ledger/__init__.py alone. Read it in the order of (account, `sequence`), not of time.
+    Written by billing/ledger/ alone. Read it in the order of (account, `sequence`), not of time.
     """
 
     Type = TransactionType

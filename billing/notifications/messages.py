@@ -20,12 +20,12 @@ from kit.text import one_line
 
 def purchase_confirmed(purchase: Purchase) -> None:
     """A purchase by Checkout was paid and credited."""
-    what = f"the {purchase.package_name} package" if purchase.package_id else _tokens(purchase.tokens)
+    what = f"the {purchase.package_name} package" if purchase.package_id else token_words(purchase.tokens)
     notify(
         user_id=purchase.user_id,
         kind=Kind.PURCHASE_CONFIRMED,
         key=str(purchase.pk),
-        title=f"{_tokens(purchase.tokens)} were added",
+        title=f"{token_words(purchase.tokens)} were added",
         body=f"You paid {purchase.paid_display} for {what}. The tokens are in your balance and do not expire.",
         link=_tokens_page("transactions"),
         action="See it in your history",
@@ -41,7 +41,7 @@ def auto_recharge_succeeded(purchase: Purchase) -> None:
         user_id=purchase.user_id,
         kind=Kind.AUTO_RECHARGE_SUCCEEDED,
         key=str(purchase.pk),
-        title=f"Auto-recharge added {_tokens(purchase.tokens)}",
+        title=f"Auto-recharge added {token_words(purchase.tokens)}",
         body=(
             f"Your balance had fallen below the limit you set, so we bought the {purchase.package_name} package for "
             f"{purchase.price_display} with {f'your card, {card}' if card else 'your saved card'}."
@@ -62,7 +62,7 @@ def auto_recharge_failed(purchase: Purchase, *, retry_at: datetime | None) -> No
         user_id=purchase.user_id,
         kind=Kind.AUTO_RECHARGE_FAILED,
         key=str(purchase.pk),
-        title=f"We could not buy {_tokens(purchase.tokens)} for you",
+        title=f"We could not buy {token_words(purchase.tokens)} for you",
         body=" ".join(
             [
                 f"Auto-recharge tried to pay {purchase.price_display} for the {purchase.package_name} package "
@@ -90,8 +90,8 @@ def auto_recharge_needs_confirmation(purchase: Purchase) -> None:
         key=str(purchase.pk),
         title=f"Please confirm a payment of {purchase.price_display}",
         body=(
-            f"Auto-recharge wanted to buy {_tokens(purchase.tokens)} for you, and your bank asks you to confirm the "
-            "payment first. It takes a minute. The tokens are added as soon as you have confirmed."
+            f"Auto-recharge wanted to buy {token_words(purchase.tokens)} for you, and your bank asks you to confirm "
+            "the payment first. It takes a minute. The tokens are added as soon as you have confirmed."
         ),
         link=reverse("tokens:confirm", args=[purchase.pk]),
         action="Confirm the payment",
@@ -129,7 +129,7 @@ def auto_recharge_switched_on(account: TokenAccount, *, key: str) -> None:
         key=key,
         title="Auto-recharge is on",
         body=(
-            f"When fewer than {_tokens(account.auto_recharge_threshold_tokens)} are available, we buy "
+            f"When fewer than {token_words(account.auto_recharge_threshold_tokens)} are available, we buy "
             f"{account.auto_recharge_terms} with {f'your card, {card}' if card else 'your saved card'}, {limit}. "
             f"{NOT_YOU}"
         ),
@@ -138,12 +138,13 @@ def auto_recharge_switched_on(account: TokenAccount, *, key: str) -> None:
     )
 
 
-def saved_card_changed(account: TokenAccount) -> None:
-    """The card that auto-recharge charges was replaced at Stripe."""
+def saved_card_changed(account: TokenAccount, *, key: str) -> None:
+    """The card that auto-recharge charges was replaced at Stripe. `key` names the change: back to a card of before is
+    told, too."""
     notify(
         user_id=account.user_id,
         kind=Kind.SAVED_CARD_CHANGED,
-        key=account.stripe_payment_method_id,
+        key=key,
         title="Your saved card was replaced",
         body=f"Auto-recharge, where it is on, now charges {_card_of(account)}. {NOT_YOU}",
         link=_tokens_page("auto-recharge"),
@@ -183,7 +184,7 @@ def grant_received(account: TokenAccount, *, tokens: int, reason: str, key: str)
         user_id=account.user_id,
         kind=Kind.GRANT_RECEIVED,
         key=key,
-        title=f"You received {_tokens(tokens)}",
+        title=f"You received {token_words(tokens)}",
         body=f"The Postmate team added them to your balance. The reason they gave: {_sentence(reason)}",
         link=_tokens_page("transactions"),
         action="See your balance",
@@ -197,7 +198,7 @@ def tokens_deducted(account: TokenAccount, *, tokens: int, reason: str, key: str
         user_id=account.user_id,
         kind=Kind.TOKENS_DEDUCTED,
         key=key,
-        title=f"{_tokens(tokens)} were taken from your balance",
+        title=f"{token_words(tokens)} were taken from your balance",
         body=f"The Postmate team took them. The reason they gave: {_sentence(reason)} Contact support if it is wrong.",
         link=_tokens_page("transactions"),
         action="See your balance",
@@ -234,7 +235,7 @@ def refund_applied(reversal: PaymentReversal, *, tokens: int) -> None:
     if reversal.purchase is None:
         return
     amount, balance_tokens = _amount_of(reversal), _balance_of(reversal.purchase)
-    taken = f"{_tokens(tokens)} were taken back from your balance" if tokens > 0 else "no tokens were taken back"
+    taken = f"{token_words(tokens)} were taken back from your balance" if tokens > 0 else "no tokens were taken back"
     notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.REFUND_APPLIED,
@@ -253,7 +254,7 @@ def refund_failed(reversal: PaymentReversal, *, tokens: int) -> None:
     if reversal.purchase is None:
         return
     amount = _amount_of(reversal)
-    returned = f"{_tokens(tokens)} are back in your balance" if tokens > 0 else "your balance stays as it is"
+    returned = f"{token_words(tokens)} are back in your balance" if tokens > 0 else "your balance stays as it is"
     notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.REFUND_FAILED,
@@ -288,7 +289,7 @@ def dispute_opened(reversal: PaymentReversal, *, tokens: int) -> None:
     if reversal.purchase is None:
         return
     amount, balance_tokens = _amount_of(reversal), _balance_of(reversal.purchase)
-    taken = f"{_tokens(tokens)} are held back" if tokens > 0 else "no tokens are held back"
+    taken = f"{token_words(tokens)} are held back" if tokens > 0 else "no tokens are held back"
     notify(
         user_id=reversal.purchase.user_id,
         kind=Kind.DISPUTE_OPENED,
@@ -312,7 +313,7 @@ def dispute_closed(reversal: PaymentReversal, *, tokens: int) -> None:
     if reversal.takes_money:
         outcome = f"The bank returned {amount} to you. The tokens of that payment stay taken back."
     elif tokens:
-        outcome = f"The payment of {amount} stands. {_tokens(tokens)} are back in your balance."
+        outcome = f"The payment of {amount} stands. {token_words(tokens)} are back in your balance."
     else:
         outcome = f"The payment of {amount} stands, and your balance stays as it is."
     notify(
@@ -361,12 +362,12 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?", "…")) else f"{text}."
 
 
-def _count(number: int, noun: str) -> str:
+def count_words(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _tokens(number: int) -> str:
-    return _count(number, "token")
+def token_words(number: int) -> str:
+    return count_words(number, "token")
 
 
 def _moment(at: datetime, user: User) -> str:
@@ -393,8 +394,8 @@ def _balance_of(purchase: Purchase) -> int:
 
 def _left_sentence(account: TokenAccount) -> str:
     if account.available < 0:
-        return f"Your balance is {_tokens(-account.available)} below zero."
-    return f"You have {_tokens(account.available) if account.available else 'no tokens'} left."
+        return f"Your balance is {token_words(-account.available)} below zero."
+    return f"You have {token_words(account.available) if account.available else 'no tokens'} left."
 
 
 def _debt_sentence(balance_tokens: int) -> str:

@@ -16,7 +16,7 @@ from billing.models import (
 )
 from billing.models.notification import NotificationKind as Kind
 from billing.notifications.inbox import notify
-from billing.notifications.messages import _count, _tokens, admin_ids
+from billing.notifications.messages import admin_ids, count_words, token_words
 from billing.pricing import display_price
 
 
@@ -82,9 +82,9 @@ def weekly_summary(*, now: datetime | None = None) -> int:
             key=f"{figures.until:%Y-%m-%d}",
             title=f"The week from {period}",
             body=(
-                f"{_count(figures.operations, 'operation')} used {_tokens(figures.billable_tokens)}. "
+                f"{count_words(figures.operations, 'operation')} used {token_words(figures.billable_tokens)}. "
                 f"{f'Payments brought {revenue}' if revenue else 'No payments came in'}, and "
-                f"{_count(figures.failed_payments, 'payment')} failed. Open disputes: {figures.open_disputes:,}. "
+                f"{count_words(figures.failed_payments, 'payment')} failed. Open disputes: {figures.open_disputes:,}. "
                 f"Accounts in debt: {figures.accounts_in_debt:,}."
             ),
             link=reverse("tokens:notifications"),

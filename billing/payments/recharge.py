@@ -687,9 +687,13 @@ def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
             _keep_card(purchase.account_id, card)
 
 
-def _keep_card(account_id: int, card: gateway.SavedCard) -> None:
+def _keep_card(account_id: int, card: gateway.SavedCard) -> tuple[str, TokenAccount]:
     """Store the card, unless its owner is nobody by now or its bank has warned of it. Another one than before starts
-    without the declines of the one before."""
+    without the declines of the one before. Returns the id of the one before, and the account as it is now.
+
+    In the caller's transaction, with the account locked first: a warning that came meanwhile is seen by what follows.
+    """
+    was = TokenAccount.objects.select_for_update().get(pk=account_id).stripe_payment_method_id
     is_distrusted = Purchase.objects.filter(account=OuterRef("pk"), metadata__distrusted_card=card.payment_method_id)
     accounts = TokenAccount.objects.filter(~Exists(is_distrusted), pk=account_id).exclude(
         status_reason=TokenAccount.ANONYMISED
@@ -698,6 +702,7 @@ def _keep_card(account_id: int, card: gateway.SavedCard) -> None:
         auto_recharge_failures=0, auto_recharge_retry_at=None
     )
     accounts.update(stripe_payment_method_id=card.payment_method_id, card_brand=card.brand, card_last4=card.last4)
+    return was, TokenAccount.objects.get(pk=account_id)
 
 
 def _sweep_details(now: datetime, *, limit: int) -> None:
@@ -737,10 +742,9 @@ def refresh_card(*, user_id: int) -> None:
         customers.forget_card(payment_method_id=account.stripe_payment_method_id)
     else:
         with transaction.atomic():
-            _keep_card(account.pk, card)
-            was, account = account.stripe_payment_method_id, TokenAccount.objects.get(pk=account.pk)
+            was, account = _keep_card(account.pk, card)
             if was not in ("", account.stripe_payment_method_id):
-                messages.saved_card_changed(account)
+                messages.saved_card_changed(account, key=database.now().isoformat())
 
 
 def open_card_page(*, user_id: int, return_url: str) -> str:
@@ -766,6 +770,7 @@ def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> bo
     """
     if "distrusted_card" in purchase.metadata:
         return False
+    TokenAccount.objects.select_for_update().get(pk=purchase.account_id)  # whoever keeps the card now is done, or waits
     purchase.metadata = {**purchase.metadata, "distrusted_card": payment_method_id}
     purchase.save(update_fields=["metadata"])
     reason = "Your bank reported a payment as made without your consent."

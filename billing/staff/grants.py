@@ -308,7 +308,8 @@ def give_waiting_bonus(*, admin: User, user_id: int) -> TokenAccount:
     (law 8); entry, mark and audit entry are one transaction. Raises GrantNotAllowed, GrantNotPossible.
     """
     giver = User.objects.filter(pk=admin.pk, is_active=True).first()  # the role of this moment, not of the sign-in
-    if giver is None or not giver.is_admin or giver.pk == user_id:
+    receiver = User.objects.filter(pk=user_id).first()
+    if giver is None or not giver.is_admin or receiver is None or roles.are_one_person(giver, receiver):
         _refuse(admin, user_id, "Was refused to give a welcome bonus", Action.WELCOME_BONUS)
         raise GrantNotAllowed("Only admins give a welcome bonus that waits, and nobody their own.")
     with transaction.atomic():

@@ -665,7 +665,7 @@ class History:
         key: str = NULL,
         metadata: Mapping[str, Any] | None = None,
     ) -> int:
-        """The ledger row that billing/ledger/__init__.py would have written (law 2). Returns its id."""
+        """The ledger row that billing/ledger/ would have written (law 2). Returns its id."""
         at = max(at, person.last_at)
         before, person.balance = person.balance, person.balance + tokens
         person.sequence += 1

@@ -193,6 +193,7 @@ def record_usage(
                 may_leave_debt=True,
                 provider_cost_microusd=provider_cost_microusd,
                 duration_ms=duration_ms,
+                request=requested,
             )
             if not posting.is_replay:
                 return posting
@@ -227,6 +228,7 @@ def _record_without_debit(
             is_free=operation.is_free,
             provider_cost_microusd=provider_cost_microusd,
             idempotency_key=idempotency_key,
+            request_fingerprint=ledger.fingerprint_of(requested),
             completed_at=ClockTimestamp(),
             **{**requested, "model": operation.model},
         )
@@ -261,8 +263,10 @@ def _find_recorded(account: TokenAccount, idempotency_key: str) -> TokenUsage | 
 
 
 def _replay(usage: TokenUsage, requested: Mapping[str, Any]) -> ledger.Posting:
-    """The first outcome of the key, if it was used for the same. Prices are no part of what was asked for."""
-    for name, value in requested.items():
+    """The first outcome of the key, if it was used for the same. Prices are no part of what was asked for, nor is what
+    a model is called by now. Rows of before have no such fingerprint: theirs are compared field by field."""
+    is_same = usage.request_fingerprint == ledger.fingerprint_of(requested)
+    for name, value in () if is_same else requested.items():
         stored = getattr(usage, name)
         if name == "metadata":
             # As JSON, where `true` is not 1.

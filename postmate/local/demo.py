@@ -8,6 +8,7 @@ payments, so that receipts, refunds and the comparison of the books work for the
 from collections.abc import Iterator
 from contextlib import closing
 from datetime import datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 from django.contrib.auth.hashers import make_password
@@ -97,7 +98,7 @@ def _price_in_other_currencies() -> None:
     for package in TokenPricing.objects.filter(price_eur_cents=None, price_gbp_cents=None):
         # As shops price: whole units, 65 dollars are 60 euros.
         prices = {
-            f"price_{currency}_cents": round(package.price_usd_cents * float(rate) / 100) * 100
+            f"price_{currency}_cents": int((package.price_usd_cents * Decimal(rate) / 100).to_integral_value()) * 100
             for currency, rate in OTHER_CURRENCIES
             if package.price_usd_cents
         }
@@ -106,12 +107,11 @@ def _price_in_other_currencies() -> None:
 
 def _say_what_was_said(user: User) -> None:
     """The messages that came with the newest of it: all read but the last."""
-    account = TokenAccount.objects.get(user=user)
     for purchase in reversed(Purchase.objects.filter(user=user, state="paid").order_by("-paid_at")[:4]):
         messages.purchase_confirmed(purchase)
         _said(purchase.paid_at)
     for entry in TokenTransaction.objects.filter(user=user, type="admin_grant"):
-        account.balance = entry.balance_after
+        account = TokenAccount(user=user, balance=entry.balance_after)
         messages.grant_received(account, tokens=entry.amount, reason=entry.description, key=str(entry.pk))
         _said(entry.created_at)
     weekly.weekly_summary()

@@ -19,7 +19,7 @@ from accounts.audit import Action
 from accounts.models import AuditEntry, ChangeRequest, User
 from billing import catalogue
 from billing.catalogue import packages, system_settings
-from billing.models import Drift, ModelPrice, SettingChange, StripeEvent, TokenPricing
+from billing.models import Drift, ModelPrice, SettingChange, StripeEvent, SystemSettings, TokenPricing
 from tests.conftest import PASSWORD, MakeUser
 
 pytestmark = pytest.mark.django_db
@@ -379,6 +379,11 @@ def test_a_package_in_django_admin(client: Client, seeded: None, susan: User) ->
     assert (entry.actor, entry.after) == (susan, {"price_usd_cents": 1_700})
     row = "<td>price_usd_cents</td><td>1500 → 1700</td><td>susan@example.com</td>"
     assert row in client.get(address).content.decode()
+    # What is missing is said at its field, also where the tokens are held against the price.
+    SystemSettings.objects.update_or_create(key="global", defaults={"grant_approval_tokens": 1_000})
+    for name in ("tokens", "price_usd_cents"):
+        answer = client.post(reverse("admin:billing_tokenpricing_add"), fields | {name: ""})
+        assert (answer.status_code, list(answer.context["adminform"].form.errors)) == (200, [name])
 
 
 def test_what_a_person_does_about_stripe(client: Client, susan: User) -> None:

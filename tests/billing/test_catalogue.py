@@ -14,9 +14,9 @@ from django.test import Client
 from django.urls import reverse
 
 from accounts.models import User
-from billing import catalogue
+from billing import catalogue, ledger, usage
 from billing.catalogue import ImageOption, system_settings
-from billing.models import ModelPrice, ModelPriceChange, SystemSettings
+from billing.models import ModelPrice, ModelPriceChange, SystemSettings, TokenUsage
 from billing.pricing import TokenPools
 
 pytestmark = [pytest.mark.django_db, pytest.mark.usefixtures("seeded")]
@@ -320,7 +320,7 @@ def test_a_model_is_no_default_in_its_last_month() -> None:
         with pytest.raises(catalogue.RetiredModel, match=r"Use claude-haiku-5-5 instead\."):
             catalogue.get_active_model(provider="openai", model="gpt-6.1-terra")
         ModelPrice.objects.filter(model="claude-haiku-5-5").update(is_active=False)
-        with pytest.raises(catalogue.RetiredModel, match=r"Use gpt-6.1-sol instead\.|Choose another"):
+        with pytest.raises(catalogue.RetiredModel, match="Choose another one"):
             catalogue.get_active_model(provider="openai", model="gpt-6.1-terra")
 
 
@@ -357,6 +357,34 @@ def test_a_models_other_names_mean_it(provider: str, name: str, found: str) -> N
         catalogue.update_model_price(price_id=luna.pk, changes=changes, changed_by_id=None, source="admin")
         assert history(luna) == [("other_names", "[]", '["luna"]', None, "admin")]
     assert catalogue.find_model(provider=provider, model=name).model == found
+
+
+def test_what_was_recorded_by_another_name_is_repeated_without_it(alice: User) -> None:
+    """Law 8: the key stands for what was asked for, not for what the catalogue calls it by now."""
+    luna = model("gpt-6-luna")
+
+    def change(names: list[str]) -> None:
+        catalogue.update_model_price(
+            price_id=luna.pk, changes={"other_names": names}, changed_by_id=None, source="admin"
+        )
+
+    def record(model: str, *, success: bool, key: str) -> ledger.Posting:
+        return usage.record_usage(
+            user_id=alice.pk, operation_type="chat", provider="openai", model=model, input_tokens=100,
+            output_tokens=20, success=success, idempotency_key=key,
+        )  # fmt: skip
+
+    change(["our-luna"])
+    first = {success: record("our-luna", success=success, key=f"key-{success}") for success in (True, False)}
+    change([])
+    for success, posting in first.items():
+        again = record("our-luna", success=success, key=f"key-{success}")
+        assert (again.usage_id, again.is_replay) == (posting.usage_id, True)
+        with pytest.raises(ledger.IdempotencyConflict):
+            record("gpt-6.1-sol", success=success, key=f"key-{success}")
+    # One that was recorded before is compared field by field.
+    TokenUsage.objects.update(request_fingerprint="")
+    assert record("gpt-6-luna", success=True, key="key-True").is_replay
 
 
 @pytest.mark.parametrize(

@@ -296,7 +296,7 @@ def test_a_large_change_or_one_of_meaning_needs_a_flag(
     before = getattr(ModelPrice.objects.get(model=name), field)
     shown, refusal = run_refused(file, apply=True)
     assert (refusal.returncode, "--accept-large-changes" in str(refusal)) == (2, True)
-    assert f"WARNING: a change by {told}" in shown or told in shown
+    assert told in shown
     price = ModelPrice.objects.get(model=name)
     assert (getattr(price, field), price.retired_on) == (before, date(2099, 1, 1))
     run(file, apply=True, accept_large_changes=True)

@@ -19,7 +19,7 @@ from accounts.models import User, Workspace
 from billing import ledger
 from billing.catalogue import system_settings
 from billing.management.commands import initialize_accounts
-from billing.models import TokenAccount, TokenTransaction
+from billing.models import BonusKey, TokenAccount, TokenTransaction
 from tests.payments import verify_books
 from tests.servers import PROJECT
 
@@ -48,15 +48,19 @@ def bonuses(user: User) -> list[int]:
 
 
 @pytest.mark.django_db
-def test_everybody_gets_an_account_and_the_bonus_once(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everybody_gets_an_account_and_the_bonus_once(
+    alice: User, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Row 61. More users than a batch holds; Alice had hers at sign-up."""
     monkeypatch.setattr(initialize_accounts, "BATCH_USERS", 3)
     users = bring_in(8)
+    # The marks' key is to be encrypted with this one, too, but not by a dry run.
+    settings.SECRET_KEY, settings.SECRET_KEY_FALLBACKS = "another", [settings.SECRET_KEY]
     assert initialize(dry_run=True) == (
         "Accounts to open: 8. Welcome bonuses of 10,000 tokens to give at most: 8. "
         "Bonuses that wait until the e-mail address is verified: 0. Users: 9.\n"
     )
-    assert TokenAccount.objects.count() == 1
+    assert (TokenAccount.objects.count(), BonusKey.objects.count()) == (1, 1)
     assert "Accounts opened: 8. Welcome bonuses of 10,000 tokens given: 8." in initialize()
     assert "Accounts opened: 0. Welcome bonuses of 10,000 tokens given: 0." in initialize()
     assert [bonuses(user) for user in (alice, *users)] == [[10_000]] * 9

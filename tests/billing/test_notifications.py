@@ -88,7 +88,7 @@ def tell_everything(user: User) -> None:
     messages.auto_recharge_needs_confirmation(recharge)
     messages.auto_recharge_switched_off(account, reason=f"Declined by {NASTY}", key="1")
     messages.auto_recharge_switched_on(account, key="1")
-    messages.saved_card_changed(account)
+    messages.saved_card_changed(account, key="1")
     messages.low_balance(account, key="1")
     messages.critical_balance(account, key="1")
     messages.grant_received(account, tokens=5_000, reason=NASTY, key="1")

@@ -646,6 +646,16 @@ def test_card_changed(prepare: Prepare, stripe: StripeStandIn, client: Client) -
     account = account_of(alice)
     assert (account.card_brand, account.card_last4, account.auto_recharge_enabled) == ("mastercard", "4444", True)
     assert told("saved_card_changed") == 1
+    for number, card in ((2, before.stripe_payment_method_id), (3, account.stripe_payment_method_id)):  # there and back
+        answer = stripe.post(
+            f"/v1/customers/{before.stripe_customer_id}",
+            data={"invoice_settings[default_payment_method]": card},
+            headers={"Authorization": "Bearer sk_test_tests"},
+        )
+        assert answer.status_code == 200
+        for _ in range(2):
+            tasks.refresh_card(alice.pk)
+        assert told("saved_card_changed") == number
     form = {"action": "remove", "payment_method": before.stripe_payment_method_id}
     stripe.post(portal(stripe, client), data=form, follow_redirects=False)
     deliver(event_of(stripe, "payment_method.detached"))

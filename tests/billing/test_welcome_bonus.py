@@ -221,11 +221,14 @@ def test_an_admin_gives_the_one_that_waits(client: Client, adam: User) -> None:
     again = join("nora+x@mailinator.com")
     assert withheld(again) == "given_before"
     assert "given before to this mailbox" in admins.get(reverse("dashboard:account", args=[again.pk])).content.decode()
-    # Nobody gives their own, nor does a former admin.
-    waits = join("eve@mailinator.com")
-    for someone in (waits, user):
+    # Nobody gives their own, also not by another account at the same mailbox; nor does a former admin.
+    waits, same_person = join("eve@mailinator.com"), join("eve+2@mailinator.com")
+    User.objects.filter(pk__in=(waits.pk, same_person.pk)).update(role=User.Role.ADMIN)
+    User.objects.filter(pk=adam.pk).update(role=User.Role.USER)
+    for someone in (waits, same_person, adam):
         with pytest.raises(grants.GrantNotAllowed):
             grants.give_waiting_bonus(admin=someone, user_id=waits.pk)
+    assert balance(waits) == 0
     verify_books()
 
 

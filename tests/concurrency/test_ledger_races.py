@@ -220,10 +220,11 @@ def test_one_mailbox_has_one_bonus(seeded: None, settings: Settings) -> None:
 def test_a_look_before_writing_is_not_enough(seeded: None, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control: who looks first and writes then, without the unique digest between, gives several."""
 
+    looked = Barrier(20, timeout=30)
+
     def look_and_write(addresses: set[str]) -> bool:
         is_new = not welcome.had_bonus(addresses)
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_sleep(0.1)")
+        looked.wait()
         claim(addresses)
         return is_new
 

@@ -20,6 +20,7 @@ from billing import ledger, tasks
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.payments import recharge
 from billing.pricing import TokenPools
+from tests.ai_ops.studio import until
 from tests.payments import STARTER_CENTS, STARTER_TOKENS, buy, deliver, event_of, verify_books
 from tests.servers import StripeStandIn
 
@@ -108,7 +109,7 @@ def without_the_index() -> Iterator[None]:
 
 
 def take_the_lock_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No FOR UPDATE on the account in `_open_attempt`; the ledger's is its own."""
+    """No FOR UPDATE on the account in auto-recharge; the ledger's is its own."""
     lock = QuerySet.select_for_update
 
     def unlocked(self: QuerySet, **options: Any) -> QuerySet:
@@ -253,3 +254,31 @@ def test_a_transaction_is_never_open_while_stripe_is_asked(low: User) -> None:
     with pytest.raises(RuntimeError, match="durable"), transaction.atomic():
         recharge.trigger_auto_recharge(user_id=low.pk)
     assert recharged() == 0
+
+
+def warn_while_the_card_is_kept(user: User) -> str:
+    """A bank's warning and a look at the same card at Stripe meet. Which card the account has then."""
+    account, purchase = TokenAccount.objects.get(user=user), Purchase.objects.get(user=user)
+    look = Thread(target=at_once, args=([lambda: recharge.refresh_card(user_id=user.pk)],))
+    with transaction.atomic():
+        purchase = Purchase.objects.select_for_update().get(pk=purchase.pk)
+        assert recharge.distrust_card(purchase, account.stripe_payment_method_id, key="warning")
+        look.start()
+        until(lambda: waiting_for_a_lock() or not look.is_alive())
+    look.join()
+    return TokenAccount.objects.get(user=user).stripe_payment_method_id
+
+
+def waiting_for_a_lock() -> int:
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT count(*) FROM pg_locks WHERE NOT granted")
+        return int(cursor.fetchone()[0])
+
+
+def test_a_card_that_its_bank_warns_of_is_not_kept_meanwhile(low: User) -> None:
+    assert warn_while_the_card_is_kept(low) == ""
+
+
+def test_without_the_lock_it_is_kept(low: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_the_lock_away(monkeypatch)
+    assert warn_while_the_card_is_kept(low) != ""

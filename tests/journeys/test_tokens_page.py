@@ -27,7 +27,7 @@ def use(user: User, operation_type: str, tokens: int, *, times: int = 3) -> None
 def test_overview_and_what_a_package_is_worth(alice: User, page: Page) -> None:
     sign_in(page, "alice", "/tokens/")
     expect(page.get_by_text("Nothing used in 30 days")).to_be_visible()
-    expect(page.get_by_text("with typical costs, until there are averages of your own")).to_be_visible()
+    expect(page.get_by_text("from typical costs, until there are averages of your own")).to_be_visible()
     shoot(page, "tokens-fresh")
 
     use(alice, "generation", 1_500)

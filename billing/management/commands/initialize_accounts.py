@@ -4,6 +4,7 @@ from typing import Any
 from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import transaction
 from django.db.models import BooleanField, Exists, ExpressionWrapper, OuterRef, Q, QuerySet, Value
 from tqdm import tqdm
 
@@ -29,7 +30,9 @@ class Command(BaseCommand):
 
     def handle(self, *args: Any, dry_run: bool, **options: Any) -> None:
         try:
-            welcome.read_key()
+            with transaction.atomic():
+                welcome.read_key()  # makes one at the first call
+                transaction.set_rollback(dry_run)
         except welcome.KeyLost as error:
             raise CommandError(str(error)) from error
         bonus_tokens = system_settings.get_system_settings().welcome_bonus_tokens

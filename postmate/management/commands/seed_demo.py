@@ -16,7 +16,7 @@ class Command(BaseCommand):
 
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument(
-            "--past", action="store_true", help="with a year of theirs and of 140 others, where there is none yet"
+            "--past", action="store_true", help="with a year of 140 people, theirs among them, where there is none yet"
         )
         parser.add_argument("--stripe-data", type=Path, help="file of a stand-in, told of the payments of that year")
 
