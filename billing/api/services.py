@@ -4,7 +4,7 @@ from django.conf import settings
 from django.http import HttpRequest
 from ninja import Router, Status
 
-from billing import catalogue, ledger, usage
+from billing import ledger, usage
 from billing.api.access import BillingSecret
 from billing.api.problems import EVERY_BODY, refusals
 from billing.api.schemas import (
@@ -24,7 +24,6 @@ from billing.api.schemas import (
     UsagePage,
     UsageRequest,
 )
-from billing.models import TokenUsage
 from billing.models.usage import OperationType, UsageStatus
 from billing.pricing import TokenPools
 from billing.usage import after_debit
@@ -83,15 +82,20 @@ def reserve(request: HttpRequest, body: ReservationRequest, idempotency_key: Ide
     neither settled nor released in time expires.
     """
     ledger.get_account(user_id=body.user_id)
-    operation, tokens = _operation_of(body, idempotency_key)
-    posting = ledger.reserve_tokens(
-        user_id=body.user_id,
-        tokens=tokens,
-        operation=operation,
-        idempotency_key=idempotency_key,
-        lifetime_seconds=body.lifetime_seconds or settings.RESERVATION_SECONDS,
-        request=body.model_dump(exclude_defaults=True),
-    )
+    asked_for = body.model_dump(exclude_defaults=True)
+    posting = ledger.find_reservation(user_id=body.user_id, idempotency_key=idempotency_key, request=asked_for)
+    if posting is None:
+        operation = usage.price_operation(
+            **body.model_dump(include=_PRICED_FIELDS | LINK_FIELDS | {"operation_type"})
+        ).operation
+        posting = ledger.reserve_tokens(
+            user_id=body.user_id,
+            tokens=body.tokens or _quoted_tokens(operation, body),
+            operation=operation,
+            idempotency_key=idempotency_key,
+            lifetime_seconds=body.lifetime_seconds or settings.RESERVATION_SECONDS,
+            request=asked_for,
+        )
     return Status(200 if posting.is_replay else 201, Outcome.of(posting))
 
 
@@ -165,30 +169,6 @@ def list_usage(
 
 
 _PRICED_FIELDS = {"provider", "model"} | IMAGE_FIELDS
-
-
-def _operation_of(body: ReservationRequest, idempotency_key: str) -> tuple[ledger.Operation, int]:
-    """The operation at the prices of now, and the tokens to hold for it.
-
-    Law 8: a retry gets the first outcome, though its model was retired meanwhile. The ledger knows it by its key and
-    body; the first time's snapshot stands in for the price that has been removed.
-    """
-    fields = _PRICED_FIELDS | LINK_FIELDS | {"operation_type"}
-    try:
-        operation = usage.price_operation(**body.model_dump(include=fields)).operation
-        return operation, body.tokens or _quoted_tokens(operation, body)
-    except (catalogue.CatalogueError, usage.InvalidUsage):
-        first = TokenUsage.objects.filter(account__user_id=body.user_id, idempotency_key=idempotency_key).first()
-        if first is None:
-            raise
-        operation = ledger.Operation(
-            first.operation_type,
-            first.provider,
-            first.model,
-            multiplier=first.multiplier,
-            fixed_cost_tokens=first.fixed_cost_tokens,
-        )
-        return operation, first.reserved_tokens or 1
 
 
 def _quoted_tokens(operation: ledger.Operation, body: QuoteRequest) -> int:

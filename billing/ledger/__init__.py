@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 from django.core.serializers.json import DjangoJSONEncoder
-from django.db import connection, transaction
+from django.db import IntegrityError, connection, transaction
 
 from accounts import mailboxes
 from accounts.models import User, Workspace
@@ -41,6 +41,7 @@ from billing.ledger.types import (
 )
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import WithheldBonus
+from billing.models.fields import ClockTimestamp
 from billing.models.system_settings import DisposableBonus
 from billing.pricing import TokenPools
 from kit.database import DATABASE_AWAY, repeated_after_conflicts
@@ -66,13 +67,14 @@ __all__ = [
     "deduct_tokens",
     "expire_reservations",
     "extend_reservation",
+    "find_recorded",
     "find_reservation",
-    "fingerprint_of",
     "get_account",
     "has_had_bonus",
     "initialize_account",
     "note_use",
     "outcome_of",
+    "record_unpaid",
     "release_usage",
     "reserve_tokens",
     "settle_usage",
@@ -199,7 +201,7 @@ def reserve_tokens(
         tokens = 0
     else:
         _require_amount(tokens)
-    fingerprint = _request_fingerprint(request or {"tokens": tokens, "operation": _fields(operation)})
+    fingerprint = _fingerprint(kind="reserve", request=request or {"tokens": tokens, "operation": _fields(operation)})
     parameters = _usage_parameters(operation, read_pools or TokenPools(), idempotency_key, fingerprint) | {
         "user_id": user_id,
         "status": TokenUsage.Status.RESERVED,
@@ -225,7 +227,7 @@ def find_reservation(*, user_id: int, idempotency_key: str, request: Mapping[str
     To be asked before prices are worked out anew: a retry must not fail because its model was retired or the balance
     spent in the meantime. Raises IdempotencyConflict when the key stands for something else.
     """
-    return _replayed_usage(user_id, idempotency_key, _request_fingerprint(request))
+    return _replayed_usage(user_id, idempotency_key, _fingerprint(kind="reserve", request=request))
 
 
 def extend_reservation(*, usage_id: int, tokens: int) -> Posting:
@@ -408,10 +410,10 @@ def deduct_tokens(
     With `operation` it also writes the `TokenUsage` row of something that has already run (`type` usage needs it). A
     debit is refused with InsufficientTokens unless it `may_leave_debt` (after-the-fact usage, clawbacks): then the
     account is suspended until the debt is paid. Debits are recorded for suspended and blocked accounts too.
-    `request` is what was asked for under the key, where prices or the catalogue decide what is posted for it.
+    `request` is what was asked for under the key, when tokens and prices were worked out from it.
     """
     _require_amount(tokens)
-    fingerprint = fingerprint_of(request) if request is not None else _fingerprint(
+    fingerprint = _fingerprint(kind="record", request=request) if request is not None else _fingerprint(
         kind="deduct", tokens=tokens, type=type, operation=operation and _fields(operation), purchase_id=purchase_id,
         admin_id=admin_id, pools=pools and _fields(pools), description=description,
     )  # fmt: skip
@@ -446,6 +448,57 @@ def deduct_tokens(
     }
     replay = partial(_replayed_usage, user_id, idempotency_key, fingerprint)
     return post_once(statements.DEBIT_WITH_USAGE, parameters, replay, needed_tokens=tokens)
+
+
+def record_unpaid(
+    *,
+    user_id: int,
+    operation: Operation,
+    pools: TokenPools,
+    idempotency_key: str,
+    request: Mapping[str, Any],
+    status: str,
+    error_message: str = "",
+    provider_cost_microusd: int = 0,
+    duration_ms: int | None = None,
+) -> Posting:
+    """Record an operation that has already run and costs its user nothing: it failed (law 9), or is free.
+
+    No balance moves, so there is no ledger row. `request` and the key are those of `deduct_tokens`. Raises
+    AccountNotFound, IdempotencyConflict.
+    """
+    account = get_account(user_id=user_id)
+    fingerprint = _fingerprint(kind="record", request=request)
+    fields = _usage_parameters(operation, pools, idempotency_key, fingerprint) | {
+        "status": status,
+        "billable_tokens": 0,
+        "reserved_tokens": None,
+        "provider_cost_microusd": provider_cost_microusd,
+        "duration_ms": duration_ms,
+    }
+    try:
+        with transaction.atomic():
+            usage = TokenUsage.objects.create(
+                account=account,
+                user_id=user_id,
+                workspace_id=account.workspace_id,
+                error_message=error_message,
+                metadata=dict(operation.metadata),
+                completed_at=ClockTimestamp(),
+                **{name: fields[name] for name in statements.NEW_USAGE_COLUMNS},
+            )
+    except IntegrityError:
+        outcome = _replayed_usage(user_id, idempotency_key, fingerprint)
+        if outcome is None:
+            raise
+        return outcome
+    return outcome_of(account, None, usage.pk, is_replay=False)
+
+
+def find_recorded(*, user_id: int, idempotency_key: str, request: Mapping[str, Any]) -> Posting | None:
+    """What `deduct_tokens` or `record_unpaid` did with this key and `request` before, or None. To be asked when
+    `find_reservation` is, and raises the same."""
+    return _replayed_usage(user_id, idempotency_key, _fingerprint(kind="record", request=request))
 
 
 def add_tokens(
@@ -515,16 +568,8 @@ def _metadata(value: Mapping[str, Any] | None) -> str:
 
 
 def _fingerprint(**request: Any) -> str:
+    """Of what is asked for under a key: it stands beside the key, and tells a repetition from another wish (law 8)."""
     return sha256(_json(request).encode()).hexdigest()
-
-
-def fingerprint_of(request: Mapping[str, Any]) -> str:
-    """Of what was asked for under a key: kept beside it, so that a repetition is told from another wish (law 8)."""
-    return _fingerprint(kind="record", request=request)
-
-
-def _request_fingerprint(request: Mapping[str, Any]) -> str:
-    return _fingerprint(kind="reserve", request=request)
 
 
 def _usage_parameters(

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from django.db import IntegrityError, transaction
 from django.db.models import Q
 
 from billing import catalogue, ledger
 from billing.catalogue import system_settings
-from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
-from billing.models.fields import ClockTimestamp
+from billing.models import ModelPrice, TokenTransaction, TokenUsage
 from billing.pricing import MAX_POOL_TOKENS, TokenPools
 
 MAX_IMAGES = 1_000  # of one operation, far above any model's
@@ -96,6 +94,11 @@ def price_operation(
 
 # --- Records ------------------------------------------------------------------------------------------------
 
+_PRICED_BY = (
+    "operation_type", "provider", "model", "image_count", "image_size", "image_quality", "project_id", "content_id",
+    "chat_id", "metadata",
+)  # fmt: skip
+
 
 def record_usage(
     *,
@@ -138,7 +141,7 @@ def record_usage(
         reasoning_tokens=reasoning_tokens,
     )
     _require_sound(pools, operation_type=operation_type, success=success, error_message=error_message)
-    account = ledger.get_account(user_id=user_id)
+    ledger.get_account(user_id=user_id)
     requested = {
         "status": TokenUsage.Status.SUCCEEDED if success else TokenUsage.Status.FAILED,
         "operation_type": operation_type,
@@ -160,79 +163,65 @@ def record_usage(
         "duration_ms": duration_ms,
         "reserved_tokens": None,  # a reservation under this key is something else
     }
-    recorded = _find_recorded(account, idempotency_key)
-    if recorded is not None:
-        return _replay(recorded, requested)
-
-    priced = price_operation(
-        operation_type=operation_type,
-        provider=provider,
-        model=model,
-        image_count=image_count,
-        image_size=image_size,
-        image_quality=image_quality,
-        project_id=project_id,
-        content_id=content_id,
-        chat_id=chat_id,
-        metadata=metadata,
-        is_already_done=True,
-    )
-    operation = priced.operation
-    if success:
-        _require_tokens_of_text(pools, operation.fixed_cost_tokens)
-    provider_cost_microusd = priced.provider_cost_microusd(pools)
-    billable_tokens = operation.billable_tokens(pools) if success else 0
     try:
-        if billable_tokens:
-            posting = ledger.deduct_tokens(
-                user_id=user_id,
-                tokens=billable_tokens,
-                operation=operation,
-                pools=pools,
-                idempotency_key=idempotency_key,
-                may_leave_debt=True,
-                provider_cost_microusd=provider_cost_microusd,
-                duration_ms=duration_ms,
-                request=requested,
-            )
-            if not posting.is_replay:
-                return posting
-        else:
-            return _record_without_debit(account, operation, pools, provider_cost_microusd, idempotency_key, requested)
-    except (IntegrityError, ledger.IdempotencyConflict):
-        pass  # the same key at the same moment, perhaps at another price: compare what was asked for
-    recorded = _find_recorded(account, idempotency_key)
-    if recorded is None:
-        raise ledger.IdempotencyConflict
-    return _replay(recorded, requested)
-
-
-def _record_without_debit(
-    account: TokenAccount,
-    operation: ledger.Operation,
-    pools: TokenPools,
-    provider_cost_microusd: int,
-    idempotency_key: str,
-    requested: Mapping[str, Any],
-) -> ledger.Posting:
-    """What failed or is free: it costs nothing, so there is no ledger row. Raises IntegrityError for a used key."""
-    with transaction.atomic():
-        usage = TokenUsage.objects.create(
-            account=account,
-            user_id=account.user_id,
-            workspace_id=account.workspace_id,
-            actual_tokens=pools.actual_tokens,
-            charge_type=operation.charge_type,
-            multiplier=operation.multiplier,
-            fixed_cost_tokens=operation.fixed_cost_tokens,
-            is_free=operation.is_free,
-            provider_cost_microusd=provider_cost_microusd,
-            idempotency_key=idempotency_key,
-            request_fingerprint=ledger.fingerprint_of(requested),
-            completed_at=ClockTimestamp(),
-            **{**requested, "model": operation.model},
+        first = ledger.find_recorded(user_id=user_id, idempotency_key=idempotency_key, request=requested)
+        return first or _record(user_id, requested, pools, idempotency_key)
+    except ledger.IdempotencyConflict:
+        usage = TokenUsage.objects.select_related("account").get(
+            account__user_id=user_id, idempotency_key=idempotency_key
         )
-    return ledger.outcome_of(account, None, usage.pk, is_replay=False)
+        if not _is_same_by_fields(usage, requested):
+            raise
+        return ledger.outcome_of(usage.account, TokenTransaction.objects.filter(usage=usage).first(), usage.pk)
+
+
+def _record(user_id: int, requested: Mapping[str, Any], pools: TokenPools, idempotency_key: str) -> ledger.Posting:
+    priced = price_operation(**{name: requested[name] for name in _PRICED_BY}, is_already_done=True)
+    is_success = requested["status"] == TokenUsage.Status.SUCCEEDED
+    if is_success:
+        _require_tokens_of_text(pools, priced.operation.fixed_cost_tokens)
+    provider_cost_microusd = priced.provider_cost_microusd(pools)
+    billable_tokens = priced.operation.billable_tokens(pools) if is_success else 0
+    if not billable_tokens:
+        return ledger.record_unpaid(
+            user_id=user_id,
+            operation=priced.operation,
+            pools=pools,
+            idempotency_key=idempotency_key,
+            request=requested,
+            status=requested["status"],
+            error_message=requested["error_message"],
+            provider_cost_microusd=provider_cost_microusd,
+            duration_ms=requested["duration_ms"],
+        )
+    return ledger.deduct_tokens(
+        user_id=user_id,
+        tokens=billable_tokens,
+        operation=priced.operation,
+        pools=pools,
+        idempotency_key=idempotency_key,
+        request=requested,
+        may_leave_debt=True,
+        provider_cost_microusd=provider_cost_microusd,
+        duration_ms=requested["duration_ms"],
+    )
+
+
+def _is_same_by_fields(usage: TokenUsage, requested: Mapping[str, Any]) -> bool:
+    """Whether a row with another fingerprint is of the same request all the same.
+
+    0.1 kept a fingerprint of what was charged, and an anonymised account's rows have none: needed until the first
+    release that does not upgrade from 0.1. And the fingerprint has the model's name as it was sent: it is the same
+    request by another of its names.
+    """
+    for name, value in requested.items():
+        stored = getattr(usage, name)
+        if name == "metadata":
+            # As JSON, where `true` is not 1.
+            stored, value = json.dumps(stored, sort_keys=True), json.dumps(value, sort_keys=True)
+        if stored != value and not (name == "model" and stored == _name_of(usage.provider, value)):
+            return False
+    return True
 
 
 def _require_tokens_of_text(pools: TokenPools, fixed_cost_tokens: int | None) -> None:
@@ -256,24 +245,6 @@ def _require_sound(pools: TokenPools, *, operation_type: str, success: bool, err
         raise InvalidUsage("Reasoning tokens are a part of the output tokens and cannot exceed them.")
     if success and error_message:
         raise InvalidUsage("Only a failed operation has an error message.")
-
-
-def _find_recorded(account: TokenAccount, idempotency_key: str) -> TokenUsage | None:
-    return TokenUsage.objects.select_related("account").filter(account=account, idempotency_key=idempotency_key).first()
-
-
-def _replay(usage: TokenUsage, requested: Mapping[str, Any]) -> ledger.Posting:
-    """The first outcome of the key, if it was used for the same. Prices are no part of what was asked for, nor is what
-    a model is called by now. Rows of before have no such fingerprint: theirs are compared field by field."""
-    is_same = usage.request_fingerprint == ledger.fingerprint_of(requested)
-    for name, value in () if is_same else requested.items():
-        stored = getattr(usage, name)
-        if name == "metadata":
-            # As JSON, where `true` is not 1.
-            stored, value = json.dumps(stored, sort_keys=True), json.dumps(value, sort_keys=True)
-        if stored != value and not (name == "model" and stored == _name_of(usage.provider, value)):
-            raise ledger.IdempotencyConflict
-    return ledger.outcome_of(usage.account, TokenTransaction.objects.filter(usage=usage).first(), usage.pk)
 
 
 def _name_of(provider: str, model: str) -> str:

@@ -599,8 +599,12 @@ def test_usage_once_per_key(service: Service, alice: User, bob: User, susan: Use
         {"success": False},
         {"chat_id": 1},
     ]
-    for other in others:
-        refused(service.post("/usage", body | other), 409, "idempotency_conflict")
+    # Also by rows without this fingerprint: 0.1 kept one of what was charged, and who was anonymised has none.
+    for fingerprint in ("0" * 64, "", TokenUsage.objects.get().request_fingerprint):
+        TokenUsage.objects.update(request_fingerprint=fingerprint)
+        for other in others:
+            refused(service.post("/usage", body | other), 409, "idempotency_conflict")
+        assert service.post("/usage", body).json() == first.json()
     assert everything() == before
     bobs = service.post("/usage", used(bob, model="gpt-6.1-sol"))
     assert bobs.status_code == 201

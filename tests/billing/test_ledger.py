@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from decimal import Decimal
 from functools import partial
@@ -359,6 +359,43 @@ def test_the_same_key_and_another_body_conflict(payer: User, susan: User, post: 
     with pytest.raises(ledger.IdempotencyConflict):
         post(payer, other_tokens, "one")
     assert (state(payer), written()) == before
+
+
+def test_a_key_stands_for_its_request_whatever_is_posted_for_it(payer: User) -> None:
+    """55, law 8: a request is the same at another price, also at none; and a hold is no debit."""
+
+    def unpaid(tokens: int, **named: Any) -> Posting:
+        return ledger.record_unpaid(pools=TokenPools(input_tokens=tokens), status="failed", **named)
+
+    def held(tokens: int, **named: Any) -> Posting:
+        return ledger.reserve_tokens(tokens=tokens, lifetime_seconds=60, **named)
+
+    def debited(tokens: int, **named: Any) -> Posting:
+        return ledger.deduct_tokens(tokens=tokens, pools=TokenPools(input_tokens=tokens), **named)
+
+    posts = {unpaid: ledger.find_recorded, held: ledger.find_reservation, debited: ledger.find_recorded}
+    dearer = replace(DRAFT, multiplier=Decimal(9))
+    for post, find in posts.items():
+        key: dict[str, Any] = {"user_id": payer.pk, "idempotency_key": f"{post.__name__}-1"}
+        asked = key | {"request": {"wish": "a draft"}}
+        assert find(**asked) is None
+        first = post(100, operation=DRAFT, **asked)
+        before = state(payer), written()
+        for other_post, other_find in posts.items():
+            for request in ({"wish": "a draft"}, {"wish": "a draft", "words": 2}):
+                other = key | {"request": request}
+                if other_find is find and request == asked["request"]:
+                    for again in (other_post(900, operation=dearer, **other), other_find(**other)):
+                        assert again is not None
+                        assert (again.usage_id, again.amount_tokens) == (first.usage_id, first.amount_tokens)
+                        assert again.is_replay
+                else:
+                    with pytest.raises(ledger.IdempotencyConflict):
+                        other_post(900, operation=dearer, **other)
+                    with pytest.raises(ledger.IdempotencyConflict):
+                        other_find(**other)
+        assert (state(payer), written()) == before
+    call_command("verify_ledger")
 
 
 @keyed
