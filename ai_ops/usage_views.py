@@ -15,7 +15,6 @@ from accounts.models import User
 from accounts.permissions import SignedInRequest
 from ai_ops import operations
 from ai_ops.models import Project
-from ai_ops.tables import UsageTable
 from billing import pricing
 from billing.models import ModelPrice, TokenTransaction, TokenUsage
 from billing.models.fields import Provider
@@ -391,8 +390,7 @@ def usage_log(request: SignedInRequest) -> HttpResponse:
             ("status", "Status", "Any status", choices["status"], chosen["status"]),
         ],
         "is_filtered": is_filtered,
-        "table": UsageTable(rows, model_names=models),
-        "rows": rows,
+        "rows": [(row, models.get((row.provider, row.model), row.model)) for row in rows],
         "newer_id": rows[0].pk if rows and has_newer else None,
         "older_id": rows[-1].pk if rows and has_older else None,
         "max_operations": stats.MAX_OPERATIONS,

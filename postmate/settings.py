@@ -158,7 +158,6 @@ INSTALLED_APPS = [
     "csp",
     "django_htmx",
     "django_structlog",
-    "django_tables2",
     "ninja",
     "pgtrigger",
     "accounts",
@@ -206,6 +205,7 @@ TEMPLATES = [
                 "postmate.web.context_processors.rehearsal",
                 "postmate.web.context_processors.sign_in",
             ],
+            "libraries": {"tables": "kit.tables"},
         },
     },
 ]
@@ -437,9 +437,6 @@ CELERY_BEAT_SCHEDULE = {
 
 DJANGO_STRUCTLOG_CELERY_ENABLED = True  # a task's lines carry the id of the request that asked for it
 DJANGO_STRUCTLOG_CELERY_TASK_START_LOG_LEVEL = logging.DEBUG
-
-DJANGO_TABLES2_TEMPLATE = "billing/_table.html"
-DJANGO_TABLES2_PAGE_RANGE = 5
 
 # --- What production cannot do without ------------------------------------------------------------------------------
 

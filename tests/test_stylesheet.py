@@ -12,6 +12,12 @@ def test_has_every_rule_that_the_pages_use() -> None:
     assert stylesheet.USED.read_text() == stylesheet.build(), "The pages use other classes now: run `make css`."
 
 
+def test_every_table_is_the_same_one() -> None:
+    """A table that becomes cards on phones has roles and labels; one template alone knows how."""
+    templates = Path(stylesheet.PROJECT / "templates").rglob("*.html")
+    assert [file.name for file in templates if 'role="cell"' in file.read_text()] == ["_table.html"]
+
+
 def root_properties(css: str) -> set[str]:
     blocks = re.findall(r"(?<![\w\]]):root[^{]*{([^}]*)}", css)
     return set(re.findall(r"(--[\w-]+)\s*:", " ".join(blocks)))

@@ -22,7 +22,6 @@ from billing.catalogue import system_settings
 from billing.dashboard.lists import newest_first
 from billing.figures import settings_preview
 from billing.forms import AccountStatusForm, GrantForm, SystemSettingsForm
-from billing.history.tables import AccountLedgerTable
 from billing.models import GrantRequest, Notification, Purchase, SettingChange, SystemSettings, TokenAccount, TokenUsage
 from billing.models.account import AccountStatus, WithheldBonus
 from billing.models.grant_request import GrantKind
@@ -162,9 +161,6 @@ def _render_account(
         cursor=history.Cursor.parse(request.GET.get("page", "")),
         limit=ENTRIES_PER_PAGE,
     )
-    table = AccountLedgerTable(page.entries, caption="Ledger", orderable=False)
-    table.htmx_target = "ledger"
-    table.cursors = page
     last_balance = history.balance_at(account.pk, account.sequence)
     open_requests = GrantRequest.objects.filter(account=account, state__in=GrantRequest.OPEN_STATES)
     context = {
@@ -172,7 +168,7 @@ def _render_account(
         "bonus_waits": account.bonus_withheld == WithheldBonus.WAITS,
         "person": person,
         "is_anonymised": is_anonymised,
-        "table": table,
+        "page": page,
         "last_balance": last_balance,
         "is_chain_broken": last_balance != account.balance
         or any(newer.balance_before != older.balance_after for newer, older in pairwise(page.entries)),

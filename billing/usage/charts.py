@@ -21,11 +21,6 @@ class Table:
     headers: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    @property
-    def labelled_rows(self) -> list[tuple[str, list[tuple[str, str]]]]:
-        """The head of each row, and its other cells with the names of their columns."""
-        return [(row[0], list(zip(self.headers[1:], row[1:], strict=True))) for row in self.rows]
-
 
 @dataclass(frozen=True, slots=True)
 class Chart:

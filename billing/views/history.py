@@ -13,7 +13,6 @@ from accounts.permissions import SignedInRequest
 from billing import history
 from billing.history import exports, statements
 from billing.history.filters import TransactionFilter
-from billing.history.tables import TransactionTable
 from kit import outgoing, periods
 
 ENTRIES_PER_PAGE = 25
@@ -43,11 +42,7 @@ def home(request: SignedInRequest) -> HttpResponse:
         cursor=history.Cursor.parse(request.GET.get("page", "")),
         limit=ENTRIES_PER_PAGE,
     )
-    table = TransactionTable(page.entries, caption="Entries", order_by=order)
-    table.htmx_target = "entries"
-    table.cursors = page
     context |= {
-        "table": table,
         "page": page,
         "totals": history.get_totals(wanted.selection),
         "selection": wanted.selection,

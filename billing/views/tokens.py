@@ -22,7 +22,6 @@ from billing import history, ledger
 from billing.catalogue import packages, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
 from billing.history import receipts
-from billing.history.tables import TransactionTable
 from billing.models import Purchase, TokenAccount, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.fields import Currency
@@ -79,11 +78,7 @@ def _render_home(
         "recharge_form": recharge_form or AutoRechargeForm(account=account),
         "system_settings": system_settings.get_system_settings(),
         "checkout_key": uuid4().hex,
-        "table": TransactionTable(
-            history.get_page(history.select_transactions(user_id=request.user.pk), limit=NEWEST_ENTRIES).entries,
-            caption="Newest entries",
-            orderable=False,
-        ),
+        "entries": history.get_page(history.select_transactions(user_id=request.user.pk), limit=NEWEST_ENTRIES).entries,
     }
     return render(request, "billing/tokens.html", context, status=status)
 

@@ -106,15 +106,15 @@ def test_log_shows_each_operation_once(reader: Client, alice: User) -> None:
     rows, query = [], ""
     while True:
         context = reader.get(f"/tokens/usage/log/?period=7d{query}").context
-        rows.append([row.pk for row in context["rows"]])
+        rows.append([row.pk for row, _ in context["rows"]])
         if context["older_id"] is None:
             break
         query = f"&before={context['older_id']}"
     assert [pk for shown in rows for pk in shown] == expected
     back = reader.get(f"/tokens/usage/log/?after={context['newer_id']}").context
-    assert [row.pk for row in back["rows"]] == rows[1]
+    assert [row.pk for row, _ in back["rows"]] == rows[1]
     first = reader.get(f"/tokens/usage/log/?after={back['newer_id']}").context
-    assert ([row.pk for row in first["rows"]], first["newer_id"]) == (rows[0], None)
+    assert ([row.pk for row, _ in first["rows"]], first["newer_id"]) == (rows[0], None)
 
 
 def test_more_operations_than_are_added_up(reader: Client, alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
