@@ -25,6 +25,11 @@ from tests.payments import verify_books
 from tests.production.conftest import wait_until
 
 
+@pytest.fixture(autouse=True)
+def development(settings: Settings) -> None:
+    settings.DEBUG = True
+
+
 def rows() -> list[tuple[object, ...]]:
     """What is to be the same again."""
     entries = TokenTransaction.objects.order_by("user__email", "sequence")

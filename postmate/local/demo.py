@@ -1,6 +1,6 @@
 """A year of the demo: what `manage.py seed_demo --past` makes beside the people, so that there is something to see.
 
-The books are invented by billing/upkeep/invented_past.py. Here the first of its people gets what they made in the
+The books are invented by postmate/local/invented_past.py. Here the first of its people gets what they made in the
 Studio, each piece, chat and image beside the operation that paid for it; and the Stripe stand-in is told of the
 payments, so that receipts, refunds and the comparison of the books work for them as for any other.
 """
@@ -44,8 +44,9 @@ from billing.models import (
 )
 from billing.notifications import messages, weekly
 from billing.staff import grants
-from billing.upkeep.invented_past import Cast, History, Planned, bring_up_to_date
+from postmate.local import invented_past
 from postmate.local.demo_texts import CHATS, HAIKU, PICTURES, PIECES, PROJECTS, Conversation, Pictures, Piece
+from postmate.local.invented_past import Cast, History, Planned
 from standins.ai.painting import paint
 
 OPERATION_OF = {"draft": "generation"}  # of a version, where it is not called the same
@@ -90,7 +91,8 @@ def make_past(*, people: int = 140, entries: int = 7_000, seed: int = 4, stripe_
         _leave_something_to_decide(admin)
         if stripe_data:
             _tell_stand_in(stripe_data)
-    bring_up_to_date()
+        invented_past.prove()
+    invented_past.roll_up()
     return history
 
 

@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from io import StringIO
+from typing import Any
 
 import pytest
 import time_machine
@@ -13,6 +14,7 @@ from django.utils import timezone
 from accounts.models import User
 from billing import ledger
 from billing.models import PaymentReversal, Purchase, TokenAccount, TokenTransaction, TokenUsage
+from postmate.local import invented_past
 from tests.conftest import MakeUser
 from tests.payments import verify_books
 
@@ -67,6 +69,23 @@ def test_what_happens_afterwards_goes_on(seeded: None) -> None:
     again = User.objects.create(email=account.user.email.replace("@", "+again@"))
     assert ledger.initialize_account(user_id=again.pk).balance == 0  # the mailbox had its bonus in that past
     verify_books()
+
+
+def test_a_past_that_breaks_a_law_is_not_kept(seeded: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is there afterwards, and what breaks is named."""
+    original = invented_past.History._post
+
+    def post(
+        self: invented_past.History, person: invented_past.Person, type: str, tokens: int, *rest: Any, **more: Any
+    ) -> int:
+        person.balance += type == "usage"  # a token from nowhere before each operation
+        return original(self, person, type, tokens, *rest, **more)
+
+    monkeypatch.setattr(invented_past.History, "_post", post)
+    with pytest.raises(invented_past.LawBroken, match="balance"):
+        make(transactions=100, users=5)
+    assert not User.objects.exists()
+    assert not TokenTransaction.objects.exists()
 
 
 def test_not_in_production_and_not_on_a_real_past(make_user: MakeUser) -> None:
