@@ -23,7 +23,7 @@ ROOMS = {
     "What admins do": [f"billing/staff/{name}.py" for name in ("grants", "accounts", "bulk")],
     "What the business reads": [f"billing/figures/{name}.py" for name in
                                 ("business", "roll_ups", "finance", "settings_preview")],
-    "Upkeep": ["billing/upkeep/verification.py", "billing/upkeep/retention.py"],
+    "Upkeep": ["billing/upkeep/verification.py", "billing/upkeep/laws.py", "billing/upkeep/retention.py"],
     "AI operations": ["ai_ops/operations.py", "ai_ops/metering.py"],
     "A person's data": ["accounts/own_data.py", "billing/upkeep/own_data.py", "ai_ops/own_data.py"],
 }  # fmt: skip
