@@ -12,8 +12,8 @@ from billing.models.bulk_job import BulkKind
 from billing.models.fields import Currency
 from billing.models.grant_request import GrantKind
 from billing.models.system_settings import DisposableBonus
-from billing.payments import purchases, refunds
-from billing.payments.purchases import Terms
+from billing.payments import checkout, refund_requests
+from billing.payments.checkout import Terms
 from billing.pricing import display_price
 from billing.staff import accounts, grants
 
@@ -83,12 +83,12 @@ class CheckoutForm(AmountForm):
         data = self.cleaned_data
         currency = data["currency"] or Currency.USD
         if data["package_id"] is not None:
-            return purchases.terms_of_package(data["package_id"], currency=currency)
-        return purchases.terms_of_amount(data["amount"], currency=currency)
+            return checkout.terms_of_package(data["package_id"], currency=currency)
+        return checkout.terms_of_amount(data["amount"], currency=currency)
 
 
 class AutoRechargeForm(forms.Form):
-    """The settings of auto-recharge; its fields are the arguments of `recharge.update_auto_recharge`."""
+    """The settings of auto-recharge; its fields are the arguments of `recharge_settings.update_auto_recharge`."""
 
     enabled = forms.BooleanField(required=False, label="Buy tokens automatically")
     threshold_tokens = WholeNumberField(
@@ -166,8 +166,8 @@ class RefundForm(forms.Form):
 
     def __init__(self, *args: Any, purchase: Purchase, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.refundable_cents = refunds.refundable_cents(purchase)
-        self.unused_cents = refunds.unused_cents(purchase)
+        self.refundable_cents = refund_requests.refundable_cents(purchase)
+        self.unused_cents = refund_requests.unused_cents(purchase)
         full, unused = purchase.money(self.refundable_cents), purchase.money(self.unused_cents)
         cast(forms.ChoiceField, self.fields["what"]).choices = [
             ("unused", f"What is unused of it: {unused}"),
@@ -217,7 +217,7 @@ class SettingsForm(ProfileForm):
         sold = {*packages.list_currencies(), account.currency}
         currency.choices = [(value, f"{value.upper()}, {CURRENCY_NAMES[value]}") for value in Currency if value in sold]
         currency.initial = account.currency
-        if reason := purchases.why_currency_is_fixed(account):
+        if reason := checkout.why_currency_is_fixed(account):
             # Disabled, the field keeps the account's whatever a browser sends.
             currency.disabled = True
             currency.help_text = reason

@@ -8,7 +8,7 @@ from django.utils import timezone
 from billing import ledger
 from billing.figures import finance, roll_ups
 from billing.notifications import outbox, weekly
-from billing.payments import customers, purchases, recharge, reconcile, refunds
+from billing.payments import cards, customers, purchases, recharge, reconcile, refund_requests
 from billing.payments.gateway import GatewayError
 from billing.staff import bulk, grants
 from billing.upkeep import retention, verification
@@ -27,7 +27,7 @@ def sweep_purchases() -> int:
 
 @shared_task
 def resume_refunds() -> int:
-    return refunds.resume_requests()
+    return refund_requests.resume_requests()
 
 
 @shared_task
@@ -67,7 +67,7 @@ def weekly_summary() -> int:
 
 @shared_task(autoretry_for=(GatewayError,), retry_backoff=True, max_retries=3)
 def remember_card(purchase_id: int) -> None:
-    recharge.remember_card(purchase_id=purchase_id)
+    cards.remember_card(purchase_id=purchase_id)
 
 
 @shared_task
@@ -122,4 +122,4 @@ def apply_retention() -> None:
 
 @shared_task
 def refresh_card(user_id: int) -> None:
-    recharge.refresh_card(user_id=user_id)
+    cards.refresh_card(user_id=user_id)

@@ -37,7 +37,7 @@ from pytest_django.fixtures import Settings
 from accounts import api_keys
 from accounts.models import ApiKey, AuditEntry, User
 from billing.models import Purchase
-from billing.payments import purchases
+from billing.payments import checkout
 from tests.conftest import PASSWORD
 from tests.environment import free_port
 from tests.payments import checkout_form, sign
@@ -552,7 +552,7 @@ def test_payment_pages_of_one_person_are_limited(
     buyer: Client, alice: User, stripe: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each is a call of Stripe's; a page that is open already is offered again for as long as it is."""
-    monkeypatch.setattr(purchases, "CHECKOUTS_PER_HOUR", 3)
+    monkeypatch.setattr(checkout, "CHECKOUTS_PER_HOUR", 3)
     for amount in ("10", "11", "12"):
         answer = buyer.post(reverse("tokens:checkout"), checkout_form(package_id="", amount=amount))
         assert answer["Location"].startswith("http"), answer.content

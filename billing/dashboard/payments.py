@@ -13,7 +13,7 @@ from accounts.permissions import SignedInRequest, admin_required, superadmin_req
 from billing.dashboard.lists import choices_of
 from billing.forms import RefundConfirmationForm, RefundForm, ResolutionForm
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction
-from billing.payments import gateway, reconcile, refunds, webhooks
+from billing.payments import gateway, reconcile, refund_requests, refunds, webhooks
 
 ROWS_PER_PAGE = 25
 MAX_OPEN_DRIFTS = 200
@@ -38,7 +38,7 @@ def _refund(request: SignedInRequest, pk: int) -> HttpResponse:
     if not form.is_valid():
         return _render_purchase(request, purchase, form=form, status=400)
     amount_cents = form.cleaned_data["amount_cents"]
-    clawback_tokens = refunds.clawback_tokens(purchase, amount_cents=amount_cents)
+    clawback_tokens = refund_requests.clawback_tokens(purchase, amount_cents=amount_cents)
     confirmation = {
         "amount_cents": amount_cents,
         "amount": purchase.money(amount_cents),
@@ -56,10 +56,12 @@ def _refund_confirmed(request: SignedInRequest, purchase: Purchase) -> HttpRespo
         messages.error(request, "Nothing was refunded: the form was not complete. Start again.")
         return redirect("dashboard:purchase", purchase.pk)
     try:
-        reversal = refunds.request_refund(purchase_id=purchase.pk, requested_by_id=request.user.pk, **form.cleaned_data)
-    except refunds.RefundUnanswered as error:
+        reversal = refund_requests.request_refund(
+            purchase_id=purchase.pk, requested_by_id=request.user.pk, **form.cleaned_data
+        )
+    except refund_requests.RefundUnanswered as error:
         messages.warning(request, error.message)
-    except (refunds.RefundError, gateway.GatewayError) as error:
+    except (refund_requests.RefundError, gateway.GatewayError) as error:
         messages.error(request, error.message)
     else:
         messages.success(request, f"{reversal.amount_display} were refunded to {purchase.user}.")
@@ -74,7 +76,7 @@ def _render_purchase(
     confirmation: dict[str, Any] | None = None,
     status: int = 200,
 ) -> HttpResponse:
-    refundable_cents = refunds.refundable_cents(purchase)
+    refundable_cents = refund_requests.refundable_cents(purchase)
     if form is None and refundable_cents and request.user.is_superadmin:
         form = RefundForm(initial={"what": "unused", "request_key": uuid4().hex}, purchase=purchase)
     context = {

@@ -144,15 +144,6 @@ class TokenAccount(models.Model):
         price = display_price(self.auto_recharge_price_cents, self.currency)
         return f"{self.auto_recharge_package_tokens:,} tokens for {price}"
 
-    def switch_auto_recharge_off(self, reason: str) -> bool:
-        """Write at once that it is off and why; returns whether it was on. A charge under way comes to its end."""
-        switched = type(self).objects.filter(pk=self.pk, auto_recharge_enabled=True)
-        return bool(
-            switched.update(
-                auto_recharge_enabled=False, auto_recharge_retry_at=None, auto_recharge_last_outcome=reason[:200]
-            )
-        )
-
     @property
     def has_debt(self) -> bool:
         return self.status == self.Status.SUSPENDED and self.status_reason == self.DEBT

@@ -9,8 +9,8 @@ from django.db.models import F, Q, QuerySet
 
 from billing.models import Installation, Purchase, TokenAccount
 from billing.models.installation import stripe_key
-from billing.notifications import messages
 from billing.payments import gateway
+from billing.payments.recharge_settings import switch_off
 from kit.database import repeated_after_conflicts
 
 logger = structlog.get_logger(__name__)
@@ -152,18 +152,6 @@ def _forget(accounts: QuerySet[TokenAccount], *, cause: str, **changes: Any) -> 
             stripe_payment_method_id="", card_brand="", card_last4="", **changes
         )
         switch_off(account_id=account.pk, reason="The saved card was removed.", key=cause)
-
-
-def switch_off(*, account_id: int, reason: str, key: str) -> bool:
-    """Switch auto-recharge off and tell the user why, in the caller's transaction. `key` names what caused it.
-
-    Returns whether it was on. A charge under way comes to its end.
-    """
-    account = TokenAccount.objects.select_related("user").get(pk=account_id)
-    was_on = account.switch_auto_recharge_off(reason)
-    if was_on:
-        messages.auto_recharge_switched_off(account, reason=reason, key=key)
-    return was_on
 
 
 # --- When the person goes -------------------------------------------------------------------------------------------

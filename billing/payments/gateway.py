@@ -1,22 +1,44 @@
-"""The only importer of `stripe`. Plain dataclasses come out; an error says whether Stripe may have done the thing."""
+"""The only importer of `stripe`. Plain dataclasses come out; an error says whether Stripe may have done the thing.
+
+Long, since all that is asked of Stripe stands here, a few lines for each call; `objects.py` reads the answers.
+"""
 
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from decimal import Decimal
+from dataclasses import replace
+from datetime import datetime
 from email.utils import parsedate_to_datetime
 from functools import cache
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import stripe
 from django.conf import settings
 from stripe.params.checkout import SessionCreateParams, SessionCreateParamsLineItem
 
+from billing.payments.objects import (
+    Access,
+    CheckoutSession,
+    Customer,
+    Dispute,
+    Event,
+    FraudWarning,
+    PaymentIntent,
+    Refund,
+    SavedCard,
+    WebhookEndpoint,
+    id_of,
+    inner,
+    read_checkout_session,
+    read_dispute,
+    read_event,
+    read_fraud_warning,
+    read_payment_intent,
+    read_refund,
+    read_saved_card,
+)
 from kit.refusal import Refusal
 from kit.text import require_storable
 
@@ -24,8 +46,6 @@ API_VERSION: str = stripe.api_version
 SIGNATURE_TOLERANCE_SECONDS = 300
 CARD_CONSENT = "Your card is kept for auto-recharge, which stays off until you switch it on."
 CLOCK_SKEW_SECONDS = 60  # how far ahead of ours Stripe's clock may be
-# The bank wants the card's owner, or did not recognise them: they may try again.
-AUTHENTICATION_CODES = ("authentication_required", "payment_intent_authentication_failure")
 MAX_EVENT_DEPTH = 50  # several times what Stripe sends
 
 Result = TypeVar("Result")
@@ -70,27 +90,12 @@ class GatewayKeyConflict(GatewayError):
     http_status = 503
 
 
-class AskAgain(Exception):
-    """What Stripe says contradicts what we know of the thing `stripe_id`, which was `held` by our row: how it stands
-    must be asked for anew, outside the transaction. Nothing was written."""
-
-    def __init__(self, stripe_id: str, held: "Held") -> None:
-        super().__init__(f"What is told of {stripe_id} contradicts what is known of it.")
-        self.stripe_id = stripe_id
-        self.held = held
-
-
-# What our row knew when Stripe was asked, by the thing's id: while it is the same, Stripe's answer is the newer word.
-Held = tuple[object, ...]
-Asked = Mapping[str, Held]
-
-
 class CardDeclined(GatewayError):
     """The card's bank said no, or wants to see its owner first. Nothing was charged."""
 
     http_status = 402
 
-    def __init__(self, message: str, *, code: str, payment_intent: "PaymentIntent | None") -> None:
+    def __init__(self, message: str, *, code: str, payment_intent: PaymentIntent | None) -> None:
         super().__init__(message)
         self.code = code
         self.payment_intent = payment_intent
@@ -98,137 +103,6 @@ class CardDeclined(GatewayError):
 
 class InvalidEvent(Exception):
     """Not an event that Stripe has signed for us, just now."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckoutSession:
-    id: str
-    url: str
-    status: str  # open, complete, expired
-    payment_status: str  # paid, unpaid, no_payment_required
-    client_reference_id: str
-    customer_id: str
-    payment_intent_id: str | None
-    # Before tax and promotions: what our snapshot is compared with.
-    amount_subtotal_cents: int
-    currency: str
-    expires_at: datetime | None
-    # What the buyer pays in the end, after both.
-    amount_total_cents: int | None = None
-    discount_cents: int = 0  # by promotion codes
-    tax_cents: int = 0  # in the price or on top of it
-
-    @property
-    def is_paid(self) -> bool:
-        return self.payment_status in ("paid", "no_payment_required")
-
-
-@dataclass(frozen=True, slots=True)
-class PaymentIntent:
-    id: str
-    status: str
-    customer_id: str
-    amount_received_cents: int
-    currency: str
-    purchase_id: str  # as our metadata says; whoever edits metadata at Stripe can change it
-    payment_method_id: str = ""
-    action_url: str = ""  # where the card's owner confirms, when the bank wants that
-    # Only where the payment was retrieved with its details:
-    payment_method_type: str = ""  # card, link, us_bank_account …
-    card_brand: str = ""
-    card_last4: str = ""
-    is_card_saved: bool = False  # it may be charged later, while its owner is away
-    receipt_url: str = ""
-    # Why the last try to pay failed:
-    failure_code: str = ""
-    failure_message: str = ""
-
-    @property
-    def needs_authentication(self) -> bool:
-        """Whether the bank wants to see the card's owner before it pays."""
-        return self.status == "requires_action" or (
-            self.status == "requires_payment_method" and self.failure_code in AUTHENTICATION_CODES
-        )
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether the last attempt to pay is over, without money."""
-        return self.status in ("requires_payment_method", "canceled")
-
-
-@dataclass(frozen=True, slots=True)
-class Customer:
-    id: str
-    account_id: str  # as our metadata says
-    installation: str  # that made it; empty before installations had names
-
-
-@dataclass(frozen=True, slots=True)
-class SavedCard:
-    payment_method_id: str
-    brand: str
-    last4: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refund:
-    id: str
-    payment_intent_id: str
-    amount_cents: int
-    currency: str
-    status: str  # pending, requires_action, succeeded, failed, canceled
-    reason: str
-    reversal_id: str = ""  # the row that asked for it, as our metadata says
-
-
-@dataclass(frozen=True, slots=True)
-class Dispute:
-    id: str
-    payment_intent_id: str
-    amount_cents: int
-    currency: str
-    status: str  # needs_response, under_review, won, lost, warning_…, prevented
-    reason: str
-    # What Stripe has taken for it and not given back, in the dispute's currency; None: it does not say yet.
-    withdrawn_cents: int | None = None
-    bookings: int = 0  # the lines of our balance that it comes from; they only become more
-
-
-@dataclass(frozen=True, slots=True)
-class FraudWarning:
-    id: str
-    payment: PaymentIntent | None  # None for a charge made without one
-    fraud_type: str
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """What a call that costs nothing tells of our access to Stripe."""
-
-    is_live: bool
-    answered_at: datetime  # by Stripe's clock, to the second
-
-
-@dataclass(frozen=True, slots=True)
-class WebhookEndpoint:
-    """An address that Stripe sends events to."""
-
-    url: str
-    is_enabled: bool
-    api_version: str  # empty: the account's default one
-    event_types: frozenset[str]  # "*": all
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    id: str
-    type: str
-    api_version: str
-    livemode: bool
-    account: str  # a connected account's; empty for our own
-    object: Mapping[str, Any]
-    payload: Mapping[str, Any]
-    asked: Asked = field(default_factory=dict)  # `object` is how the thing stood after this was known
 
 
 @cache
@@ -528,7 +402,7 @@ def retrieve_saved_card(customer_id: str, *, preferred_id: str) -> SavedCard | N
     customer = _call(lambda: _client().v1.customers.retrieve(customer_id)).to_dict()
     if customer.get("deleted"):
         raise GatewayMissing("Stripe refused this.", parameter="id")
-    default_id = _id_of(_inner(customer, "invoice_settings").get("default_payment_method"))
+    default_id = id_of(inner(customer, "invoice_settings").get("default_payment_method"))
     cards = list(
         _listed(
             lambda: _client().v1.customers.payment_methods.list(customer_id, {"type": "card", "limit": 100}),
@@ -545,7 +419,7 @@ def has_card(customer_id: str, payment_method_id: str) -> bool:
         method = _call(lambda: _client().v1.payment_methods.retrieve(payment_method_id)).to_dict()
     except GatewayMissing:
         return False
-    return _id_of(method.get("customer")) == customer_id
+    return id_of(method.get("customer")) == customer_id
 
 
 def list_payment_intents(*, since: datetime) -> Iterator[PaymentIntent]:
@@ -645,11 +519,11 @@ def with_payment(event: Event) -> Event:
 
 
 def _with_payment(object: Mapping[str, Any]) -> Mapping[str, Any]:
-    charge_id = _id_of(object.get("charge"))
+    charge_id = id_of(object.get("charge"))
     if object.get("payment_intent") or not charge_id:
         return object
     charge = _call(lambda: _client().v1.charges.retrieve(charge_id)).to_dict()
-    return {**object, "payment_intent": _id_of(charge.get("payment_intent"))}
+    return {**object, "payment_intent": id_of(charge.get("payment_intent"))}
 
 
 def with_warned_payment(event: Event) -> Event:
@@ -661,7 +535,7 @@ def with_warned_payment(event: Event) -> Event:
 
 
 def _with_warned_payment(warning: Mapping[str, Any]) -> Mapping[str, Any]:
-    payment_intent_id = _id_of(_with_payment(warning).get("payment_intent"))
+    payment_intent_id = id_of(_with_payment(warning).get("payment_intent"))
     if not payment_intent_id:
         return warning
     payment = _call(lambda: _client().v1.payment_intents.retrieve(payment_intent_id)).to_dict()
@@ -673,151 +547,11 @@ def with_refunds(event: Event) -> Event:
 
     Since API version 2022-11-15 a charge comes without its refunds, and says no more than their sum.
     """
-    payment_intent_id = _id_of(event.object.get("payment_intent"))
+    payment_intent_id = id_of(event.object.get("payment_intent"))
     if not payment_intent_id:  # a charge made without one: not by us
         return event
     refunds = _listed_refunds_of(payment_intent_id, read=dict)
     return replace(event, object={**event.object, "refunds": {"data": list(refunds)}})
-
-
-# --- Reading what Stripe sends --------------------------------------------------------------------------------------
-
-
-def read_checkout_session(session: Mapping[str, Any]) -> CheckoutSession:
-    """From the API's or an event's JSON. Raises KeyError or TypeError on another shape."""
-    expires_at = session.get("expires_at")
-    return CheckoutSession(
-        id=session["id"],
-        url=session.get("url") or "",
-        status=session.get("status") or "",
-        payment_status=session["payment_status"],
-        client_reference_id=session.get("client_reference_id") or "",
-        customer_id=_id_of(session.get("customer")) or "",
-        payment_intent_id=_id_of(session.get("payment_intent")),
-        amount_subtotal_cents=session["amount_subtotal"],
-        currency=session["currency"],
-        expires_at=datetime.fromtimestamp(expires_at, UTC) if expires_at else None,
-        amount_total_cents=session.get("amount_total"),
-        discount_cents=_inner(session, "total_details").get("amount_discount") or 0,
-        tax_cents=_inner(session, "total_details").get("amount_tax") or 0,
-    )
-
-
-def read_payment_intent(payment_intent: Mapping[str, Any]) -> PaymentIntent:
-    """From the API's or an event's JSON. Raises KeyError or TypeError on another shape."""
-    failure = _inner(payment_intent, "last_payment_error")
-    return PaymentIntent(
-        id=payment_intent["id"],
-        status=payment_intent["status"],
-        customer_id=_id_of(payment_intent.get("customer")) or "",
-        amount_received_cents=payment_intent["amount_received"],
-        currency=payment_intent["currency"],
-        purchase_id=str((payment_intent.get("metadata") or {}).get("purchase_id", "")),
-        payment_method_id=_id_of(payment_intent.get("payment_method")) or "",
-        action_url=_inner(payment_intent, "next_action", "redirect_to_url").get("url") or "",
-        payment_method_type=_inner(payment_intent, "payment_method").get("type") or "",
-        card_brand=_inner(payment_intent, "payment_method", "card").get("brand") or "",
-        card_last4=_inner(payment_intent, "payment_method", "card").get("last4") or "",
-        is_card_saved=bool(_inner(payment_intent, "payment_method").get("customer")),
-        receipt_url=_inner(payment_intent, "latest_charge").get("receipt_url") or "",
-        failure_code=failure.get("decline_code") or failure.get("code") or "",
-        failure_message=failure.get("message") or "",
-    )
-
-
-def read_saved_card(payment_method: Mapping[str, Any]) -> SavedCard:
-    """From the API's or an event's JSON. Raises KeyError on another shape."""
-    card = _inner(payment_method, "card")
-    return SavedCard(payment_method["id"], brand=card.get("brand") or "", last4=card.get("last4") or "")
-
-
-def read_refund(refund: Mapping[str, Any]) -> Refund:
-    """From the API's or an event's JSON. Raises KeyError or TypeError on another shape."""
-    return Refund(
-        id=refund["id"],
-        payment_intent_id=_id_of(refund.get("payment_intent")) or "",
-        amount_cents=refund["amount"],
-        currency=refund["currency"],
-        status=refund.get("status") or "pending",
-        reason=refund.get("reason") or "",
-        reversal_id=str((refund.get("metadata") or {}).get("reversal_id", "")),
-    )
-
-
-def read_dispute(dispute: Mapping[str, Any]) -> Dispute:
-    """From the API's or an event's JSON. Raises KeyError or TypeError on another shape."""
-    return Dispute(
-        id=dispute["id"],
-        payment_intent_id=_id_of(dispute.get("payment_intent")) or "",
-        amount_cents=dispute["amount"],
-        currency=dispute["currency"],
-        status=dispute["status"],
-        reason=dispute.get("reason") or "",
-        withdrawn_cents=_withdrawn_cents(dispute),
-        bookings=len(_bookings(dispute)),
-    )
-
-
-def _bookings(dispute: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """In the order in which they were made."""
-    lines = [line for line in dispute.get("balance_transactions") or () if isinstance(line, Mapping)]
-    return sorted(lines, key=lambda line: line.get("created") or 0)
-
-
-def _withdrawn_cents(dispute: Mapping[str, Any]) -> int | None:
-    """What the lines of our balance at Stripe come to, without fees; None where there is no line yet."""
-    lines = _bookings(dispute)
-    if not lines:
-        return None
-    if all(line.get("currency", dispute["currency"]) == dispute["currency"] for line in lines):
-        return max(0, -sum(line["amount"] for line in lines))
-    # Booked in the currency that we are paid out in, each line at the rate of its own day: before that rate, they are
-    # the same parts of what is disputed.
-    gone = list(accumulate(-line["amount"] / Decimal(str(line.get("exchange_rate") or 1)) for line in lines))
-    most = max(gone)  # what is disputed; it may have been withdrawn more than once, and in parts
-    return max(0, round(gone[-1] * dispute["amount"] / most)) if most > 0 else 0
-
-
-def read_fraud_warning(warning: Mapping[str, Any]) -> FraudWarning:
-    """From an event's JSON `with_warned_payment`. Raises KeyError or TypeError on another shape."""
-    payment = warning.get("payment_intent")
-    return FraudWarning(
-        id=warning["id"],
-        payment=read_payment_intent(payment) if payment else None,
-        fraud_type=warning.get("fraud_type") or "",
-    )
-
-
-# Where Stripe's objects name people, their whereabouts, or addresses at which a page about them opens.
-PERSONAL_FIELDS = frozenset(
-    {
-        "address", "billing_details", "client_secret", "collected_information", "custom_fields", "customer_address",
-        "customer_details", "customer_email", "customer_name", "customer_phone", "customer_shipping", "email",
-        "evidence", "fingerprint", "hosted_invoice_url", "individual_name", "invoice_pdf", "ip_address", "name",
-        "owner", "payment_method_details", "phone", "receipt_email", "receipt_url", "shipping", "shipping_details",
-        "tax_ids",
-    }
-)  # fmt: skip
-
-
-def without_personal_data(value: Any) -> Any:
-    """A copy of an event's JSON in which nobody is named; all that the `read_…` functions need stays."""
-    if isinstance(value, Mapping):
-        return {name: None if name in PERSONAL_FIELDS else without_personal_data(each) for name, each in value.items()}
-    return [without_personal_data(each) for each in value] if isinstance(value, list) else value
-
-
-def _inner(value: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
-    """What lies under `names`; empty where Stripe sent nothing, or an id that was not expanded."""
-    for name in names:
-        inner = value.get(name)
-        value = inner if isinstance(inner, Mapping) else {}
-    return value
-
-
-def _id_of(reference: Any) -> str | None:
-    """The id of a reference, which Stripe sends as an id or, expanded, as the object."""
-    return reference["id"] if isinstance(reference, Mapping) else reference
 
 
 def verify_event(payload: bytes, signature_header: str) -> Event:
@@ -834,32 +568,6 @@ def verify_event(payload: bytes, signature_header: str) -> Event:
     # RecursionError: the SDK's and our parser alike give up on thousands of nested brackets.
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidEvent("The body is no event.") from error
-
-
-def read_event(event: Mapping[str, Any]) -> Event:
-    """From an event's JSON, which has been verified. A thin one names its object alone, and no version: the object is
-    to be asked for. Raises KeyError, TypeError or ValueError on another shape."""
-    is_thin = event.get("object") == "v2.core.event"
-    if is_thin:
-        related = event.get("related_object")  # a ping is about nothing
-        object = {"object": _text(related["type"]), "id": _text(related["id"])} if related else {}
-    else:
-        object = dict(event["data"]["object"])
-    return Event(
-        id=_text(event["id"]),
-        type=_text(event["type"]).removeprefix("v1.") if is_thin else _text(event["type"]),
-        api_version=_text(event.get("api_version") or ""),
-        livemode=event["livemode"] is True,
-        account=_text(event.get("context" if is_thin else "account") or ""),
-        object=object,
-        payload=event,
-    )
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("Expected text.")
-    return value
 
 
 def _require_storable_json(value: Any, depth: int = 0) -> None:

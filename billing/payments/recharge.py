@@ -9,22 +9,18 @@ What may follow an attempt that brought no money is decided in `_fail` alone.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import structlog
-from django.core.exceptions import ValidationError
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
-from billing.catalogue import packages
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.notifications import messages
-from billing.payments import customers, gateway, purchases
-from billing.payments.customers import switch_off
+from billing.payments import gateway, purchases
+from billing.payments.cards import refresh_card, sweep_details
 from billing.payments.gateway import (
-    Asked,
     CardDeclined,
     GatewayBroken,
     GatewayError,
@@ -32,13 +28,13 @@ from billing.payments.gateway import (
     GatewayMissing,
     GatewayRefused,
     GatewayUnavailable,
-    PaymentIntent,
 )
+from billing.payments.objects import Asked, PaymentIntent
 from billing.payments.purchases import claim, set_state
+from billing.payments.recharge_settings import forget_declines, note_outcome, switch_off
 from billing.pricing import display_price
 from kit import database
 from kit.database import repeated_after_conflicts
-from kit.on_commit import enqueue_on_commit
 
 logger = structlog.get_logger(__name__)
 
@@ -62,151 +58,7 @@ HOPELESS_CODES = frozenset(
 
 # An unanswered attempt is left to the worker that began it for longer than its call can last.
 RESUME_AFTER = timedelta(seconds=90)
-# Ways to pay that are not kept, as people call them.
-METHOD_NAMES = {
-    "link": "Link", "us_bank_account": "bank debit", "sepa_debit": "bank debit", "acss_debit": "bank debit",
-    "bacs_debit": "bank debit", "paypal": "PayPal", "amazon_pay": "Amazon Pay", "ideal": "iDEAL",
-}  # fmt: skip
 CONFIRM_WITHIN = timedelta(hours=24)
-# How long the sweep looks for the card and the receipt of a payment.
-DETAILS_WITHIN = timedelta(days=7)
-
-
-# --- Settings -------------------------------------------------------------------------------------------------------
-
-
-@repeated_after_conflicts
-def update_auto_recharge(
-    *,
-    user_id: int,
-    enabled: bool,
-    threshold_tokens: int,
-    package_id: int | None,
-    monthly_cap_cents: int | None = None,
-) -> TokenAccount:
-    """Save the user's settings: buy the package when fewer than `threshold_tokens` are available, for at most
-    `monthly_cap_cents` in a calendar month (UTC). The package's tokens and price of now are what they agree to.
-
-    Raises ValidationError naming each wrong field; then nothing is changed. Switching it off lets a charge under way
-    come to its end. Switched on below the threshold, it recharges at once. The owner is told of what is on.
-    """
-    with transaction.atomic():
-        account = TokenAccount.objects.select_for_update().get(user_id=user_id)
-        package = check_settings(
-            account,
-            enabled=enabled,
-            threshold_tokens=threshold_tokens,
-            package_id=package_id,
-            monthly_cap_cents=monthly_cap_cents,
-        )
-        is_new = (enabled, package_id, monthly_cap_cents) != (
-            account.auto_recharge_enabled,
-            account.auto_recharge_package_id,
-            account.auto_recharge_monthly_cap_cents,
-        )
-        is_changed = is_new or threshold_tokens != account.auto_recharge_threshold_tokens
-        account.auto_recharge_enabled = enabled
-        account.auto_recharge_threshold_tokens = threshold_tokens
-        account.auto_recharge_package = package
-        account.auto_recharge_price_cents = package.price_cents(account.currency) if package else None
-        account.auto_recharge_package_tokens = package.tokens if package else None
-        account.auto_recharge_monthly_cap_cents = monthly_cap_cents
-        if is_new:
-            # Declines and waits belong to the settings before.
-            account.auto_recharge_failures = 0
-            account.auto_recharge_retry_at = None
-            account.auto_recharge_last_outcome = ""
-        account.save(
-            update_fields=[
-                "auto_recharge_enabled", "auto_recharge_threshold_tokens", "auto_recharge_package",
-                "auto_recharge_price_cents", "auto_recharge_package_tokens", "auto_recharge_monthly_cap_cents",
-                "auto_recharge_failures", "auto_recharge_retry_at", "auto_recharge_last_outcome",
-            ]
-        )  # fmt: skip
-        if enabled and is_changed:
-            messages.auto_recharge_switched_on(account, key=database.now().isoformat())
-        if enabled and account.available < threshold_tokens:
-            enqueue_on_commit("billing.tasks.auto_recharge", user_id)
-    return account
-
-
-def check_settings(
-    account: TokenAccount,
-    *,
-    enabled: bool,
-    threshold_tokens: int,
-    package_id: int | None,
-    monthly_cap_cents: int | None = None,
-) -> TokenPricing | None:
-    """The package of settings that can be saved. Raises ValidationError naming each wrong field."""
-    package = packages.get_package_by_id(package_id) if package_id is not None else None
-    errors = {}
-    price_cents = package.price_cents(account.currency) if package and package.is_active else None
-    if enabled and not account.stripe_payment_method_id:
-        errors["enabled"] = f"There is no saved card yet. {why_no_card(account)}"
-    # Switching it off must always work, also when the package has gone meanwhile.
-    if price_cents is None and (enabled or package is None is not account.auto_recharge_package_id):
-        errors["package_id"] = "Choose a package that is on sale."
-    if type(threshold_tokens) is not int or threshold_tokens < 1:
-        errors["threshold_tokens"] = "Enter a whole number of tokens, 1 or more."
-    elif package and threshold_tokens > package.tokens:
-        errors["threshold_tokens"] = (
-            f"One {package.name} package has {package.tokens:,} tokens: the threshold cannot be above that."
-        )
-    if monthly_cap_cents is not None and monthly_cap_cents <= 0:
-        errors["monthly_cap_cents"] = "Enter an amount above zero, or leave it empty for no limit."
-    elif monthly_cap_cents is not None and price_cents is not None and monthly_cap_cents < price_cents:
-        errors["monthly_cap_cents"] = (
-            f"The package costs {display_price(price_cents, account.currency)}: with a lower limit it is never bought."
-        )
-    if errors:
-        raise ValidationError(errors)
-    return package
-
-
-def why_no_card(account: TokenAccount) -> str:
-    """How an account without a saved card gets one, for its owner, who may have paid in a way that is not kept."""
-    paid_by = (
-        Purchase.objects.filter(account=account, kind=Purchase.Kind.CHECKOUT, state=State.PAID)
-        .order_by("-paid_at")
-        .values_list("payment_method_type", flat=True)
-        .first()
-    )
-    if paid_by in (None, "", "card"):
-        return "Buy a package once: its card is kept, and you can switch auto-recharge on here."
-    return (
-        f"You paid by {METHOD_NAMES.get(paid_by, paid_by.replace('_', ' '))}, which auto-recharge cannot charge while "
-        "you are away. Pay by card once: the card is kept, and you can switch auto-recharge on here."
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Overview:
-    """How auto-recharge stands, as its owner sees it."""
-
-    state: str  # no_card, off, on, charging, confirm, waiting (see `retry_at`), switched_off
-    under_way: Purchase | None
-    attempts: list[Purchase]  # the newest ones
-
-
-def get_overview(account: TokenAccount, *, attempts: int = 10) -> Overview:
-    """What the page of auto-recharge shows: its state, and the newest attempts."""
-    newest = list(
-        Purchase.objects.filter(account=account, kind=Purchase.Kind.AUTO_RECHARGE).order_by("-created_at", "-id")[
-            :attempts
-        ]
-    )
-    under_way = next((purchase for purchase in newest if purchase.is_pending), None)
-    if under_way is not None:
-        state = "confirm" if under_way.state == State.ACTION_REQUIRED else "charging"
-    elif account.auto_recharge_enabled:
-        retry_at = account.auto_recharge_retry_at
-        state = "waiting" if retry_at is not None and retry_at > database.now() else "on"
-    elif account.auto_recharge_last_outcome:
-        state = "switched_off"
-    else:
-        state = "off" if account.stripe_payment_method_id else "no_card"
-    return Overview(state, under_way, newest)
 
 
 # --- An attempt -----------------------------------------------------------------------------------------------------
@@ -266,14 +118,17 @@ def _open_attempt(user_id: int) -> Purchase | None:
 
 def _new_attempt(account: TokenAccount, now: datetime, installation: str) -> Purchase | None:
     package = account.auto_recharge_package
+    key = f"package-{account.pk}-{account.sequence}"
     price_cents = package.price_cents(account.currency) if package and package.is_active else None
     if package is None or price_cents is None:
-        _switch_off_for_package(account, "The package is not on sale any more. Choose another one to go on.")
+        switch_off(
+            account_id=account.pk, key=key, reason="The package is not on sale any more. Choose another one to go on."
+        )
         return None
     if not _is_agreed(account, package, price_cents):
         now_words = f"The package is now {package.tokens:,} tokens for {display_price(price_cents, account.currency)}."
         agreed_words = f" You agreed to {account.auto_recharge_terms}." if account.auto_recharge_terms else ""
-        _switch_off_for_package(account, f"{now_words}{agreed_words} Choose again to go on.")
+        switch_off(account_id=account.pk, key=key, reason=f"{now_words}{agreed_words} Choose again to go on.")
         return None
     cap_cents = account.auto_recharge_monthly_cap_cents
     if cap_cents is not None and _spent_this_month_cents(account, now) + price_cents > cap_cents:
@@ -300,10 +155,6 @@ def _new_attempt(account: TokenAccount, now: datetime, installation: str) -> Pur
             "payment_method_id": account.stripe_payment_method_id,
         },
     )
-
-
-def _switch_off_for_package(account: TokenAccount, reason: str) -> None:
-    switch_off(account_id=account.pk, reason=reason, key=f"package-{account.pk}-{account.sequence}")
 
 
 def _is_agreed(account: TokenAccount, package: TokenPricing, price_cents: int) -> bool:
@@ -352,7 +203,7 @@ def _charge(purchase: Purchase) -> None:
         )
     except CardDeclined as error:
         if error.payment_intent is not None:
-            apply_payment_intent(error.payment_intent)
+            apply_answer(error.payment_intent)
         else:
             _end(purchase, partial(_fail, code=error.code, message=error.message))
     except GatewayUnavailable as error:
@@ -365,7 +216,7 @@ def _charge(purchase: Purchase) -> None:
         logger.error("An auto-recharge was refused", **purchases.log_ids(purchase), error=error.__cause__)
         _end_refused(purchase)
     else:
-        apply_payment_intent(payment)
+        apply_answer(payment)
 
 
 def _end_refused(purchase: Purchase) -> None:
@@ -399,7 +250,7 @@ def _look_up(purchase: Purchase, *, or_else: Callable[[Purchase], None]) -> None
         logger.warning("An auto-recharge could not be looked up", **ids, error=cause)
         return
     if payment is not None:
-        apply_payment_intent(payment)
+        apply_answer(payment)
     else:
         _end(purchase, or_else)
 
@@ -417,41 +268,61 @@ def _end(purchase: Purchase, close: Callable[[Purchase], None]) -> None:
 
 
 @repeated_after_conflicts
-def apply_payment_intent(payment: PaymentIntent, *, asked: Asked | None = None) -> Purchase:
-    """Bring the attempt behind a payment up to what Stripe says: credit it, fail it, or note what it waits for.
-
-    A purchase by Checkout is credited too, but never failed: its page lets the buyer try again. Raises
-    PurchaseNotFound when no purchase of ours is behind the payment; AskAgain when an event (`asked`: what Stripe was
-    asked about since) would end an attempt that its owner may have taken up again.
-    """
+def apply_answer(payment: PaymentIntent) -> Purchase:
+    """Bring the attempt behind a payment up to what Stripe has just answered. Raises PurchaseNotFound."""
     with transaction.atomic():
-        purchase = purchases.apply_payment_intent(payment, asked=asked)
-        if purchase.kind != Purchase.Kind.AUTO_RECHARGE or not purchase.is_pending:
-            return purchase
-        if purchase.stripe_payment_intent_id is None:
-            purchase.stripe_payment_intent_id = payment.id
-            purchase.save(update_fields=["stripe_payment_intent_id"])
-        if payment.status == "requires_payment_method" and purchase.state != State.CREATED:
-            purchases.require_asked(purchase, payment.id, asked)
-        if payment.needs_authentication:
-            _await_confirmation(purchase)
-        elif payment.status == "processing":
-            set_state(purchase, State.PROCESSING, "Your bank needs a while to confirm the payment.")
-        elif payment.status == "canceled" and purchase.state == State.CREATED:
-            _close_uncharged(purchase)
-        elif payment.status == "canceled":
-            _fail(purchase, state=State.EXPIRED, message="The payment was not confirmed in time.")
-        elif payment.status == "requires_payment_method":
-            message = payment.failure_message or "The card was declined."
-            _fail(purchase, code=payment.failure_code or "card_declined", message=message)
+        purchase = purchases.lock_purchase_behind(payment)
+        apply_payment(purchase, payment)
     return purchase
+
+
+def apply_payment(purchase: Purchase, payment: PaymentIntent, *, asked: Asked | None = None) -> None:
+    """Bring a locked attempt up to what Stripe says: credit it, fail it, or note what it waits for.
+
+    Raises AskAgain when an event (`asked`: what Stripe was asked about since) would end an attempt that its owner may
+    have taken up again.
+    """
+    if payment.status == "succeeded":
+        if asked is None or not purchases.is_settled(purchase):
+            purchases.credit(
+                purchase,
+                amount_cents=payment.amount_received_cents,
+                currency=payment.currency,
+                payment_intent_id=payment.id,
+                after=_after_credit,
+            )
+        return
+    if not purchase.is_pending:
+        return
+    if purchase.stripe_payment_intent_id is None:
+        purchase.stripe_payment_intent_id = payment.id
+        purchase.save(update_fields=["stripe_payment_intent_id"])
+    if payment.status == "requires_payment_method" and purchase.state != State.CREATED:
+        purchases.require_asked(purchase, payment.id, asked)
+    if payment.needs_authentication:
+        _await_confirmation(purchase)
+    elif payment.status == "processing":
+        set_state(purchase, State.PROCESSING, "Your bank needs a while to confirm the payment.")
+    elif payment.status == "canceled" and purchase.state == State.CREATED:
+        _close_uncharged(purchase)
+    elif payment.status == "canceled":
+        _fail(purchase, state=State.EXPIRED, message="The payment was not confirmed in time.")
+    elif payment.status == "requires_payment_method":
+        message = payment.failure_message or "The card was declined."
+        _fail(purchase, code=payment.failure_code or "card_declined", message=message)
+
+
+def _after_credit(purchase: Purchase) -> None:
+    forget_declines(TokenAccount.objects.filter(pk=purchase.account_id))
+    note_outcome(purchase.account_id, f"{purchase.tokens:,} tokens were bought for {purchase.price_display}.")
+    messages.auto_recharge_succeeded(purchase)
 
 
 def _await_confirmation(purchase: Purchase) -> None:
     # An old event that says so cannot take a payment back that the owner has confirmed meanwhile.
     if purchase.state == State.CREATED:
         set_state(purchase, State.ACTION_REQUIRED, "Your bank wants you to confirm this payment.")
-        _note_outcome(purchase, "Your bank wants you to confirm the payment.")
+        note_outcome(purchase.account_id, "Your bank wants you to confirm the payment.")
         messages.auto_recharge_needs_confirmation(purchase)
 
 
@@ -490,82 +361,6 @@ def _refuse(purchase: Purchase) -> None:
     message = "The saved card cannot be charged any more."
     set_state(purchase, State.FAILED, message)
     switch_off(account_id=purchase.account_id, reason=message, key=str(purchase.pk))
-
-
-def _note_outcome(purchase: Purchase, outcome: str) -> None:
-    TokenAccount.objects.filter(pk=purchase.account_id, auto_recharge_enabled=True).update(
-        auto_recharge_last_outcome=outcome
-    )
-
-
-# --- The owner confirms ---------------------------------------------------------------------------------------------
-
-
-def start_confirmation(purchase: Purchase, *, return_url: str, confirm_key: str) -> str:
-    """Try the payment again with the card's owner present. Returns the address of the bank's page, "" when there is
-    none to visit (it was paid at once, or nothing waits for a confirmation).
-
-    `confirm_key` is the form's: sent twice, it is one try. A card declined now ends the attempt. Raises GatewayError,
-    AccountMayNotBuy.
-    """
-    if purchase.state != State.ACTION_REQUIRED:
-        return ""
-    account = TokenAccount.objects.get(pk=purchase.account_id)
-    purchases.require_may_buy(account)
-    try:
-        payment = _confirm(purchase, account, return_url, confirm_key)
-    except CardDeclined as error:
-        if error.payment_intent is not None:
-            apply_payment_intent(error.payment_intent)
-        raise
-    except GatewayRefused:
-        # An earlier try may have paid it without an answer that reached us.
-        payment = gateway.retrieve_payment_intent(str(purchase.stripe_payment_intent_id))
-        if payment.status != "succeeded":
-            raise
-    finally:
-        # The page that follows asks anew, however quick its owner is and whatever came of this.
-        Purchase.objects.filter(pk=purchase.pk).update(checked_at=None)
-    apply_payment_intent(payment)
-    return payment.action_url
-
-
-def _confirm(purchase: Purchase, account: TokenAccount, return_url: str, confirm_key: str) -> PaymentIntent:
-    """Confirm with the card that is saved now. One that Stripe does not have any more makes room for the one it has."""
-    for key in (confirm_key, f"{confirm_key}-2"):
-        payment_method_id = account.stripe_payment_method_id or purchase.metadata["payment_method_id"]
-        try:
-            return gateway.confirm_payment_intent(
-                str(purchase.stripe_payment_intent_id),
-                payment_method_id=payment_method_id,
-                return_url=return_url,
-                idempotency_key=purchase.stripe_key("confirm", key),
-            )
-        except GatewayMissing as error:
-            if error.parameter != "payment_method" or key != confirm_key:
-                raise
-            refresh_card(user_id=account.user_id)
-            account.refresh_from_db()
-            if account.stripe_payment_method_id in ("", payment_method_id):
-                raise
-    raise AssertionError
-
-
-def refresh_from_stripe(purchase: Purchase) -> Purchase:
-    """Ask Stripe how an attempt stands, at most every two seconds, for the page that waits for it.
-
-    Stripe out of reach is no error: the page goes on waiting, and the webhook or the sweep will come.
-    """
-    if not purchase.is_pending or not purchase.stripe_payment_intent_id:
-        return purchase
-    if not claim(purchase, database.now(), again_after=purchases.PAGE_ASKS_AGAIN_AFTER):
-        return purchase
-    try:
-        return apply_payment_intent(gateway.retrieve_payment_intent(purchase.stripe_payment_intent_id))
-    except GatewayError as error:
-        ids, cause = purchases.log_ids(purchase), error.__cause__ or error
-        logger.warning("An auto-recharge could not be looked up", **ids, error=cause)
-        return purchase
 
 
 # --- The sweep ------------------------------------------------------------------------------------------------------
@@ -607,7 +402,7 @@ def sweep_auto_recharges(*, limit: int = 100) -> int:
         moved += begun is not None
         if begun is not None and begun.state == State.CREATED:
             break  # Stripe is out of reach: the others are not helped by waiting for it one after another
-    _sweep_details(now, limit=limit)
+    sweep_details(now, limit=limit)
     return moved
 
 
@@ -624,7 +419,7 @@ def _take_up(purchase: Purchase, now: datetime) -> None:
         return
     payment_intent_id = str(purchase.stripe_payment_intent_id)
     try:
-        purchase = apply_payment_intent(gateway.retrieve_payment_intent(payment_intent_id))
+        purchase = apply_answer(gateway.retrieve_payment_intent(payment_intent_id))
     except GatewayMissing:  # of the other mode: nothing is ever paid by it
         _end(purchase, _close_uncharged)
         return
@@ -634,162 +429,4 @@ def _take_up(purchase: Purchase, now: datetime) -> None:
             payment = gateway.cancel_payment_intent(payment_intent_id)
         except GatewayRefused:  # its owner was quicker
             payment = gateway.retrieve_payment_intent(payment_intent_id)
-        apply_payment_intent(payment)
-
-
-# --- The saved card -------------------------------------------------------------------------------------------------
-
-
-def remember_card(*, purchase_id: int) -> None:
-    """Fetch a paid purchase's receipt, and keep the card of a Checkout for later, if Stripe has saved it.
-
-    Calls Stripe. Raises GatewayError; the sweep comes back to it.
-    """
-    purchase = Purchase.objects.filter(pk=purchase_id, state=State.PAID, stripe_payment_intent_id__isnull=False).first()
-    if purchase is None:
-        return
-    _keep_details(purchase, gateway.retrieve_payment_intent(str(purchase.stripe_payment_intent_id)))
-
-
-@repeated_after_conflicts
-def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
-    with transaction.atomic():
-        # Its row first: whoever anonymises the account meanwhile clears it before this, or after it.
-        Purchase.objects.select_for_update().get(pk=purchase.pk)
-        is_anonymised = TokenAccount.objects.filter(
-            pk=purchase.account_id, status_reason=TokenAccount.ANONYMISED
-        ).exists()
-        Purchase.objects.filter(pk=purchase.pk).update(
-            checked_at=database.now(),
-            payment_method_type=payment.payment_method_type,
-            **dict.fromkeys(("receipt_url", "card_brand", "card_last4"), "")
-            if is_anonymised
-            else {
-                "receipt_url": payment.receipt_url,
-                "card_brand": payment.card_brand,
-                "card_last4": payment.card_last4,
-            },
-        )
-        bought_again = Purchase.objects.filter(
-            account=purchase.account_id, kind=Purchase.Kind.CHECKOUT, paid_at__gt=purchase.paid_at
-        )
-        is_theirs = TokenAccount.objects.filter(
-            pk=purchase.account_id, stripe_customer_id__isnull=False, stripe_customer_id=payment.customer_id
-        )
-        if (
-            purchase.kind == Purchase.Kind.CHECKOUT
-            and payment.is_card_saved
-            and payment.card_last4  # a bank account is no card
-            and is_theirs.exists()
-            and not bought_again.exists()
-        ):
-            card = gateway.SavedCard(payment.payment_method_id, payment.card_brand, payment.card_last4)
-            _keep_card(purchase.account_id, card)
-
-
-def _keep_card(account_id: int, card: gateway.SavedCard) -> tuple[str, TokenAccount]:
-    """Store the card, unless its owner is nobody by now or its bank has warned of it. Another one than before starts
-    without the declines of the one before. Returns the id of the one before, and the account as it is now.
-
-    In the caller's transaction, with the account locked first: a warning that came meanwhile is seen by what follows.
-    """
-    was = TokenAccount.objects.select_for_update().get(pk=account_id).stripe_payment_method_id
-    is_distrusted = Purchase.objects.filter(account=OuterRef("pk"), metadata__distrusted_card=card.payment_method_id)
-    accounts = TokenAccount.objects.filter(~Exists(is_distrusted), pk=account_id).exclude(
-        status_reason=TokenAccount.ANONYMISED
-    )
-    accounts.exclude(stripe_payment_method_id=card.payment_method_id).update(
-        auto_recharge_failures=0, auto_recharge_retry_at=None
-    )
-    accounts.update(stripe_payment_method_id=card.payment_method_id, card_brand=card.brand, card_last4=card.last4)
-    return was, TokenAccount.objects.get(pk=account_id)
-
-
-def _sweep_details(now: datetime, *, limit: int) -> None:
-    """Fetch the receipts and cards whose task was lost: `checked_at` tells whether Stripe was asked since."""
-    missing = Purchase.objects.filter(
-        Q(checked_at=None) | Q(checked_at__lt=F("paid_at")),
-        state=State.PAID,
-        stripe_payment_intent_id__isnull=False,
-        created_at__gt=now - DETAILS_WITHIN,
-        paid_at__lt=now - purchases.WEBHOOK_GRACE,
-    )
-    for purchase_id in missing.values_list("pk", flat=True)[:limit]:
-        try:
-            remember_card(purchase_id=purchase_id)
-        except GatewayError as error:
-            logger.warning("A card was not fetched", purchase_id=purchase_id, error=error.__cause__ or error)
-            return
-
-
-def refresh_card(*, user_id: int) -> None:
-    """Ask Stripe which card the customer has now: after their visit to its page, or when a charge was refused.
-
-    Without a card, auto-recharge is switched off with a notice. Stripe out of reach is no error: what we know stays.
-    """
-    account = TokenAccount.objects.get(user_id=user_id)
-    if not account.stripe_customer_id:
-        return
-    try:
-        card = gateway.retrieve_saved_card(account.stripe_customer_id, preferred_id=account.stripe_payment_method_id)
-    except GatewayMissing:
-        customers.forget_customer(customer_id=account.stripe_customer_id)
-        return
-    except GatewayError as error:
-        logger.warning("A card could not be looked up", user_id=user_id, error=error.__cause__ or error)
-        return
-    if card is None:
-        customers.forget_card(payment_method_id=account.stripe_payment_method_id)
-    else:
-        with transaction.atomic():
-            was, account = _keep_card(account.pk, card)
-            if was not in ("", account.stripe_payment_method_id):
-                messages.saved_card_changed(account, key=database.now().isoformat())
-
-
-def open_card_page(*, user_id: int, return_url: str) -> str:
-    """The address of Stripe's page where the user changes or removes their card, "" when they have none to change.
-
-    Raises GatewayError.
-    """
-    account = TokenAccount.objects.get(user_id=user_id)
-    if not account.stripe_customer_id:
-        return ""
-    try:
-        return gateway.create_portal_session(customer_id=account.stripe_customer_id, return_url=return_url)
-    except GatewayMissing:
-        customers.forget_customer(customer_id=account.stripe_customer_id)
-        return ""
-
-
-def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> bool:
-    """A bank says that the card's owner knows nothing of a locked purchase: nothing is charged by itself any more, and
-    the card is not kept for it, whoever switches it on again. In the caller's transaction; `key` names the warning.
-
-    Returns whether that is news: told again, it does not touch another card that its owner has charged since.
-    """
-    if "distrusted_card" in purchase.metadata:
-        return False
-    TokenAccount.objects.select_for_update().get(pk=purchase.account_id)  # whoever keeps the card now is done, or waits
-    purchase.metadata = {**purchase.metadata, "distrusted_card": payment_method_id}
-    purchase.save(update_fields=["metadata"])
-    reason = "Your bank reported a payment as made without your consent."
-    switch_off(account_id=purchase.account_id, reason=reason, key=key)
-    TokenAccount.objects.filter(pk=purchase.account_id, stripe_payment_method_id=payment_method_id).exclude(
-        stripe_payment_method_id=""
-    ).update(stripe_payment_method_id="", card_brand="", card_last4="")
-    return True
-
-
-def update_card(card: gateway.SavedCard) -> None:
-    """The bank has sent its owner a new card under the same contract: only what is shown of it changes."""
-    TokenAccount.objects.filter(stripe_payment_method_id=card.payment_method_id).update(
-        card_brand=card.brand, card_last4=card.last4
-    )
-
-
-def refresh_card_of(*, customer_id: str) -> None:
-    """Have a worker look up the customer's card after the commit."""
-    user_id = TokenAccount.objects.filter(stripe_customer_id=customer_id).values_list("user_id", flat=True).first()
-    if user_id is not None:
-        enqueue_on_commit("billing.tasks.refresh_card", user_id)
+        apply_answer(payment)

@@ -17,8 +17,8 @@ from django.utils import timezone
 from accounts import audit
 from accounts.models import User
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
-from billing.payments import gateway, purchases, recharge, refunds
-from billing.payments.gateway import Dispute, PaymentIntent, Refund
+from billing.payments import cards, gateway, purchases, refunds, webhooks
+from billing.payments.objects import Dispute, PaymentIntent, Refund
 from billing.pricing import display_price
 from kit.text import read_id
 
@@ -140,7 +140,7 @@ class _Walk:
             try:
                 with transaction.atomic():
                     purchase = purchases.lock_purchase_behind(warning.payment)
-                    is_news = recharge.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
+                    is_news = cards.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
             except purchases.PurchaseNotFound:
                 continue  # another product's
             if is_news:
@@ -192,7 +192,7 @@ class _Walk:
             if purchase.kind == Purchase.Kind.CHECKOUT and gateway.amounts_may_differ() and purchase.stripe_session_id:
                 purchases.apply_checkout_session(gateway.retrieve_checkout_session(purchase.stripe_session_id))
             else:
-                purchases.apply_payment_intent(payment)
+                webhooks.apply_payment_intent(payment)
         except purchases.PurchaseError as error:
             self.differs("not_credited", payment.id, f"{amount} were paid, not credited: {error.message}", purchase)
             return

@@ -14,9 +14,10 @@ from django.utils import timezone
 
 from accounts import audit
 from accounts.models import User
-from billing.models import StripeEvent
-from billing.payments import customers, gateway, purchases, recharge, refunds
-from billing.payments.gateway import AskAgain, Event, GatewayMissing, GatewayRefused
+from billing.models import Purchase, StripeEvent
+from billing.payments import cards, customers, gateway, objects, purchases, recharge, refunds
+from billing.payments.gateway import GatewayMissing, GatewayRefused
+from billing.payments.objects import AskAgain, Asked, Event, PaymentIntent
 from kit.database import DATABASE_AWAY, repeated_after_conflicts
 
 logger = structlog.get_logger(__name__)
@@ -34,16 +35,32 @@ class NeedsPerson(Exception):
     """Nothing to do by ourselves: the event is kept aside with this message."""
 
 
+APPLY_PAYMENT = {
+    Purchase.Kind.CHECKOUT: purchases.apply_payment,
+    Purchase.Kind.AUTO_RECHARGE: recharge.apply_payment,
+}
+
+
+@repeated_after_conflicts
+def apply_payment_intent(payment: PaymentIntent, *, asked: Asked | None = None) -> Purchase:
+    """Bring the purchase behind a payment up to what Stripe says, in the way of its kind. Raises PurchaseNotFound when
+    there is none of ours; AskAgain when an event (`asked`: what Stripe was asked about since) contradicts it."""
+    with transaction.atomic():
+        purchase = purchases.lock_purchase_behind(payment)
+        APPLY_PAYMENT[Purchase.Kind(purchase.kind)](purchase, payment, asked=asked)
+    return purchase
+
+
 def _on_session(event: Event) -> None:
-    purchases.apply_checkout_session(gateway.read_checkout_session(event.object), asked=event.asked)
+    purchases.apply_checkout_session(objects.read_checkout_session(event.object), asked=event.asked)
 
 
 def _on_session_payment_failed(event: Event) -> None:
-    purchases.apply_payment_failure(gateway.read_checkout_session(event.object))
+    purchases.apply_payment_failure(objects.read_checkout_session(event.object))
 
 
 def _on_payment_intent(event: Event) -> None:
-    recharge.apply_payment_intent(gateway.read_payment_intent(event.object), asked=event.asked)
+    apply_payment_intent(objects.read_payment_intent(event.object), asked=event.asked)
 
 
 def _on_card_detached(event: Event) -> None:
@@ -51,11 +68,11 @@ def _on_card_detached(event: Event) -> None:
 
 
 def _on_card_updated(event: Event) -> None:
-    recharge.update_card(gateway.read_saved_card(event.object))
+    cards.update_card(objects.read_saved_card(event.object))
 
 
 def _on_customer_updated(event: Event) -> None:
-    recharge.refresh_card_of(customer_id=event.object["id"])
+    cards.refresh_card_of(customer_id=event.object["id"])
 
 
 def _on_customer_deleted(event: Event) -> None:
@@ -63,25 +80,25 @@ def _on_customer_deleted(event: Event) -> None:
 
 
 def _on_refund(event: Event) -> None:
-    refunds.apply_reversal(gateway.read_refund(event.object), asked=event.asked)
+    refunds.apply_reversal(objects.read_refund(event.object), asked=event.asked)
 
 
 def _on_charge_refunded(event: Event) -> None:
     # The sum that the charge tells is not read: each refund is applied by its own id, once, whoever tells of it.
     for refund in (event.object.get("refunds") or {}).get("data", []):
-        refunds.apply_reversal(gateway.read_refund(refund), asked=event.asked)
+        refunds.apply_reversal(objects.read_refund(refund), asked=event.asked)
 
 
 def _on_dispute(event: Event) -> None:
-    refunds.apply_reversal(gateway.read_dispute(event.object), asked=event.asked)
+    refunds.apply_reversal(objects.read_dispute(event.object), asked=event.asked)
 
 
 def _on_fraud_warning(event: Event) -> None:
-    warning = gateway.read_fraud_warning(event.object)
+    warning = objects.read_fraud_warning(event.object)
     paid_what = "a payment"
     if warning.payment is not None:
         purchase = purchases.lock_purchase_behind(warning.payment)
-        recharge.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
+        cards.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
         paid_what = f"{purchase.price_display} of purchase {purchase.pk}"
     raise NeedsPerson(
         f"The card's bank warns of fraud ({warning.fraud_type or 'no reason given'}) in {paid_what}. "
@@ -143,7 +160,7 @@ def handle_again(row: StripeEvent, *, by: User | None = None) -> StripeEvent:
             about=("stripe_event", row.pk),
             before={"state": row.state},
         )
-    return _take_in(row, gateway.read_event(row.payload))
+    return _take_in(row, objects.read_event(row.payload))
 
 
 def settle_by_hand(row: StripeEvent, *, by: User) -> bool:
@@ -274,7 +291,7 @@ def _row_of(event: Event) -> StripeEvent:
         api_version=event.api_version[:50],
         livemode=event.livemode,
         # Kept for the books and to be handled again, which needs no names or addresses.
-        payload=gateway.without_personal_data(event.payload),
+        payload=objects.without_personal_data(event.payload),
         state=State.RECEIVED,
         attempts=0,
     )

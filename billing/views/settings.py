@@ -10,7 +10,7 @@ from accounts.models import User
 from accounts.permissions import SignedInRequest
 from billing import ledger
 from billing.forms import SettingsForm
-from billing.payments import purchases
+from billing.payments import checkout
 
 
 @require_http_methods(["GET", "POST"])
@@ -22,8 +22,8 @@ def profile(request: SignedInRequest) -> HttpResponse:
     form = SettingsForm(request.POST or None, instance=person, account=account)
     if request.method == "POST" and form.is_valid():
         try:
-            purchases.update_currency(user_id=person.pk, currency=form.cleaned_data["currency"])
-        except purchases.CurrencyNotChanged as error:
+            checkout.update_currency(user_id=person.pk, currency=form.cleaned_data["currency"])
+        except checkout.CurrencyNotChanged as error:
             form.add_error("currency", error.message)
         else:
             form.save()

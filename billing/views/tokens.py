@@ -25,7 +25,8 @@ from billing.history import receipts
 from billing.models import Purchase, TokenAccount, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.fields import Currency
-from billing.payments import gateway, purchases, recharge
+from billing.payments import cards, confirmation, gateway, purchases, recharge_settings
+from billing.payments.checkout import AmountNotSold, create_checkout_session, terms_of_amount, why_currency_is_fixed
 from billing.payments.gateway import GatewayUnavailable
 from billing.usage import stats
 
@@ -52,7 +53,7 @@ def _render_home(
     status: int = 200,
 ) -> HttpResponse:
     account = ledger.get_account(user_id=request.user.pk)
-    currencies = [account.currency] if purchases.why_currency_is_fixed(account) else packages.list_currencies()
+    currencies = [account.currency] if why_currency_is_fixed(account) else packages.list_currencies()
     asked_currency = request.POST.get("currency") or request.GET.get("currency", account.currency)
     currency = asked_currency if asked_currency in currencies else next(iter(currencies), Currency.USD)
     averages = stats.average_tokens_by_operation(account)
@@ -73,8 +74,8 @@ def _render_home(
         "currencies": currencies,
         "currency": currency,
         "amount_form": amount_form or CheckoutForm(currency=currency),
-        "recharge": recharge.get_overview(account),
-        "why_no_card": recharge.why_no_card(account),
+        "recharge": recharge_settings.get_overview(account),
+        "why_no_card": recharge_settings.why_no_card(account),
         "recharge_form": recharge_form or AutoRechargeForm(account=account),
         "system_settings": system_settings.get_system_settings(),
         "checkout_key": uuid4().hex,
@@ -116,8 +117,8 @@ def price(request: SignedInRequest) -> HttpResponse:
     if form.is_valid() and form.cleaned_data["amount"]:
         try:
             currency = form.cleaned_data["currency"] or Currency.USD
-            context["terms"] = purchases.terms_of_amount(form.cleaned_data["amount"], currency=currency)
-        except purchases.AmountNotSold as error:
+            context["terms"] = terms_of_amount(form.cleaned_data["amount"], currency=currency)
+        except AmountNotSold as error:
             context["refusal"] = error.message
     return render(request, "billing/_amount_price.html", context)
 
@@ -129,10 +130,10 @@ def checkout(request: SignedInRequest) -> HttpResponse:
     if not form.is_valid():
         return _render_home(request, amount_form=form, status=400)
     try:
-        purchase = purchases.create_checkout_session(
+        purchase = create_checkout_session(
             user_id=request.user.pk, terms=form.terms, checkout_key=form.cleaned_data["checkout_key"]
         )
-    except purchases.AmountNotSold as error:
+    except AmountNotSold as error:
         form.add_error("amount", error.message)
         return _render_home(request, amount_form=form, status=400)
     except purchases.PurchaseError as error:
@@ -212,9 +213,9 @@ def auto_recharge(request: SignedInRequest) -> HttpResponse:
     if form.is_valid():
         try:
             if form.cleaned_data["enabled"]:
-                recharge.check_settings(account, **form.cleaned_data)  # before the password is asked for
+                recharge_settings.check_settings(account, **form.cleaned_data)  # before the password is asked for
                 _require_password(request)
-            account = recharge.update_auto_recharge(user_id=request.user.pk, **form.cleaned_data)
+            account = recharge_settings.update_auto_recharge(user_id=request.user.pk, **form.cleaned_data)
         except ValidationError as error:
             form.add_error(None, error)
         else:
@@ -231,18 +232,16 @@ def auto_recharge(request: SignedInRequest) -> HttpResponse:
 def card(request: SignedInRequest) -> HttpResponse:
     """POST leads to Stripe's page where the saved card is changed or removed; GET is where that page leads back."""
     if request.method == "GET":
-        recharge.refresh_card(user_id=request.user.pk)
+        cards.refresh_card(user_id=request.user.pk)
         return _to_recharge_panel()
     _require_password(request)
     try:
-        url = recharge.open_card_page(
-            user_id=request.user.pk, return_url=f"{settings.SITE_URL}{reverse('tokens:card')}"
-        )
+        url = cards.open_card_page(user_id=request.user.pk, return_url=f"{settings.SITE_URL}{reverse('tokens:card')}")
     except gateway.GatewayError:
         messages.error(request, "Stripe's page for your card could not be opened. Try again in a moment.")
         return _to_recharge_panel()
     if not url:
-        messages.info(request, recharge.why_no_card(ledger.get_account(user_id=request.user.pk)))
+        messages.info(request, recharge_settings.why_no_card(ledger.get_account(user_id=request.user.pk)))
         return _to_recharge_panel()
     return redirect(url)
 
@@ -253,14 +252,14 @@ def confirm(request: SignedInRequest, pk: int) -> HttpResponse:
     """An auto-recharge whose bank wants to see the card's owner. POST leads to the bank; GET says what Stripe says."""
     purchase = get_object_or_404(Purchase, pk=pk, user=request.user, kind=Purchase.Kind.AUTO_RECHARGE)
     if request.method == "GET":
-        context = {"purchase": recharge.refresh_from_stripe(purchase), "confirm_key": uuid4().hex}
+        context = {"purchase": confirmation.refresh_from_stripe(purchase), "confirm_key": uuid4().hex}
         return render(request, "billing/confirm_payment.html", context)
     form = ConfirmForm(request.POST)
     bank_url = ""
     if form.is_valid():
         return_url = f"{settings.SITE_URL}{reverse('tokens:confirm', args=[pk])}"
         try:
-            bank_url = recharge.start_confirmation(purchase, return_url=return_url, **form.cleaned_data)
+            bank_url = confirmation.start_confirmation(purchase, return_url=return_url, **form.cleaned_data)
         except gateway.GatewayRefused as error:
             messages.error(
                 request, f"{error.message} You were not charged. Change your card under Tokens, or buy a package there."

@@ -29,7 +29,7 @@ from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImageP
 from billing import ledger
 from billing import tasks as billing_tasks
 from billing.models import Notification, Purchase, StripeEvent, TokenAccount, TokenTransaction
-from billing.payments import gateway
+from billing.payments import gateway, objects
 from billing.pricing import TokenPools
 from billing.upkeep.own_data import NotNow
 from tests.conftest import PASSWORD, MakeUser
@@ -419,5 +419,5 @@ def test_the_inbox_keeps_no_names(stripe: StripeStandIn, bought: Purchase, alice
     event = event_of(stripe, "checkout.session.completed")
     kept = StripeEvent.objects.get(event_id=event["id"])
     assert "alice" not in json.dumps(kept.payload)
-    session = gateway.read_checkout_session(kept.payload["data"]["object"])
-    assert session == gateway.read_checkout_session(event["data"]["object"])
+    session = objects.read_checkout_session(kept.payload["data"]["object"])
+    assert session == objects.read_checkout_session(event["data"]["object"])

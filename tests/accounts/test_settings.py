@@ -18,7 +18,7 @@ from billing import ledger
 from billing.catalogue import packages
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
 from billing.notifications import messages, outbox
-from billing.payments import purchases
+from billing.payments import checkout
 from tests.payments import begin_checkout
 from tests.servers import Server, StripeStandIn
 
@@ -175,8 +175,8 @@ def test_currency_is_free_until_the_first_payment(in_euros: None, buyer: Client,
 
 def test_currency_is_fixed_by_the_first_payment(in_euros: None, buyer: Client, bought: Purchase) -> None:
     """What was spent is one sum: it must not be counted in two currencies."""
-    with pytest.raises(purchases.CurrencyNotChanged, match="first payment"):
-        purchases.update_currency(user_id=bought.user_id, currency="eur")
+    with pytest.raises(checkout.CurrencyNotChanged, match="first payment"):
+        checkout.update_currency(user_id=bought.user_id, currency="eur")
     answer = buyer.post(reverse("settings"), SAVED | {"name": "Alice L.", "currency": "eur"}, follow=True)
     assert answer.status_code == 200  # the rest is saved; the page said that the currency stays
     assert "It was fixed by your first payment" in answer.content.decode()
@@ -188,9 +188,9 @@ def test_currency_waits_for_an_open_payment_page(
     in_euros: None, stripe: StripeStandIn, buyer: Client, alice: User
 ) -> None:
     begin_checkout(buyer)
-    with pytest.raises(purchases.CurrencyNotChanged, match="payment page"):
-        purchases.update_currency(user_id=alice.pk, currency="eur")
-    assert purchases.update_currency(user_id=alice.pk, currency="usd").currency == "usd"  # no change
+    with pytest.raises(checkout.CurrencyNotChanged, match="payment page"):
+        checkout.update_currency(user_id=alice.pk, currency="eur")
+    assert checkout.update_currency(user_id=alice.pk, currency="usd").currency == "usd"  # no change
 
 
 # --- Sessions -------------------------------------------------------------------------------------------------------

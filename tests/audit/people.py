@@ -14,7 +14,7 @@ from ai_ops import operations
 from ai_ops.models import Chat, ContentPiece, ImageBatch
 from billing import ledger, tasks
 from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenPricing, TokenUsage
-from billing.payments import recharge
+from billing.payments import recharge_settings
 from billing.pricing import TokenPools
 from billing.staff import accounts, bulk
 from tests.ai_ops.studio import Writer
@@ -110,7 +110,7 @@ def _pay(user: User, stripe: StripeStandIn) -> None:
     stripe.control(f"payments/{intent['id']}/refund", amount=500)
     deliver(event_of(stripe, "refund.created"))
     begin_checkout(client)
-    account = recharge.update_auto_recharge(
+    account = recharge_settings.update_auto_recharge(
         user_id=user.pk,
         enabled=True,
         threshold_tokens=5_000,

@@ -13,7 +13,7 @@ from billing import ledger, tasks
 from billing.catalogue import packages, system_settings
 from billing.history import receipts
 from billing.models import Notification, Purchase, TokenAccount, TokenPricing
-from billing.payments import purchases
+from billing.payments import checkout, purchases
 from kit.pdf import Document
 from tests.payments import begin_checkout, checkout_form, deliver, verify_books
 from tests.servers import StripeStandIn
@@ -91,11 +91,11 @@ def test_nobody_pays_more_for_less(
 
 def test_more_money_never_buys_fewer_tokens(seeded: None) -> None:
     """Also from one cent to the next, across every package."""
-    bought = [purchases.terms_of_amount(cents).tokens for cents in range(500, 60_000, 7)]
+    bought = [checkout.terms_of_amount(cents).tokens for cents in range(500, 60_000, 7)]
     assert bought == sorted(bought)
     for package in TokenPricing.objects.all():
         for more_cents in (0, 1, 100):
-            assert purchases.terms_of_amount(package.price_usd_cents + more_cents).tokens >= package.tokens
+            assert checkout.terms_of_amount(package.price_usd_cents + more_cents).tokens >= package.tokens
 
 
 def test_custom_amount_sent_twice_opens_one_checkout(buyer: Client, stripe: StripeStandIn) -> None:
@@ -164,15 +164,15 @@ def test_two_tabs_in_two_currencies(
 ) -> None:
     """The other tab buys after this one's currency was accepted and before its purchase is there: one is opened."""
     packages.update_package(TokenPricing.objects.get(name="Starter").pk, price_eur_cents=1_400)
-    other_tab, open_purchase = Client(), purchases._open_purchase
+    other_tab, open_purchase = Client(), checkout._open_purchase
     other_tab.force_login(alice)
 
     def open_after_the_other_tab(*arguments: Any) -> Any:
-        monkeypatch.setattr(purchases, "_open_purchase", open_purchase)
+        monkeypatch.setattr(checkout, "_open_purchase", open_purchase)
         begin_checkout(other_tab, checkout_form("Pro", currency="usd"))
         return open_purchase(*arguments)
 
-    monkeypatch.setattr(purchases, "_open_purchase", open_after_the_other_tab)
+    monkeypatch.setattr(checkout, "_open_purchase", open_after_the_other_tab)
     answer = buyer.post(reverse("tokens:checkout"), checkout_form(currency="eur"), follow=True)
     assert "Your currency was changed in another window." in answer.content.decode()
     assert Purchase.objects.get().currency == TokenAccount.objects.get().currency == "usd"
@@ -197,7 +197,7 @@ def test_closed_pages_fix_no_currency(buyer: Client, stripe: StripeStandIn, alic
     packages.update_package(old.package_id or 0, price_usd_cents=1_600)
     purchases.close_checkout(begin_checkout(buyer))
     assert list(Purchase.objects.values_list("state", flat=True)) == ["expired"] * 2
-    assert purchases.why_currency_is_fixed(ledger.get_account(user_id=alice.pk)) == ""
+    assert checkout.why_currency_is_fixed(ledger.get_account(user_id=alice.pk)) == ""
 
 
 @pytest.mark.parametrize(("code", "spent_cents", "paid"), [("SAVE20", 1_200, "$12.00"), ("FREE100", 0, "$0.00")])

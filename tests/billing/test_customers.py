@@ -13,7 +13,7 @@ from accounts.models import User
 from ai_ops import own_data
 from billing import tasks
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
-from billing.payments import customers, gateway, purchases, recharge, reconcile
+from billing.payments import cards, customers, gateway, purchases, recharge, reconcile
 from tests.conftest import MakeUser, show_password
 from tests.payments import (
     ONE_STARTER,
@@ -124,7 +124,7 @@ def test_a_forgotten_customer_has_no_card(bought: Purchase, buyer: Client, alice
     show_password(buyer)
     for ask in (
         lambda: buyer.post("/tokens/card/", follow=True),
-        lambda: recharge.refresh_card(user_id=alice.pk),
+        lambda: cards.refresh_card(user_id=alice.pk),
         lambda: recharge.trigger_auto_recharge(user_id=alice.pk),
     ):
         saved_card(alice, stripe_customer_id="cus_gone", stripe_payment_method_id="pm_gone")

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from email import message_from_bytes, policy
 from email.message import EmailMessage
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError, Event, Thread
@@ -260,11 +261,14 @@ def test_reversal_of_a_payment_we_do_not_know_tells_nobody(seeded: None) -> None
     assert not Notification.objects.exists()
 
 
+credit = partial(purchases.credit, after=messages.purchase_confirmed)
+
+
 def test_credit_of_a_checkout_is_announced_with_it(alice: User) -> None:
     purchase = make_purchase(alice, state="open")
     with transaction.atomic():
         for _ in range(2):
-            purchases._credit(purchase, amount_cents=1_500, currency="usd", payment_intent_id="pi_1")
+            credit(purchase, amount_cents=1_500, currency="usd", payment_intent_id="pi_1")
         assert told(alice) == {"purchase_confirmed": 1}
         transaction.set_rollback(True)
     assert not told(alice)
@@ -299,7 +303,7 @@ def test_weekly_summary(make_user: MakeUser, alice: User, bob: User, adam: User,
     def pay(cents: int, currency: str) -> None:
         purchase = make_purchase(alice, state="open", amount_cents=cents, currency=currency)
         with transaction.atomic():
-            purchases._credit(purchase, amount_cents=cents, currency=currency, payment_intent_id=f"pi_{purchase.pk}")
+            credit(purchase, amount_cents=cents, currency=currency, payment_intent_id=f"pi_{purchase.pk}")
 
     use(1_000)
     use(234)

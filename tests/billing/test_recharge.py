@@ -29,7 +29,7 @@ from billing.catalogue import packages
 from billing.forms import package_choice
 from billing.models import Drift, Notification, Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.notifications import inbox
-from billing.payments import gateway, recharge, reconcile
+from billing.payments import gateway, recharge, recharge_settings, reconcile
 from billing.pricing import TokenPools
 from billing.upkeep import own_data
 from kit import database
@@ -100,7 +100,7 @@ def confirm_at_bank(stripe: StripeStandIn, outcome: str = "complete") -> Any:
 
 
 def switch_on(user: User, *, cap_cents: int | None = None) -> None:
-    recharge.update_auto_recharge(
+    recharge_settings.update_auto_recharge(
         user_id=user.pk,
         enabled=True,
         threshold_tokens=THRESHOLD_TOKENS,
@@ -320,7 +320,7 @@ import os, signal, sys
 import django
 django.setup()
 from billing import tasks
-from billing.payments import gateway, purchases, recharge
+from billing.payments import gateway, recharge
 point, user_id = sys.argv[1], int(sys.argv[2])
 charge = gateway.charge_saved_card
 
@@ -336,7 +336,7 @@ if point == "before the call":
 elif point == "after the charge":
     gateway.charge_saved_card = charge_and_die
 elif point == "inside the credit":
-    purchases._after_credit = die
+    recharge._after_credit = die
 tasks.auto_recharge(user_id)
 die()
 """
@@ -712,7 +712,9 @@ def test_switched_off_while_a_charge_runs(prepare: Prepare, stripe: StripeStandI
     alice = prepare()
     stripe.control("faults", kind="processing", path_prefix=INTENTS, method="POST", count=1)
     tasks.auto_recharge(alice.pk)
-    recharge.update_auto_recharge(user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk)
+    recharge_settings.update_auto_recharge(
+        user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk
+    )
     (intent,) = recharge_intents(stripe)
     stripe.control(f"payments/{intent['id']}/settle", outcome="succeeded")
     deliver(events_of(stripe, "payment_intent.succeeded")[0])
@@ -720,7 +722,7 @@ def test_switched_off_while_a_charge_runs(prepare: Prepare, stripe: StripeStandI
     spend_down(alice)
     tasks.auto_recharge(alice.pk)
     assert attempts() == ["paid"]
-    assert recharge.get_overview(account_of(alice)).state == "off"
+    assert recharge_settings.get_overview(account_of(alice)).state == "off"
 
 
 @pytest.mark.parametrize("charged", [True, False])
@@ -732,7 +734,9 @@ def test_switched_off_before_the_answer(
     kind = "timeout_after" if charged else "429"
     stripe.control("faults", kind=kind, path_prefix=INTENTS, method="POST", count=3 if charged else 1, seconds=5)
     tasks.auto_recharge(alice.pk)
-    recharge.update_auto_recharge(user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk)
+    recharge_settings.update_auto_recharge(
+        user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk
+    )
     with later(minutes=2):
         tasks.sweep_auto_recharges()
     assert attempts() == (["paid"] if charged else ["failed"])
@@ -767,7 +771,9 @@ def test_switched_off_before_the_confirmation(prepare: Prepare, stripe: StripeSt
     """38: a payment that waits for its owner is given up at Stripe."""
     alice = prepare(NEEDS_OWNER)
     tasks.auto_recharge(alice.pk)
-    recharge.update_auto_recharge(user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk)
+    recharge_settings.update_auto_recharge(
+        user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk
+    )
     with later(minutes=11):
         tasks.sweep_auto_recharges()
     assert attempts() == ["expired"]
@@ -1011,7 +1017,9 @@ def test_a_stolen_session_charges_no_card(prepare: Prepare, stripe: StripeStandI
     """69: on, changed, or to Stripe's page of the card only after the password; off at once. Its owner reads of it,
     whatever they have muted, and the request goes on where it stopped."""
     alice = prepare(spend=False)
-    recharge.update_auto_recharge(user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk)
+    recharge_settings.update_auto_recharge(
+        user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk
+    )
     inbox.update_emailed_kinds(alice, kinds=[])
     was_told = told("auto_recharge_switched_on")
     stolen = Client()
@@ -1062,7 +1070,9 @@ def test_off_can_be_saved_when_the_package_has_gone(prepare: Prepare, client: Cl
 def test_switched_on_below_the_threshold_starts_at_once(prepare: Prepare) -> None:
     """The worker is asked; what it does is tested above."""
     alice = prepare()
-    recharge.update_auto_recharge(user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk)
+    recharge_settings.update_auto_recharge(
+        user_id=alice.pk, enabled=False, threshold_tokens=1_000, package_id=starter().pk
+    )
     switch_on(alice)
     assert recharge._due_accounts(timezone.now()).get().user == alice
 

@@ -25,7 +25,7 @@ from billing.models import (
     TokenPricing,
     TokenTransaction,
 )
-from billing.payments import gateway, recharge, reconcile, refunds, webhooks
+from billing.payments import cards, gateway, reconcile, refund_requests, webhooks
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
 from tests.payments import (
@@ -663,7 +663,7 @@ def test_a_card_that_its_bank_warned_of(
     assert (purchase_state(again), account.auto_recharge_enabled) == ("paid", False)
     assert account.card_last4 == ("4242" if is_first else "")  # the one before is not in doubt
     # Stripe still has both, and names the newest.
-    recharge.refresh_card(user_id=alice.pk)
+    cards.refresh_card(user_id=alice.pk)
     account.refresh_from_db()
     assert account.card_last4 != "4444"
 
@@ -756,15 +756,15 @@ def test_refund_by_a_superadmin(
 
 def test_unused_part(stripe: StripeStandIn, bought: Purchase, alice: User, superadmin: Client) -> None:
     """41: what is still there of the purchase's tokens, rounded down; its refund leaves no debt."""
-    assert refunds.unused_cents(bought) == STARTER_CENTS
+    assert refund_requests.unused_cents(bought) == STARTER_CENTS
     spend(alice, 60_051)  # 99,949 are left
-    assert refunds.unused_cents(bought) == 999
+    assert refund_requests.unused_cents(bought) == 999
     form = {"what": "unused", "reason": "Gone", "request_key": uuid4().hex}
     assert b"Refund $9.99?" in superadmin.post(page_of(bought), form).content
     superadmin.post(page_of(bought), confirmed(999))
     assert balance_of(alice) == 49
-    assert refunds.unused_cents(bought) == 0
-    assert refunds.refundable_cents(bought) == 501
+    assert refund_requests.unused_cents(bought) == 0
+    assert refund_requests.refundable_cents(bought) == 501
     assert superadmin.post(page_of(bought), form | {"request_key": uuid4().hex}).status_code == 400
 
 
@@ -834,8 +834,8 @@ def test_who_may_look_and_who_may_act(stripe: StripeStandIn, bought: Purchase, b
     assert buyer.get(page_of(bought)).status_code == 403
     assert Client().get(page_of(bought)).status_code == 302
     assert admin.get(reverse("dashboard:purchase", args=[10**9])).status_code == 404
-    with pytest.raises(refunds.RefundNotAllowed):
-        refunds.request_refund(
+    with pytest.raises(refund_requests.RefundNotAllowed):
+        refund_requests.request_refund(
             purchase_id=bought.pk, amount_cents=1, reason="x", requested_by_id=adam.pk, request_key="forged-role"
         )
     assert not PaymentReversal.objects.exists()
@@ -857,7 +857,7 @@ def test_stripe_refuses_the_refund(stripe: StripeStandIn, bought: Purchase, supe
     assert b"Stripe refused the refund" in answer.content
     assert PaymentReversal.objects.get().status == "refused"
     assert movements(bought) == []
-    assert refunds.refundable_cents(bought) == STARTER_CENTS
+    assert refund_requests.refundable_cents(bought) == STARTER_CENTS
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -867,7 +867,7 @@ def test_stripe_refunds_and_does_not_answer(
     """30, for refunds: one refund, one debit, whether the SDK's own retries or the sweep get the answer."""
     stripe.control("faults", kind="timeout_after", path_prefix="/v1/refunds", count=count, seconds=5)
     superadmin.post(page_of(bought), confirmed(500))
-    PaymentReversal.objects.update(created_at=F("created_at") - refunds.RESUME_AFTER)
+    PaymentReversal.objects.update(created_at=F("created_at") - refund_requests.RESUME_AFTER)
     tasks.resume_refunds()
     assert len(stripe.state()["refunds"]) == 1
     assert movements(bought) == [(-50_000, -500)]
@@ -881,8 +881,8 @@ def test_stripe_is_away(stripe: StripeStandIn, bought: Purchase, superadmin: Cli
     for _ in range(2):
         answer = superadmin.post(page_of(bought), confirmed(500, "one-and-the-same"), follow=True)
         assert b"Stripe did not answer" in answer.content
-    assert refunds.refundable_cents(bought) == 1_000  # what is asked for cannot be asked for again
-    PaymentReversal.objects.update(created_at=F("created_at") - refunds.RESUME_AFTER)
+    assert refund_requests.refundable_cents(bought) == 1_000  # what is asked for cannot be asked for again
+    PaymentReversal.objects.update(created_at=F("created_at") - refund_requests.RESUME_AFTER)
     assert tasks.resume_refunds() == 1
     assert len(stripe.state()["refunds"]) == 1
     assert movements(bought) == [(-50_000, -500)]
@@ -904,7 +904,7 @@ def test_request_too_old_for_its_key(stripe: StripeStandIn, bought: Purchase, su
     """31, for refunds: only what Stripe has done counts; it is not asked to refund again."""
     stripe.control("faults", kind="429", path_prefix="/v1/refunds", count=1)
     superadmin.post(page_of(bought), confirmed(500))
-    PaymentReversal.objects.update(created_at=timezone.now() - refunds.RETRY_WITHIN)
+    PaymentReversal.objects.update(created_at=timezone.now() - refund_requests.RETRY_WITHIN)
     assert tasks.resume_refunds() == 1
     assert stripe.state()["refunds"] == []
     assert PaymentReversal.objects.get().status == "refused"
@@ -918,7 +918,7 @@ def test_stripe_refuses_what_the_sweep_asks_again(
     answer = superadmin.post(page_of(bought), confirmed(500), follow=True)
     assert b"this page shows how it ended" in answer.content
     dispute(stripe, amount=100)
-    PaymentReversal.objects.update(created_at=F("created_at") - refunds.RESUME_AFTER)
+    PaymentReversal.objects.update(created_at=F("created_at") - refund_requests.RESUME_AFTER)
     assert [tasks.resume_refunds(), tasks.resume_refunds()] == [1, 0]
     message = Notification.objects.get(user=susan)
     assert (message.kind, message.link) == ("refund_refused", page_of(bought))

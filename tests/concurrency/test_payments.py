@@ -21,8 +21,8 @@ from django.test import Client
 from accounts.models import User
 from billing import ledger, tasks
 from billing.models import Purchase, StripeEvent
-from billing.payments import purchases, webhooks
-from billing.payments.gateway import Event
+from billing.payments import checkout, purchases, webhooks
+from billing.payments.objects import Event
 from kit.locks import lock_until_commit
 from tests.payments import (
     ONE_STARTER,
@@ -210,7 +210,7 @@ def all_look_before_any_writes(monkeypatch: pytest.MonkeyPatch, *, racers: int) 
         lock_until_commit(name)
 
     with monkeypatch.context() as patch:
-        patch.setattr("billing.payments.purchases.lock_until_commit", lock_together)
+        patch.setattr("billing.payments.checkout.lock_until_commit", lock_together)
         yield
 
 
@@ -307,15 +307,15 @@ def test_limit_of_payment_pages_holds_for_clicks_at_once(alice: User, monkeypatc
         everyone_is_there.wait()
         lock_until_commit(name)
 
-    monkeypatch.setattr(purchases, "CHECKOUTS_PER_HOUR", 3)
-    monkeypatch.setattr("billing.payments.purchases.lock_until_commit", lock_together)
+    monkeypatch.setattr(checkout, "CHECKOUTS_PER_HOUR", 3)
+    monkeypatch.setattr("billing.payments.checkout.lock_until_commit", lock_together)
     ledger.get_account(user_id=alice.pk)
 
     def click(number: int) -> bool:
         try:
-            terms = purchases.terms_of_amount(1_000 + number)
-            purchases.create_checkout_session(user_id=alice.pk, terms=terms, checkout_key=f"window-{number}")
-        except purchases.TooManyCheckouts:
+            terms = checkout.terms_of_amount(1_000 + number)
+            checkout.create_checkout_session(user_id=alice.pk, terms=terms, checkout_key=f"window-{number}")
+        except checkout.TooManyCheckouts:
             return False
         finally:
             connection.close()

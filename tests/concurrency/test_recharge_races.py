@@ -18,7 +18,7 @@ from django.test import Client
 from accounts.models import User
 from billing import ledger, tasks
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
-from billing.payments import recharge
+from billing.payments import cards, confirmation, recharge, recharge_settings
 from billing.pricing import TokenPools
 from tests.ai_ops.studio import until
 from tests.payments import STARTER_CENTS, STARTER_TOKENS, buy, deliver, event_of, verify_books
@@ -45,7 +45,7 @@ def low(stripe: StripeStandIn, client: Client, alice: User) -> User:
 
 
 def set_cap(user: User, cap_cents: int | None) -> None:
-    recharge.update_auto_recharge(
+    recharge_settings.update_auto_recharge(
         user_id=user.pk,
         enabled=True,
         threshold_tokens=1_000,
@@ -241,7 +241,7 @@ def test_sweeps_and_events_and_tasks_at_once(low: User, stripe: StripeStandIn) -
         tasks.sweep_auto_recharges,
         lambda: deliver(event),
         lambda: tasks.auto_recharge(low.pk),
-        lambda: recharge.refresh_from_stripe(Purchase.objects.get(pk=attempt.pk)),
+        lambda: confirmation.refresh_from_stripe(Purchase.objects.get(pk=attempt.pk)),
     ]
     at_once(calls * 4)
     assert recharged() == Purchase.objects.filter(kind="auto_recharge").count() == 1
@@ -259,10 +259,10 @@ def test_a_transaction_is_never_open_while_stripe_is_asked(low: User) -> None:
 def warn_while_the_card_is_kept(user: User) -> str:
     """A bank's warning and a look at the same card at Stripe meet. Which card the account has then."""
     account, purchase = TokenAccount.objects.get(user=user), Purchase.objects.get(user=user)
-    look = Thread(target=at_once, args=([lambda: recharge.refresh_card(user_id=user.pk)],))
+    look = Thread(target=at_once, args=([lambda: cards.refresh_card(user_id=user.pk)],))
     with transaction.atomic():
         purchase = Purchase.objects.select_for_update().get(pk=purchase.pk)
-        assert recharge.distrust_card(purchase, account.stripe_payment_method_id, key="warning")
+        assert cards.distrust_card(purchase, account.stripe_payment_method_id, key="warning")
         look.start()
         until(lambda: waiting_for_a_lock() or not look.is_alive())
     look.join()

@@ -18,7 +18,8 @@ ROOMS = {
     "What is on offer": [f"billing/catalogue/{name}.py" for name in ("packages", "__init__", "system_settings")],
     "Arithmetic": ["billing/pricing.py"],
     "Payments": [f"billing/payments/{name}.py" for name in
-                 ("purchases", "customers", "recharge", "refunds", "webhooks", "reconcile")],
+                 ("checkout", "purchases", "customers", "cards", "recharge_settings", "recharge", "confirmation",
+                  "refunds", "refund_requests", "webhooks", "reconcile")],
     "History": [f"billing/history/{name}.py" for name in ("__init__", "exports", "statements", "receipts")],
     "What admins do": [f"billing/staff/{name}.py" for name in ("grants", "accounts", "bulk")],
     "What the business reads": [f"billing/figures/{name}.py" for name in

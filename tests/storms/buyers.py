@@ -21,7 +21,7 @@ from django.urls import reverse
 from accounts.models import User
 from billing import ledger
 from billing.models import Purchase, TokenAccount, TokenPricing
-from billing.payments import customers, purchases, recharge, refunds
+from billing.payments import cards, customers, purchases, recharge_settings, refund_requests
 from billing.pricing import TokenPools
 from billing.usage import after_debit
 from tests.storms.programs import STRIPE_URL, WEB_URL
@@ -152,7 +152,7 @@ class Buyers:
     def _counted(self, kind: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except (Refused, refunds.RefundError, ledger.LedgerError, purchases.PurchaseError) as refusal:
+        except (Refused, refund_requests.RefundError, ledger.LedgerError, purchases.PurchaseError) as refusal:
             without_ids = re.sub(r"[a-z]+_[A-Za-z0-9]{24}|\b[a-z_]*[A-Za-z0-9]*[0-9][A-Za-z0-9,.]*", "#", str(refusal))
             self.refused[f"{kind}: {without_ids[:90]}"] += 1
         except Exception as error:  # the judge prints it, the storm goes on
@@ -223,7 +223,7 @@ class Buyers:
     # --- Auto-recharge ---
 
     def switch_auto_recharge_on(self, person: Person, random: Random) -> None:
-        recharge.update_auto_recharge(
+        recharge_settings.update_auto_recharge(
             user_id=person.user_id,
             enabled=True,
             threshold_tokens=random.randint(20_000, 140_000),
@@ -298,11 +298,11 @@ class Buyers:
         if not paid:
             raise Refused("Nothing was paid yet.")
         purchase = random.choice(paid)
-        left_cents = refunds.refundable_cents(purchase)
+        left_cents = refund_requests.refundable_cents(purchase)
         amount_cents = left_cents if random.random() < 0.5 else random.randint(1, max(1, left_cents))
         request_key = _key(random)
         for _ in range(1 + (random.random() < 0.3)):
-            refunds.request_refund(
+            refund_requests.request_refund(
                 purchase_id=purchase.pk,
                 amount_cents=amount_cents,
                 reason="Asked for in a storm",
@@ -361,7 +361,7 @@ def save_card(http: httpx2.Client, person: Person, random: Random) -> None:
     url = f"{STRIPE_URL}/v1/payment_methods/{card}/attach"
     http.post(url, data={"customer": customer_id}, headers=headers).raise_for_status()
     customers.update_stripe_customer(user_id=person.user_id, stripe_customer_id=customer_id)
-    recharge.refresh_card(user_id=person.user_id)
+    cards.refresh_card(user_id=person.user_id)
 
 
 def list_operations(random: Random, *, users: int, operations: int) -> list[tuple[str, int]]:

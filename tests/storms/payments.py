@@ -59,7 +59,7 @@ from django.utils import timezone  # noqa: E402
 from billing import catalogue, ledger  # noqa: E402
 from billing.catalogue import packages  # noqa: E402
 from billing.models import Drift, PaymentReversal, Purchase, StripeEvent, TokenTransaction  # noqa: E402
-from billing.payments import purchases, recharge, reconcile, refunds  # noqa: E402
+from billing.payments import purchases, recharge, reconcile, refund_requests  # noqa: E402
 from tests.payments import sign  # noqa: E402
 from tests.storms import books, buyers, programs  # noqa: E402
 from tests.storms.buyers import Buyers  # noqa: E402
@@ -209,7 +209,7 @@ class Storm:
             make_older(patience_seconds=1, by_a_day=True)
             ended = purchases.sweep_purchases(limit=10_000)
             moved = recharge.sweep_auto_recharges(limit=10_000)
-            resumed = refunds.resume_requests(limit=10_000)
+            resumed = refund_requests.resume_requests(limit=10_000)
             ledger.expire_reservations()
             report = reconcile.reconcile(since=timezone.now() - timedelta(days=2))
             after = self.picture()

@@ -1,0 +1,178 @@
+"""The saved card: kept after a Checkout, looked up at Stripe, distrusted when its bank warns."""
+
+from datetime import datetime, timedelta
+
+import structlog
+from django.db import transaction
+from django.db.models import Exists, F, OuterRef, Q
+
+from billing.models import Purchase, TokenAccount
+from billing.notifications import messages
+from billing.payments import customers, gateway
+from billing.payments.gateway import GatewayError, GatewayMissing
+from billing.payments.objects import PaymentIntent, SavedCard
+from billing.payments.purchases import WEBHOOK_GRACE
+from billing.payments.recharge_settings import forget_declines, switch_off
+from kit import database
+from kit.database import repeated_after_conflicts
+from kit.on_commit import enqueue_on_commit
+
+logger = structlog.get_logger(__name__)
+
+State = Purchase.State
+
+# How long the sweep looks for the card and the receipt of a payment.
+DETAILS_WITHIN = timedelta(days=7)
+
+
+def remember_card(*, purchase_id: int) -> None:
+    """Fetch a paid purchase's receipt, and keep the card of a Checkout for later, if Stripe has saved it.
+
+    Calls Stripe. Raises GatewayError; the sweep comes back to it.
+    """
+    purchase = Purchase.objects.filter(pk=purchase_id, state=State.PAID, stripe_payment_intent_id__isnull=False).first()
+    if purchase is None:
+        return
+    _keep_details(purchase, gateway.retrieve_payment_intent(str(purchase.stripe_payment_intent_id)))
+
+
+@repeated_after_conflicts
+def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
+    with transaction.atomic():
+        # Its row first: whoever anonymises the account meanwhile clears it before this, or after it.
+        Purchase.objects.select_for_update().get(pk=purchase.pk)
+        is_anonymised = TokenAccount.objects.filter(
+            pk=purchase.account_id, status_reason=TokenAccount.ANONYMISED
+        ).exists()
+        Purchase.objects.filter(pk=purchase.pk).update(
+            checked_at=database.now(),
+            payment_method_type=payment.payment_method_type,
+            **dict.fromkeys(("receipt_url", "card_brand", "card_last4"), "")
+            if is_anonymised
+            else {
+                "receipt_url": payment.receipt_url,
+                "card_brand": payment.card_brand,
+                "card_last4": payment.card_last4,
+            },
+        )
+        bought_again = Purchase.objects.filter(
+            account=purchase.account_id, kind=Purchase.Kind.CHECKOUT, paid_at__gt=purchase.paid_at
+        )
+        is_theirs = TokenAccount.objects.filter(
+            pk=purchase.account_id, stripe_customer_id__isnull=False, stripe_customer_id=payment.customer_id
+        )
+        if (
+            purchase.kind == Purchase.Kind.CHECKOUT
+            and payment.is_card_saved
+            and payment.card_last4  # a bank account is no card
+            and is_theirs.exists()
+            and not bought_again.exists()
+        ):
+            card = SavedCard(payment.payment_method_id, payment.card_brand, payment.card_last4)
+            _keep_card(purchase.account_id, card)
+
+
+def _keep_card(account_id: int, card: SavedCard) -> tuple[str, TokenAccount]:
+    """Store the card, unless its owner is nobody by now or its bank has warned of it. Another one than before starts
+    without the declines of the one before. Returns the id of the one before, and the account as it is now.
+
+    In the caller's transaction, with the account locked first: a warning that came meanwhile is seen by what follows.
+    """
+    was = TokenAccount.objects.select_for_update().get(pk=account_id).stripe_payment_method_id
+    is_distrusted = Purchase.objects.filter(account=OuterRef("pk"), metadata__distrusted_card=card.payment_method_id)
+    accounts = TokenAccount.objects.filter(~Exists(is_distrusted), pk=account_id).exclude(
+        status_reason=TokenAccount.ANONYMISED
+    )
+    forget_declines(accounts.exclude(stripe_payment_method_id=card.payment_method_id))
+    accounts.update(stripe_payment_method_id=card.payment_method_id, card_brand=card.brand, card_last4=card.last4)
+    return was, TokenAccount.objects.get(pk=account_id)
+
+
+def sweep_details(now: datetime, *, limit: int) -> None:
+    """Fetch the receipts and cards whose task was lost: `checked_at` tells whether Stripe was asked since."""
+    missing = Purchase.objects.filter(
+        Q(checked_at=None) | Q(checked_at__lt=F("paid_at")),
+        state=State.PAID,
+        stripe_payment_intent_id__isnull=False,
+        created_at__gt=now - DETAILS_WITHIN,
+        paid_at__lt=now - WEBHOOK_GRACE,
+    )
+    for purchase_id in missing.values_list("pk", flat=True)[:limit]:
+        try:
+            remember_card(purchase_id=purchase_id)
+        except GatewayError as error:
+            logger.warning("A card was not fetched", purchase_id=purchase_id, error=error.__cause__ or error)
+            return
+
+
+def refresh_card(*, user_id: int) -> None:
+    """Ask Stripe which card the customer has now: after their visit to its page, or when a charge was refused.
+
+    Without a card, auto-recharge is switched off with a notice. Stripe out of reach is no error: what we know stays.
+    """
+    account = TokenAccount.objects.get(user_id=user_id)
+    if not account.stripe_customer_id:
+        return
+    try:
+        card = gateway.retrieve_saved_card(account.stripe_customer_id, preferred_id=account.stripe_payment_method_id)
+    except GatewayMissing:
+        customers.forget_customer(customer_id=account.stripe_customer_id)
+        return
+    except GatewayError as error:
+        logger.warning("A card could not be looked up", user_id=user_id, error=error.__cause__ or error)
+        return
+    if card is None:
+        customers.forget_card(payment_method_id=account.stripe_payment_method_id)
+    else:
+        with transaction.atomic():
+            was, account = _keep_card(account.pk, card)
+            if was not in ("", account.stripe_payment_method_id):
+                messages.saved_card_changed(account, key=database.now().isoformat())
+
+
+def open_card_page(*, user_id: int, return_url: str) -> str:
+    """The address of Stripe's page where the user changes or removes their card, "" when they have none to change.
+
+    Raises GatewayError.
+    """
+    account = TokenAccount.objects.get(user_id=user_id)
+    if not account.stripe_customer_id:
+        return ""
+    try:
+        return gateway.create_portal_session(customer_id=account.stripe_customer_id, return_url=return_url)
+    except GatewayMissing:
+        customers.forget_customer(customer_id=account.stripe_customer_id)
+        return ""
+
+
+def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> bool:
+    """A bank says that the card's owner knows nothing of a locked purchase: nothing is charged by itself any more, and
+    the card is not kept for it, whoever switches it on again. In the caller's transaction; `key` names the warning.
+
+    Returns whether that is news: told again, it does not touch another card that its owner has charged since.
+    """
+    if "distrusted_card" in purchase.metadata:
+        return False
+    TokenAccount.objects.select_for_update().get(pk=purchase.account_id)  # whoever keeps the card now is done, or waits
+    purchase.metadata = {**purchase.metadata, "distrusted_card": payment_method_id}
+    purchase.save(update_fields=["metadata"])
+    reason = "Your bank reported a payment as made without your consent."
+    switch_off(account_id=purchase.account_id, reason=reason, key=key)
+    TokenAccount.objects.filter(pk=purchase.account_id, stripe_payment_method_id=payment_method_id).exclude(
+        stripe_payment_method_id=""
+    ).update(stripe_payment_method_id="", card_brand="", card_last4="")
+    return True
+
+
+def update_card(card: SavedCard) -> None:
+    """The bank has sent its owner a new card under the same contract: only what is shown of it changes."""
+    TokenAccount.objects.filter(stripe_payment_method_id=card.payment_method_id).update(
+        card_brand=card.brand, card_last4=card.last4
+    )
+
+
+def refresh_card_of(*, customer_id: str) -> None:
+    """Have a worker look up the customer's card after the commit."""
+    user_id = TokenAccount.objects.filter(stripe_customer_id=customer_id).values_list("user_id", flat=True).first()
+    if user_id is not None:
+        enqueue_on_commit("billing.tasks.refresh_card", user_id)
