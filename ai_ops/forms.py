@@ -6,7 +6,7 @@ from django import forms
 from django.core.exceptions import ValidationError
 
 from ai_ops import prompts, providers
-from ai_ops.operations import (
+from ai_ops.requests import (
     ChatRequest,
     ContinuationRequest,
     DraftRequest,

@@ -10,9 +10,8 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
-from decimal import Decimal
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -21,9 +20,8 @@ from django.core.files.base import ContentFile
 from django.db import transaction
 from django.db.models import Q
 
-from accounts.models import Workspace
-from ai_ops import counting, metering, prompts
-from ai_ops.metering import Ask, Finished, Quote
+from ai_ops import metering, prompts
+from ai_ops.metering import Finished, Quote
 from ai_ops.models import (
     Chat,
     ChatTurn,
@@ -32,45 +30,43 @@ from ai_ops.models import (
     GeneratedImage,
     ImageBatch,
     ImagePrompt,
-    Project,
     ResultState,
 )
-from ai_ops.providers import Images, Message, TextDelta
-from billing import catalogue, ledger
+from ai_ops.pieces import (
+    OperationError,
+    add_version,
+    get_chat,
+    get_piece,
+    get_project,
+    keep_new_piece,
+    keep_revision,
+    save_edit,
+    state_of,
+)
+from ai_ops.providers import Images, TextDelta
+from ai_ops.requests import (
+    ChatRequest,
+    ContinuationRequest,
+    DraftRequest,
+    ImagePromptRequest,
+    ImageRequest,
+    RefinementRequest,
+    RepurposeRequest,
+    Request,
+    SelectionRequest,
+    ShownPrice,
+)
+from billing import ledger
 from billing.models import TokenUsage
 from kit import database
 from kit.database import in_thread, repeated_after_conflicts
-from kit.refusal import Refusal
 
-CHAT_ANSWER_TOKENS = 1_200
-CHAT_HISTORY_TOKENS = 3_000  # of what was said before, so that the welcome bonus pays for a turn; the rest is left out
-CHAT_PROMPT_TOKENS = 200  # what stands around the question and the history
-CONTINUATION_TOKENS = 1_200
-REPURPOSED_TOKENS = 1_200
-IMAGE_PROMPT_TOKENS = 300
-MIN_REVISION_TOKENS = 300
 LEFT_AT_MOST, LEFT_WITHIN = 5, timedelta(minutes=10)  # operations that ended before anything had come
 FILE_ENDINGS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 Type = TokenUsage.OperationType
 Origin = ContentVersion.Origin
 Result: TypeAlias = ContentPiece | ChatTurn | ImagePrompt | ImageBatch
-
-
-class OperationError(Refusal):
-    """Refused; nothing was written and nobody was asked. `message` is for the person."""
-
-
-class NotYours(OperationError):
-    """There is no such thing among what the user has made."""
-
-    http_status = 404
-
-
-class TextChanged(OperationError):
-    """The text that a request is about is not the one that is stored."""
-
-    http_status = 409
 
 
 class PriceChanged(OperationError):
@@ -84,12 +80,6 @@ class LeftTooOften(OperationError):
     because the model thinks until its limit, refuses or writes nothing each time."""
 
     http_status = 429
-
-
-class NothingToDo(OperationError):
-    """A text is needed and there is none."""
-
-    http_status = 422
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,262 +103,6 @@ Event: TypeAlias = Started | Replayed | TextDelta | Finished
 Events: TypeAlias = AsyncGenerator[Event, None]
 
 
-# --- Requests ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class ShownPrice:
-    """`Quote.unit` and `Quote.unit_price` of the quote that a person had before them."""
-
-    unit: str
-    unit_price: Decimal
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What a person asks for in the Studio: the fields of each kind are what they entered.
-
-    With `shown_price` it is refused when that costs more by now. It is no part of what is asked for.
-    """
-
-    shown_price: ShownPrice | None = field(default=None, kw_only=True)
-
-    def ask(self, user_id: int) -> Ask:
-        """What the model is asked. Reads, writes nothing; raises OperationError."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class DraftRequest(Request):
-    title: str
-    topic: str
-    project: str
-    provider: str
-    model: str
-    tone: str
-    length: str
-
-    def ask(self, user_id: int) -> Ask:
-        return Ask(
-            operation_type=Type.GENERATION,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.draft_prompt(title=self.title, topic=self.topic, tone=self.tone, length=self.length),
-            wanted_output_tokens=prompts.LENGTHS[self.length].output_limit_tokens,
-            metadata={"operation": "generate_draft", "tone": self.tone, "length": self.length},
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ContinuationRequest(Request):
-    """The rest of a text that was cut short."""
-
-    content_id: int
-    provider: str
-    model: str
-
-    def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
-        if not piece.body:
-            raise NothingToDo("There is no text to continue yet.")
-        return Ask(
-            operation_type=Type.GENERATION,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.continuation_prompt(title=piece.title, topic=piece.topic, written=piece.body),
-            wanted_output_tokens=CONTINUATION_TOKENS,
-            project_id=piece.project_id,
-            content_id=piece.pk,
-            metadata={"operation": "generate_draft", "continues": True},
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ChatRequest(Request):
-    """`chat_id` None opens a chat in the project."""
-
-    chat_id: int | None
-    project: str
-    question: str
-    provider: str
-    model: str
-
-    def ask(self, user_id: int) -> Ask:
-        chat = None if self.chat_id is None else get_chat(user_id=user_id, chat_id=self.chat_id)
-        history = _history(chat, self) if chat else []
-        return Ask(
-            operation_type=Type.CHAT,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.chat_prompt(history=history, question=self.question),
-            wanted_output_tokens=CHAT_ANSWER_TOKENS,
-            project_id=chat.project_id if chat else None,
-            chat_id=chat.pk if chat else None,
-            metadata={"operation": "generate_chat_response", "history_turns": len(history)},
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class RefinementRequest(Request):
-    """`body` is the text as it stands in the editor, written over version `base_number`."""
-
-    content_id: int
-    base_number: int
-    body: str
-    refinement: str
-    wishes: str
-    provider: str
-    model: str
-
-    def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
-        _require_text(self.body)
-        _require_newest(piece, self.base_number)
-        return Ask(
-            operation_type=Type.REFINEMENT,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.refinement_prompt(text=self.body, refinement=self.refinement, wishes=self.wishes),
-            wanted_output_tokens=_revision_tokens(self, self.body),
-            least_output_tokens=_least_revision_tokens(
-                self, self.body, prompts.REFINEMENTS[self.refinement].length_percent
-            ),
-            project_id=piece.project_id,
-            content_id=piece.pk,
-            metadata={"operation": "refine_content", "refinement": self.refinement},
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionRequest(Request):
-    """A passage of `body`, from its character `start` on; without `start` it must occur once."""
-
-    content_id: int
-    base_number: int
-    body: str
-    selection: str
-    start: int | None
-    instruction: str
-    provider: str
-    model: str
-
-    @property
-    def begins_at(self) -> int:
-        """Where the passage begins. Raises TextChanged when it is not there, or not known which one is meant."""
-        if self.start is not None and self.body.startswith(self.selection, self.start):
-            return self.start
-        if self.body.count(self.selection) == 1:
-            return self.body.index(self.selection)
-        if self.selection in self.body:
-            raise TextChanged("This passage occurs more than once. Add a few words, so that it is clear which one.")
-        raise TextChanged("This passage is not in the text any more. Select it again.")
-
-    def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
-        _require_text(self.selection)
-        _require_newest(piece, self.base_number)
-        before, after = self.around
-        return Ask(
-            operation_type=Type.REFINEMENT,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.selection_prompt(
-                before=before, selection=self.selection, after=after, instruction=self.instruction
-            ),
-            wanted_output_tokens=_revision_tokens(self, self.selection),
-            least_output_tokens=_least_revision_tokens(self, self.selection),
-            project_id=piece.project_id,
-            content_id=piece.pk,
-            metadata={
-                "operation": "refine_selection",
-                "selection_characters": len(self.selection),
-                "text_characters": len(self.body),
-            },
-        )
-
-    @property
-    def around(self) -> tuple[str, str]:
-        """What stands before and after the passage."""
-        start = self.begins_at
-        return self.body[:start], self.body[start + len(self.selection) :]
-
-
-@dataclass(frozen=True, slots=True)
-class RepurposeRequest(Request):
-    content_id: int
-    transformation: str
-    wishes: str
-    provider: str
-    model: str
-
-    def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
-        _require_text(piece.body)
-        return Ask(
-            operation_type=Type.REPURPOSE,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.repurpose_prompt(
-                title=piece.title, text=piece.body, transformation=self.transformation, wishes=self.wishes
-            ),
-            wanted_output_tokens=REPURPOSED_TOKENS,
-            project_id=piece.project_id,
-            metadata={
-                "operation": "repurpose_content",
-                "transformation": self.transformation,
-                "source_content_id": piece.pk,
-            },
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePromptRequest(Request):
-    idea: str
-    style: str
-    project: str
-    provider: str
-    model: str
-
-    def ask(self, user_id: int) -> Ask:
-        return Ask(
-            operation_type=Type.PROMPT,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.image_prompt_prompt(idea=self.idea, style=self.style),
-            wanted_output_tokens=IMAGE_PROMPT_TOKENS,
-            metadata={
-                "operation": "generate_image_prompt",
-                "template": self.style or "plain",
-                "idea_characters": len(self.idea),
-            },
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRequest(Request):
-    prompt: str
-    style: str
-    project: str
-    provider: str
-    model: str
-    size: str
-    quality: str
-    count: int
-
-    def ask(self, user_id: int) -> Ask:
-        text = prompts.image_text(prompt=self.prompt, style=self.style)
-        return Ask(
-            operation_type=Type.IMAGE,
-            provider=self.provider,
-            model=self.model,
-            prompt=prompts.Prompt(system="", messages=(Message("user", text),)),
-            image_count=self.count,
-            image_size=self.size,
-            image_quality=self.quality,
-            metadata={"operation": "generate_images", "style": self.style or "plain"},
-        )
-
-
 # --- The operations ---------------------------------------------------------------------------------------------------
 
 
@@ -383,7 +117,7 @@ def generate_draft(*, user_id: int, request: DraftRequest, idempotency_key: str)
             topic=request.topic,
         )
 
-    return _run_text(user_id, request, idempotency_key, open_piece, partial(_keep_new_piece, Origin.DRAFT, ""))
+    return _run_text(user_id, request, idempotency_key, open_piece, partial(keep_new_piece, Origin.DRAFT, ""))
 
 
 def continue_draft(*, user_id: int, request: ContinuationRequest, idempotency_key: str) -> Events:
@@ -397,8 +131,8 @@ def continue_draft(*, user_id: int, request: ContinuationRequest, idempotency_ke
         piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
         if text:
             is_used = piece.body == base  # else it is kept aside
-            state = _state_of(text, is_complete)
-            _add_version(piece, base + text, Origin.CONTINUATION, usage_id=usage_id, is_used=is_used, state=state)
+            state = state_of(text, is_complete)
+            add_version(piece, base + text, Origin.CONTINUATION, usage_id=usage_id, is_used=is_used, state=state)
 
     return _run_text(user_id, request, idempotency_key, open_piece, keep)
 
@@ -417,7 +151,7 @@ def generate_chat_response(*, user_id: int, request: ChatRequest, idempotency_ke
         return ChatTurn.objects.create(chat=chat, question=request.question)
 
     def keep(turn: ChatTurn, usage_id: int, text: str, is_complete: bool) -> None:
-        turn.answer, turn.state = text, _state_of(text, is_complete)
+        turn.answer, turn.state = text, state_of(text, is_complete)
         turn.save(update_fields=["answer", "state", "updated_at"])
 
     return _run_text(user_id, request, idempotency_key, open_turn, keep)
@@ -433,7 +167,7 @@ def refine_content(*, user_id: int, request: RefinementRequest, idempotency_key:
         )
 
     def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
-        _keep_revision(piece, request.body, text, is_complete, Origin.REFINEMENT, note, usage_id)
+        keep_revision(piece, request.body, text, is_complete, Origin.REFINEMENT, note, usage_id)
 
     return _run_text(user_id, request, idempotency_key, open_piece, keep)
 
@@ -451,7 +185,7 @@ def refine_selection(*, user_id: int, request: SelectionRequest, idempotency_key
         leading, trailing = _outer_space(request.selection)
         revised = f"{before}{leading}{text.strip()}{trailing}{after}" if text else ""
         note = _shortened(request.instruction, 300)
-        _keep_revision(piece, request.body, revised, is_complete, Origin.SELECTION, note, usage_id)
+        keep_revision(piece, request.body, revised, is_complete, Origin.SELECTION, note, usage_id)
 
     return _run_text(user_id, request, idempotency_key, open_piece, keep)
 
@@ -470,7 +204,7 @@ def repurpose_content(*, user_id: int, request: RepurposeRequest, idempotency_ke
             topic=source.topic,
         )
 
-    return _run_text(user_id, request, idempotency_key, open_piece, partial(_keep_new_piece, Origin.REPURPOSE, label))
+    return _run_text(user_id, request, idempotency_key, open_piece, partial(keep_new_piece, Origin.REPURPOSE, label))
 
 
 def generate_image_prompt(*, user_id: int, request: ImagePromptRequest, idempotency_key: str) -> Events:
@@ -481,7 +215,7 @@ def generate_image_prompt(*, user_id: int, request: ImagePromptRequest, idempote
         return ImagePrompt.objects.create(project=project, author_id=user_id, idea=request.idea, style=request.style)
 
     def keep(prompt: ImagePrompt, usage_id: int, text: str, is_complete: bool) -> None:
-        prompt.text, prompt.state = text, _state_of(text, is_complete)
+        prompt.text, prompt.state = text, state_of(text, is_complete)
         prompt.save(update_fields=["text", "state", "updated_at"])
 
     return _run_text(user_id, request, idempotency_key, open_prompt, keep)
@@ -617,9 +351,8 @@ def _quote_and_hold(
     _require_shown_price(quote, request.shown_price)
     with transaction.atomic(durable=True):
         result = open_result()
-        ask = dataclasses.replace(quote.ask, **_links(result))
         posting = metering.reserve_quote(
-            dataclasses.replace(quote, ask=ask), idempotency_key=idempotency_key, request=asked_for
+            quote, idempotency_key=idempotency_key, request=asked_for, links=_links(result)
         )
         if posting.is_replay:
             transaction.set_rollback(True)
@@ -687,156 +420,6 @@ def text_of(result: Result | None) -> str:
     if isinstance(result, ChatTurn):
         return result.answer
     return result.text if isinstance(result, ImagePrompt) else ""
-
-
-# --- Texts and their versions -----------------------------------------------------------------------------------------
-
-
-def get_project(*, user_id: int, name: str) -> Project:
-    """The user's project of that name; made if there is none."""
-    workspace = Workspace.objects.filter(owner_id=user_id).earliest("id")
-    return Project.objects.get_or_create(workspace=workspace, name=name)[0]
-
-
-def get_piece(*, user_id: int, content_id: int, is_locked: bool = False) -> ContentPiece:
-    """The author's piece, `is_locked` until the end of the transaction. Raises NotYours."""
-    pieces = ContentPiece.objects.select_for_update() if is_locked else ContentPiece.objects
-    piece = pieces.filter(pk=content_id, author_id=user_id).first()
-    if piece is None:
-        raise NotYours("There is no such piece. It may have been deleted.")
-    return piece
-
-
-def get_chat(*, user_id: int, chat_id: int) -> Chat:
-    """Raises NotYours."""
-    chat = Chat.objects.filter(pk=chat_id, author_id=user_id).first()
-    if chat is None:
-        raise NotYours("There is no such chat. It may have been deleted.")
-    return chat
-
-
-def newest_number(piece: ContentPiece) -> int:
-    """The number of the piece's newest version, 0 when there is none."""
-    return piece.versions.values_list("number", flat=True).first() or 0
-
-
-@transaction.atomic
-def save_edit(*, user_id: int, content_id: int, base_number: int, body: str) -> ContentPiece:
-    """Keep what the author typed as the piece's next version. Raises NotYours, TextChanged."""
-    piece = get_piece(user_id=user_id, content_id=content_id, is_locked=True)
-    if body != piece.body:
-        _require_newest(piece, base_number)
-        _add_version(piece, body, Origin.EDIT)
-    return piece
-
-
-@transaction.atomic
-def restore_version(*, user_id: int, content_id: int, number: int) -> ContentPiece:
-    """Make an older version, or one that was kept aside, the piece's text again, as a new version."""
-    piece = get_piece(user_id=user_id, content_id=content_id, is_locked=True)
-    version = piece.versions.filter(number=number).first()
-    if version is None:
-        raise NotYours("There is no such version.")
-    if version.body != piece.body:
-        _add_version(piece, version.body, Origin.RESTORED, note=f"Version {number}")
-    return piece
-
-
-def _keep_new_piece(origin: str, note: str, piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
-    piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
-    state = _state_of(text, is_complete)
-    if text:
-        _add_version(piece, text, origin, note=note, usage_id=usage_id, state=state)
-    else:
-        piece.state = state
-        piece.save(update_fields=["state", "updated_at"])
-
-
-def _keep_revision(
-    piece: ContentPiece, base: str, text: str, is_complete: bool, origin: str, note: str, usage_id: int
-) -> None:
-    """A revision becomes the text, unless it is unfinished or its base was changed meanwhile: then it is kept aside."""
-    piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
-    if text:
-        is_used = is_complete and piece.body == base
-        _add_version(piece, text, origin, note=note, usage_id=usage_id, is_used=is_used)
-
-
-def _add_version(
-    piece: ContentPiece,
-    body: str,
-    origin: str,
-    *,
-    note: str = "",
-    usage_id: int | None = None,
-    is_used: bool = True,
-    state: str = ResultState.READY,
-) -> None:
-    """The piece must be locked: version numbers have no gaps."""
-    ContentVersion.objects.create(
-        piece=piece,
-        number=newest_number(piece) + 1,
-        body=body,
-        origin=origin,
-        note=note,
-        is_used=is_used,
-        usage_id=usage_id,
-    )
-    if is_used:
-        piece.body, piece.state = body, state
-        piece.save(update_fields=["body", "state", "updated_at"])
-
-
-def _require_newest(piece: ContentPiece, base_number: int) -> None:
-    # What was kept aside has changed nothing of the text.
-    if piece.versions.filter(is_used=True, number__gt=base_number).exists():
-        raise TextChanged(
-            "This text was changed in another window or by another operation. Press Save to see both; "
-            "nothing you typed is lost."
-        )
-
-
-def _require_text(text: str) -> None:
-    if not text.strip():
-        raise NothingToDo("There is no text to work on yet.")
-
-
-def _count_tokens(request: ChatRequest | RefinementRequest | SelectionRequest, text: str) -> int:
-    return counting.count_tokens(text, provider=request.provider, model=request.model)
-
-
-def _revision_tokens(request: ChatRequest | RefinementRequest | SelectionRequest, text: str) -> int:
-    # Twice the text: "make it longer" asks for half as much again, and our count is not the provider's.
-    return max(MIN_REVISION_TOKENS, 2 * _count_tokens(request, text))
-
-
-def _least_revision_tokens(
-    request: ChatRequest | RefinementRequest | SelectionRequest, text: str, length_percent: int = 100
-) -> int:
-    """A revision that ends earlier is kept aside and of no use: whoever cannot have all of it is told before."""
-    return _count_tokens(request, text) * length_percent // 100
-
-
-def _history(chat: Chat, request: ChatRequest) -> list[tuple[str, str]]:
-    """The newest answered turns that fit, oldest first."""
-    history: list[tuple[str, str]] = []
-    tokens = 0
-    price = catalogue.get_active_model(provider=request.provider, model=request.model)
-    # A model that reads little gets less of what was said before, rather than nothing at all.
-    left_tokens = price.max_input_tokens - _count_tokens(request, request.question) - CHAT_PROMPT_TOKENS
-    most_tokens = min(CHAT_HISTORY_TOKENS, left_tokens)
-    for turn in chat.turns.exclude(answer__regex=r"^\s*$").order_by("-id")[:100]:  # no provider takes a blank one
-        tokens += _count_tokens(request, turn.question) + _count_tokens(request, turn.answer)
-        if tokens > most_tokens:
-            break
-        history.append((turn.question, turn.answer))
-    return history[::-1]
-
-
-def _state_of(text: str, is_complete: bool) -> str:
-    if not text:
-        return ResultState.FAILED
-    return ResultState.READY if is_complete else ResultState.CUT_SHORT
 
 
 def _outer_space(text: str) -> tuple[str, str]:

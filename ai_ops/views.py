@@ -22,7 +22,7 @@ from django.views.decorators.cache import cache_control
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from ai_ops import metering, operations, prompts, providers
+from ai_ops import metering, operations, pieces, prompts, providers
 from ai_ops.forms import (
     IMAGE_SIZES,
     ChatForm,
@@ -48,7 +48,8 @@ from ai_ops.models import (
     Project,
     ResultState,
 )
-from ai_ops.operations import Event, Events, OperationError, Replayed, Result, Started
+from ai_ops.operations import Event, Events, Replayed, Result, Started
+from ai_ops.pieces import OperationError
 from ai_ops.providers import ProviderError, TextDelta
 from billing import catalogue
 from billing.catalogue import CatalogueError, system_settings
@@ -121,7 +122,7 @@ def _render_content(
     piece = get_object_or_404(
         ContentPiece.objects.select_related("project", "source"), pk=content_id, author=request.user
     )
-    number = operations.newest_number(piece)
+    number = pieces.newest_number(piece)
     about = {"content_id": piece.pk, "base_number": number, "body": piece.body}
     forms = {
         "edit": EditForm(initial=about),
@@ -166,8 +167,8 @@ def save_content(request: SignedInRequest, pk: int) -> HttpResponse:
     if not form.is_valid():
         return _render_content(request, form, 400, content_id=pk)
     try:
-        operations.save_edit(user_id=request.user.pk, content_id=pk, **form.cleaned_data)
-    except operations.NotYours as error:
+        pieces.save_edit(user_id=request.user.pk, content_id=pk, **form.cleaned_data)
+    except pieces.NotYours as error:
         raise Http404 from error
     except OperationError as error:
         form.add_error(None, error.message)
@@ -183,7 +184,7 @@ def version(request: SignedInRequest, pk: int, number: int) -> HttpResponse:
         ContentVersion.objects.select_related("piece"), piece_id=pk, number=number, piece__author=request.user
     )
     usage = TokenUsage.objects.filter(pk=row.usage_id or 0, user=request.user).first()
-    newest_number = operations.newest_number(row.piece)
+    newest_number = pieces.newest_number(row.piece)
     context = {"version": row, "piece": row.piece, "usage": usage, "newest_number": newest_number}
     return render(request, "ai_ops/version.html", context)
 
@@ -194,8 +195,8 @@ def restore(request: SignedInRequest, pk: int, number: int) -> HttpResponse:
     if request.method == "GET":  # after a sign-in that stood between
         return redirect("studio:version", pk, number)
     try:
-        operations.restore_version(user_id=request.user.pk, content_id=pk, number=number)
-    except operations.NotYours as error:
+        pieces.restore_version(user_id=request.user.pk, content_id=pk, number=number)
+    except pieces.NotYours as error:
         raise Http404 from error
     messages.success(request, f"Version {number} is the text again.")
     return redirect("studio:content", pk)

@@ -23,8 +23,9 @@ from accounts.models import User
 from ai_ops import counting, metering, operations, prompts, views
 from ai_ops.metering import Finished
 from ai_ops.models import ContentPiece, ImageBatch, Project
-from ai_ops.operations import LEFT_AT_MOST, LEFT_WITHIN, DraftRequest, Started
+from ai_ops.operations import LEFT_AT_MOST, LEFT_WITHIN, Started
 from ai_ops.providers import TextDelta
+from ai_ops.requests import DraftRequest
 from billing import catalogue, ledger
 from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage

@@ -10,10 +10,10 @@ import pytest
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from ai_ops import operations
+from ai_ops import operations, pieces
 from ai_ops.metering import Finished
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, ImagePrompt
-from ai_ops.operations import DraftRequest, ImageRequest
+from ai_ops.requests import DraftRequest, ImageRequest
 from billing import ledger
 from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenAccount, TokenTransaction, TokenUsage
@@ -33,7 +33,7 @@ def text_form(writer: Writer, piece: ContentPiece, **fields: Any) -> dict[str, A
     """What the forms of a piece's page have in common."""
     return {
         "content_id": piece.pk,
-        "base_number": operations.newest_number(piece),
+        "base_number": pieces.newest_number(piece),
         "body": piece.body,
     } | fields
 

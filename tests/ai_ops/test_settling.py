@@ -20,8 +20,9 @@ from pytest_django.fixtures import Settings
 from accounts.models import User
 from ai_ops import counting, metering, operations
 from ai_ops.models import ContentPiece, GeneratedImage, ImageBatch
-from ai_ops.operations import LEFT_AT_MOST, DraftRequest, ImageRequest
+from ai_ops.operations import LEFT_AT_MOST
 from ai_ops.providers import ProviderError, TextDelta
+from ai_ops.requests import DraftRequest, ImageRequest
 from billing import catalogue, ledger
 from billing.figures import roll_ups
 from billing.models import ModelPrice, Notification, RollUp, TokenAccount, TokenTransaction, TokenUsage, UsageDay

@@ -10,7 +10,7 @@ from django.utils import timezone
 
 from accounts import api_keys
 from accounts.models import User
-from ai_ops import operations
+from ai_ops import pieces
 from ai_ops.models import Chat, ContentPiece, ImageBatch
 from billing import ledger, tasks
 from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenPricing, TokenUsage
@@ -78,7 +78,7 @@ def _work(writer: Writer) -> None:
     for title in ("Why tea is not coffee", "Green tea"):
         _ask(writer, "draft", **writer.form(project=PROJECT, title=title))
     piece = writer.piece
-    text = {"content_id": piece.pk, "base_number": operations.newest_number(piece), "body": piece.body}
+    text = {"content_id": piece.pk, "base_number": pieces.newest_number(piece), "body": piece.body}
     _ask(writer, "refinement", refinement="shorten", wishes="", **text)
     _ask(writer, "repurpose", content_id=piece.pk, transformation="newsletter", wishes="")
     _ask(writer, "chat", question="What is green tea?", project=PROJECT)

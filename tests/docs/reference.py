@@ -25,7 +25,8 @@ ROOMS = {
     "What the business reads": [f"billing/figures/{name}.py" for name in
                                 ("business", "roll_ups", "finance", "settings_preview")],
     "Upkeep": ["billing/upkeep/verification.py", "billing/upkeep/laws.py", "billing/upkeep/retention.py"],
-    "AI operations": ["ai_ops/operations.py", "ai_ops/metering.py"],
+    "AI operations": [f"ai_ops/{name}.py" for name in
+                      ("operations", "pieces", "metering/quotes", "metering/text", "metering/images")],
     "A person's data": ["accounts/own_data.py", "billing/upkeep/own_data.py", "ai_ops/own_data.py"],
 }  # fmt: skip
 

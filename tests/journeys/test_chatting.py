@@ -6,7 +6,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from accounts.models import User
-from ai_ops import operations
+from ai_ops import pieces
 from ai_ops.models import Chat, ChatTurn, Project
 from billing import ledger
 from billing.models import TokenTransaction, TokenUsage
@@ -213,7 +213,7 @@ def test_small_balance(make_user: MakeUser, page: Page) -> None:
 
 
 def test_answer_written_in_another_window_appears(alice: User, page: Page) -> None:
-    project = operations.get_project(user_id=alice.pk, name="Tea")
+    project = pieces.get_project(user_id=alice.pk, name="Tea")
     chat = Chat.objects.create(project=project, author=alice, title="Tea")
     turn = ChatTurn.objects.create(chat=chat, question=FIRST)
     open_chat(page)

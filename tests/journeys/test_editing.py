@@ -8,7 +8,7 @@ from django.core.files.base import ContentFile
 from playwright.sync_api import Locator, Page, expect
 
 from accounts.models import User
-from ai_ops import operations
+from ai_ops import pieces
 from ai_ops.models import Chat, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
 from billing import ledger
 from billing.catalogue import system_settings
@@ -229,7 +229,7 @@ def test_revision_of_a_text_that_changes_meanwhile_is_kept_aside(alice: User, pa
     refine.get_by_label("Anything else").fill("Slowly. [[fault:slow]]")
     refine.get_by_role("button", name="Refine the text").click()
     expect(page.locator("#panel [data-operation-text]")).not_to_be_empty()
-    operations.save_edit(user_id=alice.pk, content_id=piece.pk, base_number=1, body="From another window.")
+    pieces.save_edit(user_id=alice.pk, content_id=piece.pk, base_number=1, body="From another window.")
     expect(result(page)).to_contain_text("The text was changed meanwhile", timeout=30_000)
     expect(result(page)).to_contain_text("kept aside as version 3")
     expect(editor(page)).to_have_value("From another window.")
@@ -321,7 +321,7 @@ def test_text_typed_before_a_sign_in_is_put_back(alice: User, page: Page) -> Non
     # What another window saved meanwhile is not overwritten unseen.
     editor(page).fill("Typed on.")
     expect(unsaved).to_be_visible()
-    operations.save_edit(user_id=alice.pk, content_id=piece.pk, base_number=2, body="From another window.")
+    pieces.save_edit(user_id=alice.pk, content_id=piece.pk, base_number=2, body="From another window.")
     page.reload()
     expect(editor(page)).to_have_value("Typed on.")
     page.get_by_role("button", name="Save", exact=True).click()

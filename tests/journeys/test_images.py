@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Locator, Page, expect
 
 from accounts.models import User
-from ai_ops import operations
+from ai_ops import pieces
 from ai_ops.models import GeneratedImage, ImageBatch, ImagePrompt
 from billing.models import TokenTransaction, TokenUsage
 from tests.conftest import MakeUser
@@ -203,7 +203,7 @@ def test_too_small_balance(make_user: MakeUser, open_context: OpenContext, scrip
 
 
 def test_images_made_in_another_window_appear(alice: User, page: Page) -> None:
-    project = operations.get_project(user_id=alice.pk, name="Tea")
+    project = pieces.get_project(user_id=alice.pk, name="Tea")
     batch = ImageBatch.objects.create(project=project, author=alice, prompt=TEAPOT, size="1024x1024", count=1)
     open_images(page)
     expect(tiles(page)).to_contain_text("Being made")

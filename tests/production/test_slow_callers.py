@@ -206,7 +206,7 @@ from django.core.files.base import ContentFile
 from django.db import connection
 from django.test import Client
 from accounts.models import User
-from ai_ops import operations
+from ai_ops import pieces
 from ai_ops.models import GeneratedImage, ImageBatch
 from billing import ledger
 user = User.objects.get_or_create(email="reader@example.com")[0]
@@ -227,7 +227,7 @@ with connection.cursor() as cursor:
         " lifetime_granted_tokens = lifetime_granted_tokens + %s WHERE id = %s",
         [entries, entries, entries, account.pk],
     )
-project = operations.get_project(user_id=user.pk, name="Slow")
+project = pieces.get_project(user_id=user.pk, name="Slow")
 batch = ImageBatch.objects.create(project=project, author=user, prompt="Slow", size="1024x1024", count=1, state="ready")
 content = b"\x89PNG\r\n\x1a\n" + os.urandom(32 * 1024 * 1024)
 image = GeneratedImage.objects.create(
