@@ -61,7 +61,7 @@ audit-dependencies: installed-dev ## Look for known vulnerabilities in what prod
 reference: installed-dev ## Write docs/REFERENCE.md, the public functions, out of the sources
 	@$(BIN)/python -m tests.docs.reference
 
-css: installed-local ## Take from Tabler the rules that the pages use, into static/css/tabler.css
+css: installed-dev ## Take from Tabler the rules that the pages use, into static/css/tabler.css
 	@$(BIN)/python -m postmate.local.stylesheet
 
 doctor: installed-local ## Look at everything here and say what is wrong and what to do (ARGS="--quick --json")

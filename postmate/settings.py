@@ -170,7 +170,7 @@ MIDDLEWARE = [
     "postmate.web.logs.request_middleware",
     "postmate.web.headers.asked_by_address_middleware",
     "django.middleware.security.SecurityMiddleware",
-    "postmate.web.headers.permissions_policy_middleware",
+    "django_permissions_policy.PermissionsPolicyMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "postmate.web.headers.no_store_middleware",
     "csp.middleware.CSPMiddleware",
@@ -331,6 +331,10 @@ SECURE_HSTS_INCLUDE_SUBDOMAINS = HSTS_INCLUDE_SUBDOMAINS
 # So the first is asked for in the environment, and the second is nothing for an application to ask for.
 SILENCED_SYSTEM_CHECKS = ["security.W005", "security.W021"]
 SECURE_REFERRER_POLICY = "same-origin"
+# No page needs any of these; cards are entered on Stripe's pages.
+PERMISSIONS_POLICY: dict[str, list[str]] = {
+    feature: [] for feature in ("camera", "geolocation", "microphone", "payment", "usb")
+}
 CSRF_TRUSTED_ORIGINS = [SITE_URL] if not DEBUG else []
 DATA_UPLOAD_MAX_MEMORY_SIZE = 1_048_576  # a request's body, webhooks included: 413 above it
 

@@ -48,7 +48,7 @@ def test_keeps_what_is_used_and_nothing_else(monkeypatch: pytest.MonkeyPatch, tm
     assert stylesheet.build().split("licence */\n")[1].splitlines() == [
         ":root{--own:red;--used:blue}",
         "@media print{.btn{color:var(--used)}}",
-        ".btn:not(.active){content:'}';animation:spin 1s}",
+        '.btn:not(.active){content:"}";animation:spin 1s}',
         ".btn-lg{top:1px}",
         "@keyframes spin{0%{top:0}to{top:1px}}",
     ]

@@ -1,6 +1,7 @@
 """`make css`: Tabler's style sheet without the rules that no page of ours can use.
 
-The whole one, vendor/tabler-…/tabler.min.css, has 635 kB and would hold up the first paint of every page. A rule
+The whole one, vendor/tabler-…/tabler.min.css, has 635 kB and would hold up the first paint of every page, on a slow
+phone by 0.4 s of 1.2 (`python -m tests.benchmarks.first_paint`). A rule
 stays when each class of one of its selectors is a word somewhere in our templates, scripts or Python files; words, not
 class attributes, so that a class which is put together from whole names in a condition or a script is found, too. One
 that is glued together from parts (`btn-{{ size }}`) is not: write it out.
@@ -8,8 +9,12 @@ that is glued together from parts (`btn-{{ size }}`) is not: write it out.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+from tinycss2 import parse_blocks_contents, parse_rule_list, parse_stylesheet, serialize
 
 PROJECT = Path(__file__).resolve().parents[2]
 WHOLE = PROJECT / "vendor" / "tabler-1.6.1" / "tabler.min.css"
@@ -19,13 +24,10 @@ OWN = PROJECT / "static" / "css" / "postmate.css"
 PAGES = ["templates/**/*.html", "templates/**/*.svg", "static/js/**/*.js"]
 PAGES += [f"{folder}/**/*.py" for folder in ("accounts", "ai_ops", "billing", "kit")]
 
-STRING = r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\''
-COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
-PIECE = re.compile(rf"{STRING}|[^{{}};\"']+|[{{}};]")
-CLASS = re.compile(r"\.(-?[A-Za-z_](?:[\w-]|\\.)*)")
-CONDITIONS = ("@media", "@supports", "@layer", "@container")
+CONDITIONS = ("media", "supports", "layer", "container")
 
-Rule = tuple[str, "list[Rule] | str"]  # (selector, declarations), or (condition, rules)
+# (selector or condition, what is in it: rules, (name, declaration)s, or the steps of an animation)
+Rule = tuple[str, Any]
 
 
 def build() -> str:
@@ -33,7 +35,7 @@ def build() -> str:
     whole = WHOLE.read_text()
     licence = whole[whole.index("/*!") : whole.index("*/") + 2]
     words = _words()
-    rules = list(_used_rules(_parse(COMMENT.sub("", whole)), words))
+    rules = list(_used_rules(parse_stylesheet(whole, skip_comments=True, skip_whitespace=True), words))
     rules = _without_unused_names(rules, words, OWN.read_text())
     head = "/* Made by `make css` from vendor/tabler-1.6.1/tabler.min.css: the rules that our pages use. */\n"
     return head + licence + "\n" + "\n".join(map(_text, rules)) + "\n"
@@ -47,68 +49,42 @@ def _words() -> set[str]:
     return words
 
 
-def _parse(css: str) -> list[Rule]:
-    """Rules in their order. Tabler nests nothing but rules in conditions."""
-    css = re.sub(r"@charset[^;]*;", "", css)
-    rules: list[Rule] = []
-    open_blocks: list[tuple[str, list[Rule]]] = [("", rules)]
-    text = ""
-    for piece in PIECE.findall(css):
-        if piece == "{" and text.strip().startswith(CONDITIONS):
-            open_blocks.append((text.strip(), []))
-            text = ""
-        elif piece == "{" and text.strip().startswith("@keyframes"):
-            text += piece
-        elif piece == "}" and "{" not in text and not text.strip():
-            condition, inner = open_blocks.pop()
-            open_blocks[-1][1].append((condition, inner))
-        elif piece == "}" and text.count("{") > text.count("}") + 1:
-            text += piece  # a step of keyframes
-        elif piece == "}":
-            selector, _, declarations = text.partition("{")
-            open_blocks[-1][1].append((selector.strip(), declarations))
-            text = ""
+def _used_rules(nodes: Iterable[Any], words: set[str]) -> Iterator[Rule]:
+    for node in nodes:
+        if node.type == "error":
+            raise ValueError(f"The style sheet cannot be read: {node.message}")
+        if node.type == "at-rule":
+            head = f"@{node.at_keyword}{serialize(node.prelude)}".strip()
+            if node.at_keyword in CONDITIONS and node.content is not None:
+                inner = parse_rule_list(node.content, skip_comments=True, skip_whitespace=True)
+                yield head, list(_used_rules(inner, words))
+            elif node.content is not None:
+                yield head, serialize(node.content)
+        elif selectors := [one for one in _selectors(node.prelude) if _needed_classes(one) <= words]:
+            declarations = parse_blocks_contents(node.content, skip_comments=True, skip_whitespace=True)
+            yield (
+                ",".join(serialize(one).strip() for one in selectors),
+                [(each.name, each.serialize()) for each in declarations],
+            )
+
+
+def _selectors(tokens: list[Any]) -> list[list[Any]]:
+    selectors: list[list[Any]] = [[]]
+    for part in tokens:
+        if part == ",":
+            selectors.append([])
         else:
-            text += piece
-    if len(open_blocks) != 1 or text.strip():
-        raise ValueError("The style sheet ends in the middle of a block.")
-    return rules
+            selectors[-1].append(part)
+    return selectors
 
 
-def _used_rules(rules: list[Rule], words: set[str]) -> Iterator[Rule]:
-    for head, content in rules:
-        if not isinstance(content, str):
-            if inner := list(_used_rules(content, words)):
-                yield head, inner
-        elif head.startswith("@"):
-            yield head, content
-        elif selectors := [one for one in _split(head, ",") if _needed_classes(one) <= words]:
-            yield ",".join(selectors), content
-
-
-def _needed_classes(selector: str) -> set[str]:
+def _needed_classes(selector: list[Any]) -> set[str]:
     """The classes without which it matches nothing; those in :not(), :is() … are no condition, or one of several."""
-    depth, plain = 0, ""
-    for character in selector:
-        depth += (character in "([") - (character in ")]")
-        plain += character if depth == 0 else " "
-    return {name.replace("\\", "") for name in CLASS.findall(plain)}
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Split where no bracket or string is open."""
-    parts, depth = [""], 0
-    for piece in re.findall(rf"{STRING}|.", text, re.DOTALL):
-        depth += (piece in "([") - (piece in ")]")
-        if piece == separator and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += piece
-    return [part.strip() for part in parts if part.strip()]
+    return {name.value for dot, name in pairwise(selector) if dot == "." and name.type == "ident"}
 
 
 def _without_unused_names(rules: list[Rule], words: set[str], own: str) -> list[Rule]:
-    """Leave out custom properties and animations that nothing names any more, until there are none."""
+    """Leave out custom properties and animations that nothing names any more, and what is empty, until none is left."""
     while True:
         text = own + "\n".join(map(_text, rules))
         properties = words.union(re.findall(r"var\(\s*(--[\w-]+)", text))
@@ -122,29 +98,23 @@ def _without_unused_names(rules: list[Rule], words: set[str], own: str) -> list[
 def _named_rules(rules: list[Rule], properties: set[str], animated: set[str]) -> Iterator[Rule]:
     for head, content in rules:
         kind, _, name = head.partition(" ")
-        if not isinstance(content, str):
-            if inner := list(_named_rules(content, properties, animated)):
-                yield head, inner
-        elif kind == "@keyframes":
-            if name in animated:
-                yield head, content
-        elif kind == "@property":
-            if name in properties:
-                yield head, content
-        else:
-            declarations = [
-                one
-                for one in _split(content, ";")
-                if not one.startswith("--") or one.partition(":")[0].strip() in properties
-            ]
-            if declarations:
-                yield head, ";".join(declarations)
+        if (kind == "@keyframes" and name not in animated) or (kind == "@property" and name not in properties):
+            continue
+        if isinstance(content, list) and head.startswith("@"):
+            content = list(_named_rules(content, properties, animated))
+        elif isinstance(content, list):
+            content = [(name, text) for name, text in content if not name.startswith("--") or name in properties]
+        if content:
+            yield head, content
 
 
 def _text(rule: Rule) -> str:
     head, content = rule
-    inner = content if isinstance(content, str) else "".join(map(_text, content))
-    return f"{head}{{{inner}}}"
+    if isinstance(content, str):
+        return f"{head}{{{content}}}"
+    if head.startswith("@"):
+        return f"{head}{{{''.join(map(_text, content))}}}"
+    return f"{head}{{{';'.join(text for _, text in content)}}}"
 
 
 def main() -> None:

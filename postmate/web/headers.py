@@ -1,4 +1,4 @@
-"""Security headers that neither Django nor django-csp sets, and a header that some addresses do not heed."""
+"""A header that some addresses do not heed, and one that keeps pages out of caches."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
@@ -11,9 +11,6 @@ from django.utils.decorators import sync_and_async_middleware
 
 # Balancers and Prometheus ask a process for these by its address or its container's name, whatever they may be.
 ASKED_BY_ADDRESS = frozenset({"/healthz", "/readyz", "/metrics"})
-
-# No page needs any of these; cards are entered on Stripe's pages.
-PERMISSIONS_POLICY = ", ".join(f"{feature}=()" for feature in ("camera", "geolocation", "microphone", "payment", "usb"))
 
 
 @sync_and_async_middleware
@@ -38,26 +35,6 @@ def asked_by_address_middleware(get_response: Callable[[HttpRequest], Any]) -> C
 def _name_ourselves(request: HttpRequest) -> None:
     if request.path in ASKED_BY_ADDRESS:
         request.get_host = lambda: urlsplit(settings.SITE_URL).netloc  # type: ignore[method-assign]
-
-
-@sync_and_async_middleware
-def permissions_policy_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
-    if iscoroutinefunction(get_response):
-
-        async def answer_async(request: HttpRequest) -> HttpResponse:
-            return _with_policy(await cast(Awaitable[HttpResponse], get_response(request)))
-
-        return answer_async
-
-    def answer(request: HttpRequest) -> HttpResponse:
-        return _with_policy(cast(HttpResponse, get_response(request)))
-
-    return answer
-
-
-def _with_policy(response: HttpResponse) -> HttpResponse:
-    response["Permissions-Policy"] = PERMISSIONS_POLICY
-    return response
 
 
 @sync_and_async_middleware
