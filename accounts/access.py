@@ -89,8 +89,8 @@ def note_password_of_sign_in(request: HttpRequest, user: User, method: str, **kw
 
 
 def only_owners(users: Iterable[User], address: str) -> list[User]:
-    """Those whose address it is: who signs in with it, or has proven it. Who only wants to add it to an account of
-    their own has no part in it, and stands in nobody's way."""
+    """Those whose address it is: whoever signs in with it or has proven it. Whoever only wants to add it to an account
+    of their own has no part in it, and stands in nobody's way."""
     owners = set(EmailAddress.objects.filter(email=address.lower(), verified=True).values_list("user_id", flat=True))
     return [user for user in users if user.pk in owners or user.email.lower() == address.lower()]
 

@@ -58,7 +58,7 @@ class AccountAdapter(DefaultAccountAdapter):
         return response
 
     def get_reauthentication_methods(self, user: AbstractBaseUser | AnonymousUser) -> list[dict[str, Any]]:
-        """Who has a second factor shows that one: a password alone must not be able to remove it."""
+        """People with a second factor show that one: a password alone must not be able to remove it."""
         methods: list[dict[str, Any]] = super().get_reauthentication_methods(user)
         if isinstance(user, User) and is_mfa_enabled(user):
             return [each for each in methods if each["id"] != "reauthenticate"]
@@ -67,8 +67,8 @@ class AccountAdapter(DefaultAccountAdapter):
     # --- Proof of an address ----------------------------------------------------------------------------------------
 
     def confirm_email(self, request: HttpRequest, email_address: EmailAddress) -> bool:
-        """The first proof of an account's address hands the account to who brings it, unless they are who has its
-        password already. A further address is added by who is signed in, and by nobody else."""
+        """The first proof of an account's address hands the account to whoever brings it, unless they have its
+        password already. A further address is added by the person signed in, and by nobody else."""
         with access.lock(email_address.user_id) as user:
             addresses = EmailAddress.objects.filter(user=user)
             if addresses.filter(pk=email_address.pk, verified=True).exists():
@@ -119,7 +119,7 @@ class AccountAdapter(DefaultAccountAdapter):
             self._send_proof_link(address)
 
     def send_account_already_exists_mail(self, email: str) -> None:
-        """Who signs up an address that somebody signed up before them, and never confirmed, gets the same link."""
+        """Signing up with an address that somebody else signed up with and never confirmed sends the same link."""
         users = access.only_owners(filter_users_by_email(email, prefer_verified=True, for_login=True), email)
         unproven = EmailAddress.objects.filter(user__in=users, email=email.lower(), verified=False).first()
         if unproven:

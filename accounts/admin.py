@@ -118,7 +118,7 @@ class UserAdmin(GuardedAdmin):
 
 @admin.register(Workspace)
 class WorkspaceAdmin(ReadOnlyAdmin):
-    """To be looked at: its owner's rows name it."""
+    """Read-only: its owner's rows name it."""
 
     list_display = ("name", "owner", "created_at")
     list_select_related = ("owner",)
@@ -137,7 +137,7 @@ class ChangeRequestAdmin(ReadOnlyAdmin):
 
 @admin.register(ApiKey)
 class ApiKeyAdmin(ReadOnlyAdmin):
-    """To be looked at: a key belongs to its owner, and its hash concerns nobody."""
+    """Read-only: a key belongs to its owner, and its hash concerns nobody."""
 
     list_display = ("name", "user", "token_start", "scopes", "created_at", "last_used_at", "expires_at", "revoked_at")
     list_filter = (("revoked_at", admin.EmptyFieldListFilter),)
@@ -149,7 +149,7 @@ class ApiKeyAdmin(ReadOnlyAdmin):
 
 @admin.register(AuditEntry)
 class AuditEntryAdmin(ReadOnlyAdmin):
-    """To be looked at; the database refuses everything else."""
+    """Read-only: the database refuses everything else."""
 
     list_display = ("created_at", "actor", "actor_role", "action", "summary", "outcome", "subject", "ip_address")
     list_filter = ("outcome", "action")
@@ -165,7 +165,7 @@ admin.site.unregister([Authenticator, EmailAddress, Group, UserSession])
 
 @admin.register(Authenticator)
 class AuthenticatorAdmin(ReadOnlyAdmin):
-    """To be looked at, and removed for somebody who has lost their phone and their recovery codes."""
+    """Read-only, but removed for somebody who has lost their phone and their recovery codes."""
 
     list_display = ("user", "type", "created_at", "last_used_at")
     list_filter = ("type",)
@@ -201,7 +201,7 @@ class AuthenticatorAdmin(ReadOnlyAdmin):
 
 @admin.register(UserSession)
 class UserSessionAdmin(ReadOnlyAdmin):
-    """To be looked at."""
+    """Read-only."""
 
     list_display = ("user", "created_at", "last_seen_at", "ip", "user_agent")
     list_select_related = ("user",)

@@ -45,7 +45,7 @@ def take_password_guess(request: HttpRequest, address: str) -> RateLimitUsage | 
 
 def take_code_guess(request: HttpRequest, user: AbstractBaseUser) -> RateLimitUsage | None:
     """As `take_password_guess`, of a second factor. Few codes are possible, so the limit from everywhere is hard for
-    unknown browsers: who gets there has the password, which its owner resets."""
+    unknown browsers: whoever gets there has the password, which its owner resets."""
     device = next((device for pk, device in _read_cookie(request) if pk == user.pk), "")
     return _take(request, f"code {user.pk}", device, may_slow=False)
 
@@ -64,7 +64,7 @@ def forget(request: HttpRequest, address: str) -> None:
 
 
 def may_send_mail(request: HttpRequest, address: str, *, what: str) -> bool:
-    """Count a mail that anybody can have sent to the address. Who asks for many leaves some for who asks elsewhere.
+    """Count a mail that anybody can have sent to the address. One address of the internet cannot use all of them up.
 
     Each kind is counted by itself: twenty of one must not keep another from the owner, who cannot use them in its
     place.

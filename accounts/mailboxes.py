@@ -1,6 +1,6 @@
 """Which mailbox an e-mail address leads to, and which addresses are made to be thrown away.
 
-For what one person shall have once. Mail is always sent to the address as its owner wrote it.
+For what each person may have once. Mail is always sent to the address as its owner wrote it.
 """
 
 import re

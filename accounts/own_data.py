@@ -1,4 +1,4 @@
-"""A person's own record: what they can take along, and how it is anonymised."""
+"""A person's own record: what they can download, and how it is anonymised."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

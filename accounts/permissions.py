@@ -32,7 +32,7 @@ View = Callable[..., HttpResponse]
 
 
 def admin_required(view: View) -> View:
-    """For admins and superadmins. Others are refused with 403, who is not signed in is asked to."""
+    """For admins and superadmins. Others are refused with 403; people who are not signed in are asked to."""
     return _require(view, lambda user: user.is_admin)
 
 

@@ -1,4 +1,4 @@
-"""What a person says of themselves: their name, and by which clock they live."""
+"""What a person says of themselves: their name, and their time zone."""
 
 from typing import Any
 

@@ -23,7 +23,7 @@ def find_superadmin(user_id: int) -> User | None:
 
 
 def are_one_person(one: User, other: User) -> bool:
-    """Whether they count as one where two are needed: who reads a mailbox can open every account that it opens."""
+    """Whether they count as one where two are needed: whoever reads a mailbox can open every account that it opens."""
     return one.pk == other.pk or not _mailboxes(one).isdisjoint(_mailboxes(other))
 
 

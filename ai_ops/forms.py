@@ -79,7 +79,7 @@ def _wishes_field(label: str) -> forms.CharField:
 
 
 class OperationForm(forms.Form):
-    """A form that pays for an operation. While it is being filled in, it asks for a quote with what there is."""
+    """A form that pays for an operation. While it is being filled in, it asks for a quote with what it has."""
 
     # What may be missing from a quote: it does not change the price.
     unpriced: tuple[str, ...] = ()
@@ -266,7 +266,7 @@ class ImageForm(OperationForm):
         if not qualities:
             self.add_error("size", f"{price.display_name} does not make images of this size. Choose another one.")
         elif data.get("quality") not in qualities:
-            # A model that knows no qualities makes them all alike; another one needs one.
+            # A model without qualities makes them all alike; any other needs one.
             if "" in qualities:
                 data["quality"] = ""
             else:

@@ -1,4 +1,4 @@
-"""Everything that is a person's, over all layers: to take along as a ZIP, and to be anonymised."""
+"""Everything that belongs to a person, in all layers: as a ZIP to download, and to be anonymised."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -182,7 +182,7 @@ def anonymize_user(*, user_id: int) -> None:
     the balance, which nobody can spend any more.
 
     Raises NotNow while operations run or a payment is under way, and for admins, whom the ledger names for their
-    grants; then nothing is changed, but that payment pages which nobody paid on may have been closed. Calls Stripe:
+    grants; then nothing is changed, except that payment pages nobody paid on may have been closed. Calls Stripe:
     never inside a transaction (law 7). Once it has returned, the person is gone; what Stripe or the disk has not
     deleted by then, the sweeps delete. Twice changes nothing more.
     """
@@ -226,7 +226,7 @@ def erase_content(*, user_id: int) -> None:
 
 
 def sweep_content(*, limit: int = 20) -> int:
-    """Erase what was left of anonymised users when it was interrupted. Returns of how many."""
+    """Erase what was left of anonymised users when it was interrupted. Returns for how many people."""
     left = User.objects.filter(anonymised_at__isnull=False, workspaces__projects__isnull=False).distinct()
     user_ids = list(left.values_list("pk", flat=True)[:limit])
     for user_id in user_ids:

@@ -1,4 +1,4 @@
-"""/accounts/data/ and /accounts/anonymise/: a person takes along what is theirs, or leaves."""
+"""/accounts/data/ and /accounts/anonymise/: a person downloads what is theirs, or leaves."""
 
 from collections.abc import Callable
 from functools import partial, wraps

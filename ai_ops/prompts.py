@@ -33,7 +33,7 @@ class Choice:
 
     label: str
     instruction: str
-    length_percent: int = 100  # how long a revision becomes, of the text before
+    length_percent: int = 100  # how long a revision becomes, relative to the text before
 
 
 REFINEMENTS: Mapping[str, Choice] = {

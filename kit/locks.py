@@ -4,6 +4,6 @@ from django.db import connection
 
 
 def lock_until_commit(name: str) -> None:
-    """Wait until nobody else holds the lock of this name, and hold it to the end of the transaction."""
+    """Wait until nobody else holds the lock of this name; hold it until the transaction ends."""
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])

@@ -32,7 +32,7 @@ class InvalidPeriod(Refusal):
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """From `since` (included) to `until` (not included), midnights of the reader's time zone; None is without bound."""
+    """From `since` (included) to `until` (not included), midnights of the reader's time zone; None means unbounded."""
 
     since: datetime | None
     until: datetime | None
@@ -92,7 +92,7 @@ def midnight(day: date, zone: tzinfo | None = None) -> datetime:
 
 
 def add_months(day: date, months: int) -> date:
-    """The first of the month that is so many months after the day's."""
+    """The first of the month, that many months after the day's."""
     year, month = divmod(day.year * 12 + day.month - 1 + months, 12)
     return date(year, month + 1, 1)
 
@@ -116,7 +116,7 @@ def _day(text: str) -> date | None:
     if not text:
         return None
     try:
-        text.encode("ascii")  # digits of other scripts are none here
+        text.encode("ascii")  # digits of other scripts do not count
         day = datetime.strptime(text, "%Y-%m-%d").date()  # noqa: DTZ007
     except ValueError as error:
         raise InvalidPeriod("Enter days as year-month-day, as in 2026-03-31.") from error

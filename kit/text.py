@@ -2,7 +2,7 @@
 
 
 def read_id(text: str) -> int | None:
-    """A row's id in digits; None where the text is none, or more than a column could hold."""
+    """A row's id in digits; None where the text is not an id, or more than a column could hold."""
     return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 

@@ -48,7 +48,7 @@ class TextDelta:
     """The next piece of the answer, and what the provider says has been used up to its end, where it says so.
 
     `text` is "" where the provider spoke of the usage alone, or told its thoughts, which nobody is shown: `thought` is
-    there to be counted when the reader leaves meanwhile. Who reads has heard all of it, also when the stream breaks or
+    there to be counted when the reader leaves meanwhile. The reader has heard all of it, also when the stream breaks or
     is left.
     """
 

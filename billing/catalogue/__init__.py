@@ -396,7 +396,7 @@ class ImageOption:
 def image_options(price: ModelPrice, settings: SystemSettings) -> list[ImageOption]:
     """What the model offers: the usual sizes first, each from the cheapest quality to the dearest.
 
-    A size that has qualities is offered in these alone: its cost without one is for whoever names none.
+    A size that has qualities is offered in these alone: its cost without one is for callers that name none.
     """
     keys = price.image_cost_tokens or IMAGE_SIZES
     choices = [key.partition("/")[::2] for key in keys]
@@ -451,7 +451,7 @@ def _usd_per_million(price: ModelPrice, pools: TokenPools) -> dict[str, Decimal]
     usd.setdefault("cached_input", usd["input"])
     usd.setdefault("cache_write", usd["input"])
     if price.kind == ModelPrice.Kind.IMAGE and "reasoning" in usd:
-        usd["text_output"] = usd["reasoning"]  # what it writes costs what it thinks: both are words, no picture
+        usd["text_output"] = usd["reasoning"]  # what it writes costs what it thinks: both are words, not a picture
     return usd
 
 

@@ -100,7 +100,7 @@ def list_currencies() -> list[str]:
 
 
 def get_package_by_id(package_id: int) -> TokenPricing | None:
-    """The package, on sale or not; None when there is no such one."""
+    """The package, on sale or not; None when there is none."""
     return TokenPricing.objects.filter(pk=package_id).first()
 
 

@@ -75,7 +75,7 @@ NOTICE_FILTERS = {
 @require_GET
 @admin_required
 def account_list(request: SignedInRequest) -> HttpResponse:
-    """Find accounts. The address says which, in which order and from where on."""
+    """Find accounts. The query says which, in which order and from where on."""
     asked = {name: request.GET.get(name, "") for name in ("search", "status", "band")}
     sort = request.GET.get("sort") or "-balance"
     context: dict[str, Any] = {
@@ -374,7 +374,7 @@ def _render_requests(
 @require_GET
 @admin_required
 def audit_log(request: SignedInRequest) -> HttpResponse:
-    """Search the audit log. The address says for what."""
+    """Search the audit log, as the query says."""
     asked = {name: request.GET.get(name, "").strip() for name in ("actor", "subject", "action", "outcome")}
     actions, outcomes = dict(audit.Action.choices), dict(AuditEntry.Outcome.choices)
     for name, known in (("action", actions), ("outcome", outcomes)):

@@ -11,7 +11,7 @@ from billing.history.exports import Cell
 from billing.usage.charts import Chart, Table, percent
 from billing.usage.stats import BucketName
 
-MAX_CHANGE_PERMILLE = 10_000  # beyond that a per cent tells nobody anything
+MAX_CHANGE_PERMILLE = 10_000  # beyond that a percentage tells nobody anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ USD_MICROS = micros_of("usd")
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """A number of a unit; None is one that there is not."""
+    """A number of a unit; None where there is none."""
 
     value: int | None
     unit: Unit
@@ -109,7 +109,7 @@ def change_text(now: int, before: int, unit: Unit) -> str:
         return f"{unit.text(before)} before"
     if not permille:
         return "about as before"
-    # Whole per cents are enough, except for small changes.
+    # Whole percentages are enough, except for small changes.
     amount = f"{permille // 10:,} %" if permille >= 100 else percent(permille)
     return f"{amount} {'more' if now > before else 'less'}"
 

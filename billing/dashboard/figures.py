@@ -554,7 +554,7 @@ SECTIONS = {
 @require_GET
 @admin_required
 def home(request: SignedInRequest) -> HttpResponse:
-    """The page opens at once, its sections come by themselves. `?all=1` is one plain page, for who has no scripts."""
+    """The page opens at once, its sections come by themselves. `?all=1` is one plain page, without scripts."""
     span = read_span(request)
     is_whole = "all" in request.GET
     context = {
@@ -573,7 +573,7 @@ def home(request: SignedInRequest) -> HttpResponse:
 @require_GET
 @admin_required
 def section(request: SignedInRequest, name: str) -> HttpResponse:
-    """One section of the page. Who opens its address in a window is led to the page."""
+    """One section of the page. Opened in a window of its own, its address leads to the page."""
     wanted = _section_or_404(name)
     if not request.htmx:  # type: ignore[attr-defined]
         return redirect(f"{reverse('dashboard:home')}?{_query(request, all='1')}#figures-{name}")

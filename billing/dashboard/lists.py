@@ -45,7 +45,7 @@ def newest_first(
     request: HttpRequest, rows: QuerySet[Any], *, name: str, filters: Mapping[str, tuple[str, Q]], limit: int
 ) -> ListPage:
     """The rows by `created_at` that `name`_show (one of the filters) and `name`_before (the last row before the page)
-    ask for. What the address says and there is not counts as not said. Costs the same on every page."""
+    ask for. What the address names and does not exist is ignored. Costs the same on every page."""
     show, before = f"{name}_show", f"{name}_before"
     chosen = request.GET.get(show, "")
     chosen = chosen if chosen in filters else ""

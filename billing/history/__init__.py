@@ -81,7 +81,7 @@ def select_transactions(
     search: str = "",
 ) -> Selection:
     """The entries of the user's ledger from `since` (included) to `until` (not included), of `types` (none: of all),
-    whose description contains `search` in capital or small letters. Raises AccountNotFound."""
+    whose description contains `search`, in any case. Raises AccountNotFound."""
     account = ledger.get_account(user_id=user_id)
     chosen = frozenset(types) or frozenset(Type)
     after = 0 if since is None else _last_sequence_before(account, since)
@@ -138,7 +138,7 @@ class Cursor:
 
     @classmethod
     def parse(cls, text: str) -> "Cursor | None":
-        """Anything else is no cursor, and leads to the first page."""
+        """Anything else is not a cursor, and leads to the first page."""
         direction, _, number = text.partition("-")
         sequence = read_id(number)
         if direction not in ("after", "before") or sequence is None:

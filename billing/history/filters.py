@@ -40,7 +40,7 @@ class TransactionFilter(forms.Form):
 
     @property
     def is_narrowed(self) -> bool:
-        """Whether anything was asked for but everything."""
+        """Whether less than everything was asked for."""
         return self.period.preset != DEFAULT_PERIOD or any(self.cleaned_data.values())
 
     @cached_property

@@ -120,7 +120,7 @@ def list_months(*, user_id: int) -> list[Month]:
 
 
 def get_statement(*, user_id: int, year: int, month: int) -> Statement:
-    """Raises NoSuchStatement; StatementDoesNotAddUp rather than to return a wrong one."""
+    """Raises NoSuchStatement; StatementDoesNotAddUp rather than returning a wrong one."""
     today = timezone.localdate()
     if not (2000 <= year <= today.year and 1 <= month <= 12) or date(year, month, 1) > today:
         raise NoSuchStatement

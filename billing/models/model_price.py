@@ -224,7 +224,7 @@ class ModelPrice(models.Model):
 
     @property
     def missing_prices(self) -> list[str]:
-        """The fields without which the model would be had for nothing. None of a model that its superadmins call free.
+        """The fields without which the model would be had for nothing. None for a model that superadmins call free.
 
         What is zero or below is missing, unless the field may be empty and is.
         """

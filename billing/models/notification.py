@@ -44,7 +44,7 @@ WARNINGS = (
 
 
 class NotificationPreference(models.Model):
-    """That a user wants no e-mail of a kind. Without a row they get it; in the product it is shown all the same."""
+    """That a user wants no e-mail of a kind. Without a row they get it; in the product it is always shown."""
 
     user = models.ForeignKey(
         settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="notification_preferences"
@@ -62,7 +62,7 @@ class NotificationPreference(models.Model):
 class Notification(models.Model):
     """A message to a user: shown in the product, and the outbox of its e-mail. The key says it only once.
 
-    An e-mail waits for as long as `email_next_at` is set. Wanted, not sent and not waiting any more: given up.
+    An e-mail waits for as long as `email_next_at` is set. Wanted, not sent and no longer waiting: given up.
     """
 
     Kind = NotificationKind

@@ -31,7 +31,7 @@ class PaymentReversal(models.Model):
     # gives it an id, the row has one of ours.
     REQUESTED, REFUSED = "requested", "refused"
     REQUEST_PREFIX = "requested-"
-    # What is over, as far as anybody knows. Stripe may open it again: then it is asked how the thing stands now.
+    # What is over, as far as anybody knows. Stripe may open it again: then it is asked how it stands now.
     FINAL_STATUSES = ("failed", "canceled", "won", "lost", "warning_closed", "prevented")
 
     kind = models.CharField(max_length=10, choices=Kind)

@@ -12,7 +12,7 @@ class StripeEventState(models.TextChoices):
 
 
 class StripeEvent(models.Model):
-    """The inbox: each event of Stripe once, with what became of it."""
+    """The inbox: each of Stripe's events once, with what became of it."""
 
     State = StripeEventState
 

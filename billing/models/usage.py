@@ -45,7 +45,7 @@ class TokenUsage(models.Model):
     provider = models.CharField(max_length=20, choices=Provider)
     model = models.CharField(max_length=100)
 
-    # Pools that exclude one another; reasoning is a part of output.
+    # Pools that do not overlap; reasoning is a part of output.
     input_tokens = models.BigIntegerField(db_default=0)
     cached_input_tokens = models.BigIntegerField(db_default=0)
     cache_write_tokens = models.BigIntegerField(db_default=0)

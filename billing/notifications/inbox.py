@@ -42,7 +42,7 @@ def notify(
     facts: Facts = (),
     second_link: tuple[str, str] | None = None,
 ) -> None:
-    """Write the message unless its key has been said. `action` are the words on the e-mail's button, which leads to
+    """Write the message unless one with its key has been. `action` is the text on the e-mail's button, which leads to
     `link`; `facts` its table; `second_link` words and path of a link below."""
     if User.objects.filter(pk=user_id, anonymised_at__isnull=False).exists():
         return  # there is nobody any more: a late refund or dispute is the books' matter alone

@@ -47,7 +47,7 @@ class PurchaseError(Refusal):
 
 
 class AccountMayNotBuy(PurchaseError):
-    """A person's block or suspension ends buying; who only has a debt pays it by buying."""
+    """A person's block or suspension ends buying; a debt alone is paid by buying."""
 
     http_status = 403
 

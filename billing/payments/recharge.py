@@ -67,7 +67,7 @@ CONFIRM_WITHIN = timedelta(hours=24)
 def trigger_auto_recharge(*, user_id: int) -> Purchase | None:
     """Buy the user's package with the saved card, if it is time for that. Returns the attempt, None when it is not.
 
-    Safe to call whenever and as often as one likes: two calls at the same moment make one attempt,
+    Safe to call at any time and any number of times: two calls at the same moment make one attempt,
     and the monthly cap holds. Calls Stripe, so never call it inside a transaction. Raises PurchaseNotFound
     when Stripe's answer is not about our attempt.
     """

@@ -196,7 +196,7 @@ def filter_accounts(filter: AccountFilter) -> QuerySet[TokenAccount]:
 
 
 def bands(settings: SystemSettings) -> dict[Band, tuple[int | None, int | None]]:
-    """Each band's available tokens: from (included) and to (not included); None is without bound."""
+    """Each band's available tokens: from (included) and to (not included); None means unbounded."""
     critical, low = settings.critical_balance_tokens, settings.low_balance_tokens + 1
     high = max(low, HIGH_BALANCE_FACTOR * settings.low_balance_tokens)
     return {

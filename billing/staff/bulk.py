@@ -1,4 +1,4 @@
-"""One action on many accounts: granted, suspended or exported, one small transaction for each account.
+"""One action on many accounts: granted, suspended or exported, one small transaction each.
 
 Which accounts is settled when the job is started. A worker takes a row, does it and notes what became of it in one
 transaction: killed anywhere, another goes on, and no row is done twice. Any number of workers may run one job.
@@ -132,7 +132,7 @@ def start_bulk_job(
 
 
 def may_start(user: User, kind: str) -> bool:
-    """Whether their role lets them begin a job of the kind, and its rows be done."""
+    """Whether their role allows jobs of the kind: to begin one, and to have its rows done."""
     return user.is_superadmin or (user.is_admin and kind == Kind.EXPORT)
 
 

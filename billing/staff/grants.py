@@ -5,7 +5,7 @@ let admins grant by themselves; an admin's deduction always waits, and so does a
 tokens in the settings it takes two superadmins; what one person's word moved in a day counts together. Nobody approves
 what they asked for.
 
-Locks are taken in one order: the request, whose word it is, for whom it is, then (in the ledger) the account.
+Locks are taken in one order: the request, whose word it is, whom it is for, then (in the ledger) the account.
 """
 
 from dataclasses import dataclass
@@ -71,14 +71,14 @@ class GrantPreview:
 
     balance_tokens: int
     new_balance_tokens: int
-    approvals_needed: int  # by superadmins other than who asks; 0: it is carried out at once
+    approvals_needed: int  # by superadmins other than the asker; 0: it is carried out at once
 
 
 # --- Asking ---------------------------------------------------------------------------------------------------------
 
 
 def preview(*, admin: User, user_id: int, tokens: int, kind: str = Kind.GRANT) -> GrantPreview:
-    """What `grant_tokens` or `deduct_granted_tokens` would do now; raises as these. Writes nothing."""
+    """What `grant_tokens` or `deduct_granted_tokens` would do now; raises what they raise. Writes nothing."""
     require_tokens(tokens)
     account = _get_account(user_id)
     amount_tokens = tokens if kind == Kind.GRANT else -tokens
@@ -139,7 +139,7 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
                     expires_at=database.now() + REQUEST_LIFETIME,
                 )
         except IntegrityError:
-            # Law 8: the unique key of the form. Who was first has committed by now.
+            # Law 8: the unique key of the form. The first one has committed by now.
             return _sent_before(kind, asker, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
         is_own = roles.are_one_person(asker, account.user)
         if _is_at_once(asker, kind, is_own=is_own, tokens=tokens, settings=settings, needs_two=needs_two):

@@ -1,4 +1,4 @@
-"""A person's own part of the books: what they can take along, and what of it names them and goes."""
+"""A person's own part of the books: what they can download, and what of it names them and is erased."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -55,7 +55,7 @@ NOTIFICATION_FIELDS = ("created_at", "kind", "title", "body", "link", "read_at",
 
 
 class NotNow(Refusal):
-    """Nothing was changed. `message` says to the person what has to end first."""
+    """Nothing was changed. `message` tells the person what has to end first."""
 
     http_status = 409
 
@@ -139,7 +139,7 @@ def anonymize_account(account: TokenAccount) -> None:
             "A payment of yours is under way. Wait until it has come through or failed; Tokens, History shows it."
         )
     if ledger.has_had_bonus(account):
-        welcome.remember(account.user.proven_addresses)  # before nobody knows them any more
+        welcome.remember(account.user.proven_addresses)  # while somebody still knows them
     # No debt's status is touched by this: a blocked account stays blocked whatever its balance does (law 12).
     TokenAccount.objects.filter(pk=account.pk).update(
         status=TokenAccount.Status.BLOCKED,

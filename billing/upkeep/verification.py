@@ -20,7 +20,7 @@ from kit.database import one_snapshot
 logger = structlog.get_logger(__name__)
 
 BOOKS_KEY = "postmate:books"  # a hash in Redis: what the last check of all books found, and when
-EXAMPLES = 5  # violations shown of each check
+EXAMPLES = 5  # violations of each check that are shown
 
 
 @dataclass(frozen=True, slots=True)

@@ -125,7 +125,7 @@ def record_usage(
 ) -> ledger.Posting:
     """Record an operation that another server has already run, and charge it at the prices of now.
 
-    Token counts are the provider's, in pools that exclude one another (`reasoning_tokens` is a part of
+    Token counts are the provider's, in pools that do not overlap (`reasoning_tokens` is a part of
     `output_tokens`). The work has been done: it is charged also for a retired model and for a suspended
     account, and may leave a debt, which suspends the account. A failed operation is recorded and costs
     nothing (law 9). With a key used before for the same, the first outcome is returned with `is_replay`,

@@ -24,7 +24,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What static/js/charts.js draws, and the same as a table. `summary` is what somebody hears who cannot see it."""
+    """What static/js/charts.js draws, and the same as a table. `summary` is read to people who cannot see it."""
 
     id: str
     title: str

@@ -119,7 +119,7 @@ def usage_totals(*, user_id: int, since: datetime, until: datetime) -> Figures:
 
 @dataclass(frozen=True, slots=True)
 class UsageGroup:
-    """The sums over the operations of one kind, model and project (None: of none)."""
+    """The sums over the operations of one kind, model and project (None: those without one)."""
 
     operation_type: str
     provider: str

@@ -1,4 +1,4 @@
-"""/accounts/settings/: who a person is, by which clock they live, and in which currency they buy."""
+"""/accounts/settings/: who a person is, their time zone, and in which currency they buy."""
 
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required

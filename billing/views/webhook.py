@@ -14,7 +14,7 @@ from billing.payments.gateway import InvalidEvent
 @require_POST
 def stripe_webhook(request: HttpRequest) -> HttpResponse:
     """Take in an event. 2xx: done or kept for a person. 400: not from Stripe. 500, or 503 while the
-    database is away: Stripe shall send it again."""
+    database is away: Stripe will send it again."""
     if not settings.STRIPE_WEBHOOK_SECRETS:
         raise Http404  # never open: without a secret anybody could credit themselves
     try:

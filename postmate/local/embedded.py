@@ -276,7 +276,7 @@ def _ordinary_user(directory: Path, program: str) -> str:
         return who
     if uid:
         raise SystemExit(
-            f"This process runs as user {uid}, of whom the system knows no name, and PostgreSQL asks for one.\n"
+            f"This process runs as user {uid}, which has no name on this system, and PostgreSQL asks for one.\n"
             "Run it as a user with an entry in /etc/passwd, or set DATABASE_URL."
         )
     if not is_possible:
@@ -331,7 +331,7 @@ def _make_cluster(directory: Path, who: str) -> None:
     if ":" in who and not who.startswith("namespace:"):
         os.chown(unfinished, *map(int, who.split(":")))
     command = [postgres_program("initdb") or "", "-D", str(unfinished), "-U", "postgres", "--auth=trust"]
-    # Not forced onto the disk, which takes as long as all the rest: who loses power in the first seconds begins anew.
+    # Not forced onto the disk, which takes as long as all the rest: a power cut in the first seconds begins it anew.
     command += ["--no-sync", *POSTGRES_LOCALE, *(f"--set={name}={value}" for name, value in POSTGRES_SETTINGS.items())]
     made = subprocess.run(_keeper("run", who, *command), capture_output=True, text=True, errors="replace")
     if made.returncode:

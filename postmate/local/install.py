@@ -263,7 +263,7 @@ def run_pip(requirements: Path, settings: dict, *options: str) -> str:
     """Its last words when it fails, else nothing."""
     command = [str(PYTHON), "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     command += ["--progress-bar", "off", "--require-hashes", "-r", str(requirements), *options]
-    # Few tries unless somebody wants more of them: who has no network shall know within a minute.
+    # Few tries unless somebody wants more of them: without a network that is known within a minute.
     if "retries" not in settings:
         command += ["--retries", "2"]
     if "timeout" not in settings and "default-timeout" not in settings:

@@ -513,7 +513,7 @@ class History:
         return usage_id, begun_at, at
 
     def _can_afford(self, person: Person, pattern: Pattern, moment: datetime) -> bool:
-        """Whether the balance, or what they buy now, covers it. Who does not pay stops."""
+        """Whether the balance, or what they buy now, covers it. Those who do not pay stop."""
         if person.balance >= pattern.needed_tokens:
             return True
         if not person.pays or (self.random.random() < 0.04 and not person.stays):

@@ -178,7 +178,7 @@ def watch(directory: Path, name: Path) -> None:
     leave_who_started()
     fcntl.flock(users, fcntl.LOCK_EX)
     end_servers(directory, name, opened)
-    mine.close()  # first: who gets the other lock next starts the next watch
+    mine.close()  # first: whoever gets the other lock next starts the next watch
 
 
 def guard(directory: Path) -> None:

@@ -45,7 +45,7 @@ def hold(command: str, *, address: str, port: int) -> None:
     os.umask(0o077)
     directory = embedded.data_dir()
     _lock = lock = (directory / "runner.lock").open("w")
-    # Free, or kept for a moment by who clears up after one that was killed.
+    # Free, or kept for a moment by whatever clears up after one that was killed.
     keeper.wait(lambda: _take(lock) or _lives(_read(directory)), 2 * keeper.GUARD_PATIENCE_SECONDS)
     if not _take(lock):
         other = _read(directory)

@@ -120,7 +120,7 @@ def remove_old_backups(folder: Path, *, keep: int) -> list[Path]:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """What a backup says of itself. Raises BackupError when it is none, or not whole."""
+    """What a backup says of itself. Raises BackupError when it is not a backup, or not whole."""
     try:
         with tarfile.open(path, "r:") as archive:
             return Manifest(**json.load(_member(archive, MANIFEST)))

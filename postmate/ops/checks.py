@@ -134,8 +134,8 @@ def stripe_keys_belong_together(**options: Any) -> Iterator[checks.CheckMessage]
             )
         if any(_looks_like_test(secret) for secret in settings.STRIPE_WEBHOOK_SECRETS):
             yield checks.Error(
-                "STRIPE_SECRET_KEY is a live one and a STRIPE_WEBHOOK_SECRET looks invented. Who knows it can forge "
-                "payments.",
+                "STRIPE_SECRET_KEY is a live one and a STRIPE_WEBHOOK_SECRET looks invented. Anybody who knows it can "
+                "forge payments.",
                 hint="Take the signing secret of the live endpoint from Stripe's dashboard; it begins with whsec_.",
                 id="postmate.E012",
             )

@@ -56,6 +56,7 @@ from billing.models.fields import Provider
 from billing.payments import gateway, webhooks
 from billing.upkeep.verification import verify
 from kit import redis_client
+from kit.database import now
 from postmate.ops import backup
 from postmate.ops.checks import existing, is_writable
 from postmate.web import metrics
@@ -111,7 +112,7 @@ class Check:
 
 
 def examine(*, is_quick: bool = False, test_address: str = "") -> Iterator[Line]:
-    """Look at everything, and tell of each at once. `is_quick` leaves the books out. A test mail goes to an address."""
+    """Look at everything, and report each at once. `is_quick` leaves the books out. A test mail goes to an address."""
     away: set[str] = set()
     for check in (*CHECKS, Check("Test mail", lambda: _send_test_mail(test_address))):
         if (check.is_slow and is_quick) or (check.subject == "Test mail" and not test_address):
@@ -427,19 +428,14 @@ def welcome_bonus() -> Outcomes:
 
 
 def holds() -> Outcomes:
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"""SELECT count(*), count(*) FILTER (WHERE expires_at < clock_timestamp() - interval '5 minutes')
-                  FROM {TokenUsage._meta.db_table} WHERE status = 'reserved'"""  # noqa: S608 – a table of ours
-        )
-        running, overdue = cursor.fetchone()
-    if overdue:
+    held = TokenUsage.objects.filter(status=TokenUsage.Status.RESERVED)
+    if overdue := held.filter(expires_at__lt=now() - timedelta(minutes=5)).count():
         yield problem(
             f"{_count(overdue, 'hold')} past expiry and not released: these tokens cannot be spent.",
             "Worker and beat release them every 30 s: see that both run.",
         )
     else:
-        yield ok(f"{_count(running, 'running operation')}, none beyond its time.")
+        yield ok(f"{_count(held.count(), 'running operation')}, none beyond its time.")
 
 
 def events() -> Outcomes:

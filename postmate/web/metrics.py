@@ -1,7 +1,7 @@
 """What /metrics tells Prometheus, read from the database and Redis when it is asked for.
 
 What matters is in the books already, so it is counted nowhere else: every process gives the same answer, a crash loses
-no count, and a counter falls only if the books do. What is over comes from the roll-ups, what is newer from the raw
+no count, and a counter falls only if the books do. Whole hours come from the roll-ups, what is newer from the raw
 rows, and all of it from one snapshot: see billing/figures/roll_ups.py. What no table knows, requests and errors of the
 AI providers, all processes add up in Redis: see kit/counters.py.
 
@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -25,6 +26,7 @@ import redis
 from celery import current_app
 from django.conf import settings
 from django.db import DatabaseError, InterfaceError, connection
+from django.db.models import Count, Min, Q, Sum
 from django.urls import URLResolver, get_resolver
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -34,11 +36,20 @@ from psycopg_pool import PoolTimeout
 from ai_ops.providers import ProviderError
 from billing import catalogue
 from billing.figures.roll_ups import OTHER_THAN_USAGE, RAW_USAGE_SUMS, USAGE_DIMENSIONS
-from billing.models import ModelPrice, Purchase, TokenAccount, TokenTransaction
+from billing.models import (
+    Drift,
+    ModelPrice,
+    Notification,
+    Purchase,
+    StripeEvent,
+    TokenAccount,
+    TokenTransaction,
+    TokenUsage,
+)
 from billing.models.fields import Currency, Provider
 from billing.upkeep.verification import BOOKS_KEY
 from kit import counters, redis_client
-from kit.database import one_snapshot
+from kit.database import now, one_snapshot
 from postmate.ops import backup
 from postmate.ops.checks import existing
 from postmate.web.logs import NO_ROUTE, QUIET_ROUTES
@@ -91,37 +102,12 @@ SELECT until::text, date_trunc('day', until, 'UTC')::text,
   FROM (SELECT max(rolled_until) AS rolled_until FROM billing_rollup) AS state
  CROSS JOIN LATERAL (SELECT coalesce(rolled_until, '-infinity') AS until) AS reach"""
 
-_ACCOUNTS = """
-SELECT status, count(*), sum(balance)::bigint, sum(reserved)::bigint FROM billing_tokenaccount GROUP BY status"""
-
-_RESERVATIONS = """
-SELECT count(*), coalesce(sum(reserved_tokens), 0)::bigint,
-       coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0),
-       count(*) FILTER (WHERE expires_at < clock_timestamp())
-  FROM billing_tokenusage WHERE status = 'reserved'"""
-
-_EVENTS = """
-SELECT state.name, count(event.id), coalesce(extract(epoch FROM clock_timestamp() - min(event.received_at)), 0)
-  FROM (VALUES ('received'), ('failed'), ('aside')) AS state (name)
-  LEFT JOIN billing_stripeevent AS event ON event.state = state.name
- GROUP BY state.name"""
-
 _LAST_EVENT = """
 SELECT extract(epoch FROM processed_at - received_at), extract(epoch FROM clock_timestamp() - received_at)
   FROM billing_stripeevent
  WHERE state = 'processed' AND processed_at IS NOT NULL ORDER BY received_at DESC LIMIT 1"""
 
-# Without those that are paid, the many: the ledger counts them.
-_PURCHASES = """
-SELECT kind, state, count(*) FROM billing_purchase WHERE state = ANY(%(states)s) GROUP BY kind, state"""
-
 _INSTALLED = "SELECT extract(epoch FROM clock_timestamp() - min(applied)) FROM django_migrations"
-
-_DRIFTS = "SELECT count(*) FROM billing_drift WHERE resolved_at IS NULL"
-
-_OUTBOX = """
-SELECT count(*), coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)
-  FROM billing_notification WHERE email_next_at IS NOT NULL"""
 
 
 def render() -> bytes:
@@ -170,18 +156,25 @@ def _read_database() -> Iterator[Metric]:
         yield from _usage_metrics(rows(_USAGE, until=until, day=day))
         ledger = rows(_LEDGER, until=until)
         yield from _ledger_metrics(ledger)
-        yield from _account_metrics(rows(_ACCOUNTS))
+        yield from _account_metrics()
         help = "How long ago the hours ended that the dashboard's roll-ups reach to."
         yield _gauge("postmate_rollup_age_seconds", help, {(): roll_up_age_seconds})
-        yield from _reservation_metrics(rows(_RESERVATIONS)[0])
-        yield from _event_metrics(rows(_EVENTS), rows(_LAST_EVENT) or [(0, installed_age_seconds)])
-        unpaid = [state for state in Purchase.State.values if state != Purchase.State.PAID]
-        yield from _purchase_metrics(rows(_PURCHASES, states=unpaid), ledger)
-        yield _gauge("postmate_drifts_open", "Differences with Stripe that nobody resolved.", {(): rows(_DRIFTS)[0][0]})
-        [(mails, oldest_seconds)] = rows(_OUTBOX)
-        yield _gauge("postmate_outbox_mails", "E-mails that wait to be sent.", {(): mails})
-        yield _gauge("postmate_outbox_oldest_age_seconds", "Age of the oldest of them.", {(): oldest_seconds})
+        at = now()
+        yield from _reservation_metrics(at)
+        yield from _event_metrics(at, rows(_LAST_EVENT) or [(0, installed_age_seconds)])
+        yield from _purchase_metrics(ledger)
+        drifts = Drift.objects.filter(resolved_at=None).count()
+        yield _gauge("postmate_drifts_open", "Differences with Stripe that nobody resolved.", {(): drifts})
+        waiting = Notification.objects.filter(email_next_at__isnull=False)
+        mails = waiting.aggregate(count=Count("pk"), oldest_at=Min("created_at"))
+        yield _gauge("postmate_outbox_mails", "E-mails that wait to be sent.", {(): mails["count"]})
+        age_seconds = _age_seconds(at, mails["oldest_at"])
+        yield _gauge("postmate_outbox_oldest_age_seconds", "Age of the oldest of them.", {(): age_seconds})
         yield from _backup_metrics(installed_age_seconds)
+
+
+def _age_seconds(at: datetime, begun_at: datetime | None) -> float:
+    return (at - begun_at).total_seconds() if begun_at else 0
 
 
 def _usage_metrics(found: list[Row]) -> Iterator[Metric]:
@@ -253,7 +246,9 @@ def _ledger_metrics(found: list[Row]) -> Iterator[Metric]:
     yield _gauge("postmate_ledger_tokens", help, {(): all_tokens})
 
 
-def _account_metrics(found: list[Row]) -> Iterator[Metric]:
+def _account_metrics() -> Iterator[Metric]:
+    sums = TokenAccount.objects.order_by().values_list("status").annotate(Count("pk"), Sum("balance"), Sum("reserved"))
+    found = list(sums)
     counts: dict[Row, int] = dict.fromkeys([(each,) for each in TokenAccount.Status.values], 0)
     counts |= {(status,): count for status, count, _, _ in found}
     yield _gauge("postmate_accounts", "Accounts.", counts, ("status",))
@@ -263,20 +258,31 @@ def _account_metrics(found: list[Row]) -> Iterator[Metric]:
     yield _gauge("postmate_reserved_tokens", help, {(): sum(reserved for _, _, _, reserved in found)})
 
 
-def _reservation_metrics(found: Row) -> Iterator[Metric]:
-    count, tokens, oldest_seconds, overdue = found
-    yield _gauge("postmate_reservations_open", "Operations that run.", {(): count})
+def _reservation_metrics(at: datetime) -> Iterator[Metric]:
+    held = TokenUsage.objects.filter(status=TokenUsage.Status.RESERVED).aggregate(
+        count=Count("pk"),
+        tokens=Sum("reserved_tokens", default=0),
+        oldest_at=Min("created_at"),
+        overdue=Count("pk", filter=Q(expires_at__lt=at)),
+    )
+    yield _gauge("postmate_reservations_open", "Operations that run.", {(): held["count"]})
     help = "What they hold. It equals postmate_reserved_tokens, or the books are broken."
-    yield _gauge("postmate_reservations_open_tokens", help, {(): tokens})
-    yield _gauge("postmate_reservations_oldest_age_seconds", "Age of the oldest of them.", {(): oldest_seconds})
-    yield _gauge("postmate_reservations_overdue", "Of them, those past their expiry.", {(): overdue})
+    yield _gauge("postmate_reservations_open_tokens", help, {(): held["tokens"]})
+    age_seconds = _age_seconds(at, held["oldest_at"])
+    yield _gauge("postmate_reservations_oldest_age_seconds", "Age of the oldest of them.", {(): age_seconds})
+    yield _gauge("postmate_reservations_overdue", "Of them, those past their expiry.", {(): held["overdue"]})
 
 
-def _event_metrics(found: list[Row], last: list[Row]) -> Iterator[Metric]:
+def _event_metrics(at: datetime, last: list[Row]) -> Iterator[Metric]:
+    state = StripeEvent.State
+    counts: dict[Row, int] = {(name,): 0 for name in (state.RECEIVED, state.FAILED, state.ASIDE)}
+    ages = dict.fromkeys(counts, 0.0)
+    not_done = StripeEvent.objects.filter(state__in=[name for (name,) in counts]).order_by()
+    for name, count, oldest_at in not_done.values_list("state").annotate(Count("pk"), Min("received_at")):
+        counts[name,], ages[name,] = count, _age_seconds(at, oldest_at)
     help = "Stripe's events that are not done: received, failed (handled again), aside (for a person)."
-    yield _gauge("postmate_webhook_events", help, {(state,): count for state, count, _ in found}, ("state",))
+    yield _gauge("postmate_webhook_events", help, counts, ("state",))
     help = "Age of the oldest of them."
-    ages = {(state,): seconds for state, _, seconds in found}
     yield _gauge("postmate_webhook_oldest_age_seconds", help, ages, ("state",))
     [(lag_seconds, age_seconds)] = last
     help = "From receiving to having handled the newest event that is done."
@@ -284,7 +290,10 @@ def _event_metrics(found: list[Row], last: list[Row]) -> Iterator[Metric]:
     yield _gauge("postmate_webhook_last_age_seconds", "How long ago it was received.", {(): age_seconds})
 
 
-def _purchase_metrics(found: list[Row], ledger: list[Row]) -> Iterator[Metric]:
+def _purchase_metrics(ledger: list[Row]) -> Iterator[Metric]:
+    # Without those that are paid, the many: the ledger counts them.
+    unpaid = [state for state in Purchase.State.values if state != Purchase.State.PAID]
+    found = Purchase.objects.filter(state__in=unpaid).order_by().values_list("kind", "state").annotate(Count("pk"))
     counts = {(kind, state): 0 for kind in Purchase.Kind.values for state in Purchase.State.values}
     counts |= {(kind, state): count for kind, state, count in found}
     for type, _, transactions, _, _ in ledger:
