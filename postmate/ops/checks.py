@@ -19,6 +19,7 @@ from django.contrib.staticfiles.storage import ManifestFilesMixin, staticfiles_s
 from django.core import checks
 from django.http.request import validate_host
 
+from billing.models.fields import Provider
 from billing.payments import gateway
 
 # The most that docker-compose.yml gives one process: the requests that `web` answers at once, the worker's tasks.
@@ -77,6 +78,11 @@ def secrets_have_one_purpose(**options: Any) -> Iterator[checks.CheckMessage]:
             )
 
 
+def _ai_keys() -> dict[str, list[str]]:
+    names = [f"{provider.upper()}_API_KEY" for provider in Provider.values]
+    return {name: [getattr(settings, name)] for name in names}
+
+
 def _secrets() -> dict[str, list[str]]:
     """Every secret that is configured, by the variable it comes from."""
     values = {
@@ -88,9 +94,7 @@ def _secrets() -> dict[str, list[str]]:
         "DATABASE_URL": [unquote(urlsplit(settings.DATABASE_URL).password or "")],
         "REDIS_URL": [unquote(urlsplit(settings.REDIS_URL).password or "")],
         "EMAIL_URL": [unquote(urlsplit(settings.EMAIL_URL).password or "")],
-        "OPENAI_API_KEY": [settings.OPENAI_API_KEY],
-        "ANTHROPIC_API_KEY": [settings.ANTHROPIC_API_KEY],
-        "GOOGLE_API_KEY": [settings.GOOGLE_API_KEY],
+        **_ai_keys(),
     }
     # The stand-ins take any key, and get the same one.
     return {name: [value for value in found if value and not _is_of_stand_in(value)] for name, found in values.items()}
@@ -170,9 +174,7 @@ def stand_ins_are_for_rehearsals(**options: Any) -> Iterator[checks.CheckMessage
     keys = {
         "STRIPE_SECRET_KEY": [settings.STRIPE_SECRET_KEY],
         "STRIPE_WEBHOOK_SECRET": settings.STRIPE_WEBHOOK_SECRETS,
-        "OPENAI_API_KEY": [settings.OPENAI_API_KEY],
-        "ANTHROPIC_API_KEY": [settings.ANTHROPIC_API_KEY],
-        "GOOGLE_API_KEY": [settings.GOOGLE_API_KEY],
+        **_ai_keys(),
     }
     for name, values in keys.items():
         if any(_is_of_stand_in(value) for value in values):

@@ -28,7 +28,8 @@ from accounts import api_keys
 from accounts.models import ApiKey, User
 from billing.payments.webhooks import HANDLERS
 from postmate.celery import app
-from tests.docs.pages import PROJECT, Command, blocks, commands
+from postmate.ops.doctor import OLDER_NAMES
+from tests.docs.pages import PROJECT, Command, blocks, commands, pages
 from tests.environment import BILLING_SECRET
 from tests.servers import Server, StripeStandIn
 
@@ -275,6 +276,15 @@ ELSEWHERE: dict[str, Callable[[list[str]], None]] = {
 }
 RUN_ABOVE = ("make", "curl", "manage.py")
 HARMLESS = ("true", "echo", "openssl", "python3", "export")  # these are run as they stand
+
+
+def test_events_of_stripe() -> None:
+    """Who follows SETUP has Stripe send all that is handled, and nothing else."""
+    named = re.search(
+        r"Its signing secret is .*?Events:\n(.*?)\n4\.", pages()["docs/TOKEN_BILLING_SETUP.md"], re.DOTALL
+    )
+    assert named is not None
+    assert set(re.findall(r"`([a-z_.]+)`", named[1])) == HANDLERS.keys() - OLDER_NAMES
 
 
 def test_every_command_is_covered() -> None:
