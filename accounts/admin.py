@@ -17,7 +17,7 @@ from django.shortcuts import redirect
 from django.utils.functional import cached_property
 
 from accounts import access, audit, roles
-from accounts.models import ApiKey, AuditEntry, ChangeRequest, User, UserKept, Workspace
+from accounts.models import ApiKey, AuditEntry, ChangeRequest, Invitation, Membership, User, UserKept, Workspace
 
 
 class BoundedPaginator(Paginator):
@@ -118,11 +118,37 @@ class UserAdmin(GuardedAdmin):
 
 @admin.register(Workspace)
 class WorkspaceAdmin(ReadOnlyAdmin):
-    """Read-only: its owner's rows name it."""
+    """Read-only: rows of the books name it."""
 
-    list_display = ("name", "owner", "created_at")
+    list_display = ("name", "kind", "owner", "created_at", "closed_at")
+    list_filter = ("kind",)
     list_select_related = ("owner",)
     search_fields = ("name", "owner__email")
+
+
+@admin.register(Membership)
+class MembershipAdmin(ReadOnlyAdmin):
+    """Read-only: who is in a team is the team's affair."""
+
+    list_display = ("workspace", "user", "role", "created_at")
+    list_filter = ("role",)
+    list_select_related = ("workspace", "user")
+    search_fields = ("workspace__name", "user__email")
+
+
+@admin.register(Invitation)
+class InvitationAdmin(ReadOnlyAdmin):
+    """Read-only; what opens one is kept as a hash, which concerns nobody."""
+
+    list_display = ("workspace", "email", "role", "invited_by", "created_at", "expires_at", "accepted_at", "revoked_at")
+    list_filter = ("role",)
+    list_select_related = ("workspace", "invited_by")
+    search_fields = ("workspace__name", "email")
+    fields = (
+        "workspace", "email", "role", "hands_over", "invited_by", "created_at", "expires_at", "sent_at", "accepted_at",
+        "accepted_by", "revoked_at",
+    )  # fmt: skip
+    readonly_fields = fields
 
 
 @admin.register(ChangeRequest)

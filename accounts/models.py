@@ -82,6 +82,11 @@ class User(AbstractBaseUser):
     anonymised_at = models.DateTimeField(null=True, blank=True, editable=False)  # for ever: who it was is not known
     date_joined = models.DateTimeField(default=timezone.now, editable=False)
     session_epoch = models.PositiveIntegerField(default=0, db_default=0, editable=False)  # raised, all sessions end
+    # The workspace they chose last; empty, or not theirs any more: the personal one.
+    chosen_workspace = models.ForeignKey(
+        "accounts.Workspace", on_delete=models.SET_NULL, null=True, blank=True, related_name="+", db_index=False,
+        editable=False,
+    )  # fmt: skip
 
     USERNAME_FIELD = "email"
     EMAIL_FIELD = "email"
@@ -174,15 +179,118 @@ class User(AbstractBaseUser):
         return self.is_active and self.is_superadmin
 
 
-class Workspace(models.Model):
-    """Where content lives. Each user has a personal one; billing rows name it beside the user."""
+class WorkspaceKind(models.TextChoices):
+    PERSONAL = "personal", "Personal"
+    TEAM = "team", "Team"
 
-    owner = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="workspaces")
+
+class Workspace(models.Model):
+    """Where content lives, and whose token account pays for it. Each user has a personal one, which they own; a team's
+    has members. Teams are written by accounts/teams.py."""
+
+    Kind = WorkspaceKind
+
+    kind = models.CharField(
+        max_length=10, choices=WorkspaceKind, default=WorkspaceKind.PERSONAL, db_default=WorkspaceKind.PERSONAL
+    )
+    owner = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.CASCADE, null=True, blank=True, related_name="workspaces"
+    )  # of a personal one alone
     name = models.CharField(max_length=150)
     created_at = models.DateTimeField(auto_now_add=True)
+    closed_at = models.DateTimeField(null=True, blank=True, editable=False)  # a team's, for ever
+
+    class Meta:
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(kind="personal", owner__isnull=False, closed_at=None)
+                | models.Q(kind="team", owner=None),
+                name="workspace_owner_of_personal_alone",
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def is_team(self) -> bool:
+        return self.kind == self.Kind.TEAM
+
+
+class TeamRole(models.TextChoices):
+    OWNER = "owner", "Owner"
+    ADMIN = "admin", "Admin"
+    MEMBER = "member", "Member"
+
+
+class Membership(models.Model):
+    """That somebody works in a team, and what they may do there. Nothing of it follows from their role on the platform,
+    nor the other way round."""
+
+    Role = TeamRole
+
+    workspace = models.ForeignKey(Workspace, on_delete=models.CASCADE, related_name="memberships", db_index=False)
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.CASCADE, related_name="memberships")
+    role = models.CharField(max_length=10, choices=TeamRole)
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(fields=["workspace", "user"], name="membership_once"),
+            models.CheckConstraint(
+                condition=models.Q(role__in=["owner", "admin", "member"]), name="membership_role_known"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.user} in {self.workspace}: {self.get_role_display().lower()}"
+
+    @property
+    def manages(self) -> bool:
+        """Owners and admins: they buy, invite, and see everybody's use."""
+        return self.role in (self.Role.OWNER, self.Role.ADMIN)
+
+    @property
+    def is_owner(self) -> bool:
+        return self.role == self.Role.OWNER
+
+
+class Invitation(models.Model):
+    """That an address may join a team, or that a member may become its owner. The link's secret is kept as a hash.
+
+    Open until it is accepted, taken back or over; what opens it is decided by the database's clock.
+    """
+
+    workspace = models.ForeignKey(Workspace, on_delete=models.CASCADE, related_name="invitations")
+    email = models.EmailField()
+    role = models.CharField(max_length=10, choices=TeamRole)
+    hands_over = models.BooleanField("whoever invites is an admin afterwards", default=False)
+    token_hash = models.CharField(max_length=64, unique=True, null=True, editable=False)  # none until it is sent
+    invited_by = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+", db_index=False)
+    created_at = models.DateTimeField(db_default=Now(), editable=False)
+    expires_at = models.DateTimeField()
+    sent_at = models.DateTimeField(null=True, blank=True)
+    accepted_at = models.DateTimeField(null=True, blank=True)
+    accepted_by = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )
+    revoked_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints = [
+            models.UniqueConstraint(
+                "workspace",
+                Lower("email"),
+                condition=models.Q(accepted_at=None, revoked_at=None),
+                name="invitation_one_open_per_address",
+            ),
+            models.CheckConstraint(
+                condition=models.Q(role__in=["owner", "admin", "member"]), name="invitation_role_known"
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.workspace}: {self.get_role_display().lower()}"
 
 
 class ApiKey(models.Model):

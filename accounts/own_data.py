@@ -9,7 +9,8 @@ from allauth.usersessions.models import UserSession
 from django.contrib.admin.models import LogEntry
 from django.contrib.contenttypes.models import ContentType
 from django.contrib.sessions.models import Session
-from django.db.models import Q
+from django.db.models import CharField, Q, Value
+from django.db.models.functions import Cast, Coalesce, Concat, Now
 from django.utils import timezone
 
 from accounts.models import ApiKey, User, Workspace
@@ -68,7 +69,11 @@ def anonymize_person(user: User) -> None:
     Workspace.objects.filter(owner=user).update(name="Anonymised")
     EmailAddress.objects.filter(user=user).delete()
     Authenticator.objects.filter(user=user).delete()
-    ApiKey.objects.filter(user=user).delete()
+    # Rows of the books may name them: what remains opens nothing and says nothing.
+    ApiKey.objects.filter(user=user).update(
+        name="", token_start="", token_hash=Concat(Value("anonymised-"), Cast("pk", CharField())), last_used_at=None,
+        revoked_at=Coalesce("revoked_at", Now()),
+    )  # fmt: skip
     sessions = UserSession.objects.filter(user=user)
     Session.objects.filter(session_key__in=sessions.values("session_key")).delete()
     sessions.delete()

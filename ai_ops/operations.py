@@ -343,11 +343,14 @@ def _quote_and_hold(
     asked_for = {"request": type(request).__name__} | dataclasses.asdict(request)
     del asked_for["shown_price"]
     # First of all: a retry must not fail because its first time spent the balance or changed the text.
-    replay = ledger.find_reservation(user_id=user_id, idempotency_key=idempotency_key, request=asked_for)
+    account = ledger.get_account(user_id=user_id)
+    replay = ledger.find_reservation(
+        account_id=account.pk, actor_id=user_id, idempotency_key=idempotency_key, request=asked_for
+    )
     if replay is not None:
         return _replayed(replay)
-    _require_patience(user_id)
-    quote = quote_operation(user_id=user_id, ask=request.ask(user_id))
+    _require_patience(account.pk, user_id)
+    quote = quote_operation(user_id=user_id, account_id=account.pk, ask=request.ask(user_id))
     _require_shown_price(quote, request.shown_price)
     with transaction.atomic(durable=True):
         result = open_result()
@@ -364,11 +367,12 @@ def _quote_and_hold(
     return Started(cast(int, posting.usage_id), result, quote.held_tokens), quote  # a reservation always has one
 
 
-def _require_patience(user_id: int) -> None:
+def _require_patience(account_id: int, user_id: int) -> None:
     # Each of them cost us more than it brought: providers think, and paint, on the way to what nobody waits for.
     come_to_nothing = Q(*(("error_message__contains", words) for words in metering.CAME_TO_NOTHING), _connector=Q.OR)
     left = TokenUsage.objects.filter(
         Q(error_message__in=metering.LEFT_EARLY) | come_to_nothing,
+        account_id=account_id,
         user_id=user_id,
         provider_cost_microusd__gt=0,
         created_at__gt=database.now() - LEFT_WITHIN,

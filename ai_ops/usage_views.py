@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast, get_args
+from typing import Any, TypedDict, cast, get_args
 
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpResponse
@@ -11,11 +11,12 @@ from django.shortcuts import get_object_or_404, render
 from django.utils import timezone
 from django.views.decorators.http import require_GET
 
-from accounts.models import User
+from accounts.models import Workspace
 from accounts.permissions import SignedInRequest
+from accounts.workspaces import find_place, place_of
 from ai_ops import operations
 from ai_ops.models import Project
-from billing import pricing
+from billing import payer, pricing
 from billing.models import ModelPrice, TokenTransaction, TokenUsage
 from billing.models.fields import Provider
 from billing.usage import UnknownCursor, get_user_usage, stats
@@ -31,6 +32,7 @@ MAX_SERIES = 7  # colours that are told apart; what is less used is added up as 
 MAX_BARS = 10
 DIMENSION_LABELS: dict[Dimension, str] = {"operation": "Operation", "model": "Model", "project": "Project"}
 OTHER = "Other"
+AUTHORS_ALONE = (TokenUsage.OperationType.CHAT, TokenUsage.OperationType.PROMPT)  # whose results no colleague reads
 
 
 # --- Charts -----------------------------------------------------------------------------------------------------------
@@ -191,6 +193,17 @@ class Span:
     error: str = ""
 
 
+class Whose(TypedDict):
+    account_id: int
+    actor_id: int | None
+
+
+def _whose(request: SignedInRequest) -> Whose:
+    """Whose operations a page shows: all that the account paid for; to a team's plain members what they did of it."""
+    account_id = payer.account_of(request).pk
+    return {"account_id": account_id, "actor_id": None if place_of(request).manages else request.user.pk}
+
+
 def _read_span(request: SignedInRequest, first_at: datetime) -> Span:
     try:
         period, error = periods.read_period(request.GET, default=DEFAULT_PERIOD), ""
@@ -198,7 +211,7 @@ def _read_span(request: SignedInRequest, first_at: datetime) -> Span:
     except InvalidPeriod as invalid:
         period, error = periods.preset_period(DEFAULT_PERIOD), invalid.message
         since, until = _bounds(period, first_at)
-    begins_at = stats.newest_operations_since(user_id=request.user.pk, since=since, until=until)
+    begins_at = stats.newest_operations_since(**_whose(request), since=since, until=until)
     is_cut = begins_at > since.astimezone(UTC)
     return Span(period, begins_at if is_cut else since, until, begins_at if is_cut else None, error)
 
@@ -235,7 +248,7 @@ def _change(now: int | None, before: int | None) -> str:
     return f"{change:,} % {'more' if now > before else 'less'}"
 
 
-def _compare(user_id: int, span: Span) -> Comparison | None:
+def _compare(whose: Whose, span: Span) -> Comparison | None:
     """None where there is nothing that could be compared: all time, or more operations than are added up."""
     if span.cut_at or span.period.since is None or span.since != span.period.since:
         return None
@@ -244,9 +257,9 @@ def _compare(user_id: int, span: Span) -> Comparison | None:
     elapsed = timezone.now() - span.since
     is_so_far = elapsed < span.until.astimezone(UTC) - span.since.astimezone(UTC)
     until = min((since.astimezone(UTC) + elapsed), span.since.astimezone(UTC)) if is_so_far else span.since
-    if stats.newest_operations_since(user_id=user_id, since=since, until=until) != since:
+    if stats.newest_operations_since(**whose, since=since, until=until) != since:
         return None
-    return Comparison(stats.usage_totals(user_id=user_id, since=since, until=until), days, is_so_far)
+    return Comparison(stats.usage_totals(**whose, since=since, until=until), days, is_so_far)
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
@@ -255,7 +268,8 @@ def _compare(user_id: int, span: Span) -> Comparison | None:
 @require_GET
 @login_required
 def usage(request: SignedInRequest) -> HttpResponse:
-    first_at = stats.first_used_at(user_id=request.user.pk)
+    whose = _whose(request)
+    first_at = stats.first_used_at(**whose)
     if first_at is None:
         return render(request, "billing/usage.html", {"is_empty": True})
     span = _read_span(request, first_at)
@@ -267,12 +281,12 @@ def usage(request: SignedInRequest) -> HttpResponse:
     if dimension not in get_args(Dimension):
         dimension = "operation"
 
-    groups = stats.usage_groups(user_id=request.user.pk, since=span.since, until=span.until)
+    groups = stats.usage_groups(**whose, since=span.since, until=span.until)
     total = sum((group.figures for group in groups), Figures())
     edges = stats.time_edges(since=span.since, until=span.until, bucket=bucket)
-    over_time = stats.usage_over_time(user_id=request.user.pk, edges=edges, dimension=dimension)
-    name_of = _names(request.user, groups)
-    comparison = _compare(request.user.pk, span)
+    over_time = stats.usage_over_time(**whose, edges=edges, dimension=dimension)
+    name_of = _names(place_of(request).workspace, groups)
+    comparison = _compare(whose, span)
     context = {
         "span": span,
         "period": span.period,
@@ -317,10 +331,10 @@ def _cards(total: Figures, comparison: Comparison | None) -> list[tuple[str, str
     ]
 
 
-def _names(user: User, groups: Sequence[UsageGroup]) -> Callable[[Dimension, Any], str]:
-    """How operations, models and projects are called."""
+def _names(workspace: Workspace, groups: Sequence[UsageGroup]) -> Callable[[Dimension, Any], str]:
+    """How operations, models and the workspace's projects are called."""
     ids = {group.project_id for group in groups if group.project_id is not None}
-    projects = dict(Project.objects.filter(workspace__owner=user, pk__in=ids).values_list("pk", "name"))
+    projects = dict(Project.objects.filter(workspace=workspace, pk__in=ids).values_list("pk", "name"))
     models = _model_names()
     types = dict(TokenUsage.OperationType.choices)
 
@@ -343,7 +357,8 @@ def _model_names() -> dict[tuple[str, str], str]:
 @login_required
 def usage_log(request: SignedInRequest) -> HttpResponse:
     """Every operation, newest first. Nothing is counted, so that it opens as quickly for a million as for ten."""
-    first_at = stats.first_used_at(user_id=request.user.pk)
+    whose = _whose(request)
+    first_at = stats.first_used_at(**whose)
     if first_at is None:
         return render(request, "billing/usage_log.html", {"is_empty": True})
     span = _read_span(request, first_at)
@@ -360,7 +375,7 @@ def usage_log(request: SignedInRequest) -> HttpResponse:
     is_filtered = any(chosen.values())
     try:
         rows = get_user_usage(
-            user_id=request.user.pk,
+            **whose,
             operation_type=chosen["type"] or None,
             status=chosen["status"] or None,
             provider=provider or None,
@@ -410,16 +425,20 @@ def _cursor(request: SignedInRequest, name: str) -> int | None:
 @require_GET
 @login_required
 def usage_entry(request: SignedInRequest, pk: int) -> HttpResponse:
-    """One operation, with every field of its row (of one's own)."""
-    row = get_object_or_404(TokenUsage.objects.select_related("workspace"), pk=pk, user=request.user)
+    """One operation, with every field of its row: of one's own, or of a team that one manages."""
+    row = get_object_or_404(TokenUsage.objects.select_related("workspace", "user"), pk=pk)
+    place = find_place(request.user, row.workspace_id)
+    is_own = row.user_id == request.user.pk
+    if place is None or not (place.manages or is_own):
+        raise Http404
     price = ModelPrice.objects.filter(provider=row.provider, model=row.model).first()
     exact_tokens = None if row.multiplier is None else row.actual_tokens * row.multiplier
     context = {
         "usage": row,
         "model_name": price.display_name if price else row.model,
         "provider_name": dict(Provider.choices)[row.provider],
-        "project": Project.objects.filter(pk=row.project_id or 0, workspace__owner=request.user).first(),
-        "result": operations.find_result(row),
+        "project": Project.objects.filter(pk=row.project_id or 0, workspace=row.workspace).first(),
+        "result": operations.find_result(row) if is_own or row.operation_type not in AUTHORS_ALONE else None,
         "exact_tokens": exact_tokens,
         "exact_text": None if exact_tokens is None else f"{exact_tokens.normalize():,f}",
         "rounded_tokens": None if row.multiplier is None else pricing.ceil_multiply(row.actual_tokens, row.multiplier),

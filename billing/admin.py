@@ -58,6 +58,7 @@ from billing.payments import webhooks
 @admin.register(TokenAccount)
 class TokenAccountAdmin(ReadOnlyAdmin):
     list_display = (
+        "workspace",
         "user",
         "balance",
         "reserved",
@@ -68,16 +69,26 @@ class TokenAccountAdmin(ReadOnlyAdmin):
         "created_at",
     )
     list_filter = ("status", "bonus_withheld", "auto_recharge_enabled", "currency")
-    list_select_related = ("user",)
-    search_fields = ("user__email", "stripe_customer_id__exact")
+    list_select_related = ("workspace", "user")
+    search_fields = ("user__email", "workspace__name", "stripe_customer_id__exact")
 
 
 @admin.register(TokenTransaction)
 class TokenTransactionAdmin(ReadOnlyAdmin):
     # No date hierarchy: it would read the whole ledger, which has no index by time alone.
-    list_display = ("id", "created_at", "user", "sequence", "type", "amount", "balance_after", "description")
+    list_display = (
+        "id",
+        "created_at",
+        "workspace",
+        "user",
+        "sequence",
+        "type",
+        "amount",
+        "balance_after",
+        "description",
+    )
     list_filter = ("type",)
-    list_select_related = ("user",)
+    list_select_related = ("workspace", "user")
     search_fields = ("user__email", "stripe_payment_intent_id__exact", "idempotency_key__exact")
     ordering = ("-id",)
 
@@ -87,6 +98,7 @@ class TokenUsageAdmin(ReadOnlyAdmin):
     list_display = (
         "id",
         "created_at",
+        "workspace",
         "user",
         "operation_type",
         "model",
@@ -96,7 +108,7 @@ class TokenUsageAdmin(ReadOnlyAdmin):
         "unbilled_tokens",
     )
     list_filter = ("status", "operation_type", "provider", "is_estimated")
-    list_select_related = ("user",)
+    list_select_related = ("workspace", "user")
     search_fields = ("user__email", "model__exact", "idempotency_key__exact")
     date_hierarchy = "created_at"
     ordering = ("-id",)
@@ -410,7 +422,7 @@ class TokenPricingAdmin(CatalogueAdmin):
 class GrantRequestAdmin(ReadOnlyAdmin):
     """Decided on the dashboard, never here."""
 
-    list_display = ("id", "created_at", "kind", "user", "tokens", "state", "requested_by", "decided_by", "reason")
+    list_display = ("id", "created_at", "kind", "account", "tokens", "state", "requested_by", "decided_by", "reason")
     list_filter = ("state", "kind")
     list_select_related = ("user", "requested_by", "decided_by")
     search_fields = ("user__email", "requested_by__email")

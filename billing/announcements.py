@@ -1,7 +1,7 @@
 """What the live processes hear of through Redis: whose balance has changed, and which stream is one too many.
 
 Redis may be away: pages then fall back on polling, and each process counts streams for itself. A message about a
-balance names the user and nothing else. Who hears it reads the balance from the database, so a message that comes
+balance names the account and nothing else. Who hears it reads the balance from the database, so a message that comes
 late, twice or out of order cannot show a wrong number.
 """
 
@@ -23,7 +23,7 @@ from kit.database import in_thread
 logger = structlog.get_logger(__name__)
 Result = TypeVar("Result")
 
-BALANCE_CHANNEL = "postmate:balance-changed"
+BALANCE_CHANNEL = "postmate:account-changed"
 DISPLACED_CHANNEL = "postmate:stream-displaced"
 RECONNECT_SECONDS = 2
 STREAMS_PER_USER = 20  # in all processes together; a browser keeps one, for the tab that is seen
@@ -32,15 +32,16 @@ STREAM_SECONDS = 600  # then the browser asks anew, and whoever was signed out m
 COUNTED_SECONDS = STREAM_SECONDS + 60
 
 
-def announce_balance_change(user_id: int) -> None:
-    """Tell every open page of the user that the balance changed. Call it after the commit. Never raises."""
+def announce_balance_change(account_id: int) -> None:
+    """Tell every open page that shows the account that its balance changed, or who may see it. Call it after the
+    commit. Never raises."""
     try:
         with redis_client.asking():
-            redis_client.client().publish(BALANCE_CHANNEL, str(user_id))
+            redis_client.client().publish(BALANCE_CHANNEL, str(account_id))
     except redis_client.RedisPaused:
         pass  # the first one of the pause has said so
     except redis.RedisError as error:
-        logger.warning("A live balance was not announced", user_id=user_id, error=error)
+        logger.warning("A live balance was not announced", account_id=account_id, error=error)
 
 
 def count_stream(user_id: int, stream_id: str) -> None:
@@ -85,20 +86,23 @@ def _streams_key(user_id: int) -> str:
 
 
 class Stream:
-    """One open page: `changed` is set when the balance has changed, or when the stream is to end."""
+    """One open page of a user, which shows an account: `changed` is set when the balance has changed, or when the
+    stream is to end."""
 
-    def __init__(self) -> None:
+    def __init__(self, account_id: int) -> None:
         self.id = uuid4().hex
+        self.account_id = account_id
         self.counting: asyncio.Future[None] | None = None
         self.changed = asyncio.Event()
         self.is_displaced = False  # by a newer one of the same user
 
 
 class BalanceListener:
-    """Hears the channel once per process and wakes the open streams of the user it names."""
+    """Hears the channel once per process and wakes the open streams of the account it names."""
 
     def __init__(self) -> None:
         self._streams: dict[int, list[Stream]] = {}  # of each user, the oldest first
+        self._watchers: dict[int, set[Stream]] = {}  # of each account
         self._reads: dict[int, asyncio.Task[str]] = {}  # those under way that began after the last change
         self._task: asyncio.Task[None] | None = None
         self._ended: list[tuple[int, Stream]] = []  # which are still counted
@@ -106,15 +110,17 @@ class BalanceListener:
         self.is_closed = False
 
     @contextmanager
-    def stream_of(self, user_id: int) -> Iterator[Stream]:
-        """A stream that hears of the user's changes for as long as the context lasts.
+    def stream_of(self, user_id: int, account_id: int) -> Iterator[Stream]:
+        """A stream of the user that hears of the account's changes for as long as the context lasts.
 
         Of more than STREAMS_PER_USER the oldest is displaced: it is told, and ends. `count` it, too, so that those of
         the other processes are known.
         """
-        stream = Stream()
+        stream = Stream(account_id)
         streams = self._streams.setdefault(user_id, [])
         streams.append(stream)
+        watchers = self._watchers.setdefault(account_id, set())
+        watchers.add(stream)
         self._displace(user_id, streams[:-STREAMS_PER_USER])
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._listen())
@@ -125,6 +131,9 @@ class BalanceListener:
                 streams.remove(stream)
             if not streams and self._streams.get(user_id) is streams:
                 del self._streams[user_id]
+            watchers.remove(stream)
+            if not watchers and self._watchers.get(account_id) is watchers:
+                del self._watchers[account_id]
             self._discount(user_id, stream)
 
     async def count(self, user_id: int, stream: Stream) -> None:
@@ -151,22 +160,23 @@ class BalanceListener:
                 await asyncio.wait(counting)  # a thread cannot be stopped: first in, then out
             await in_thread(discount_streams)([(user_id, stream.id) for user_id, stream in ended])
 
-    async def read_once(self, user_id: int, read: Callable[[int], Awaitable[str]]) -> str:
-        """What `read` says of the user; streams that ask at once share one reading. It began after the last change."""
-        task = self._reads.get(user_id)
+    async def read_once(self, account_id: int, read: Callable[[int], Awaitable[str]]) -> str:
+        """What `read` says of the account; streams that ask at once share one reading. It began after the last
+        change."""
+        task = self._reads.get(account_id)
         if task is None:
-            task = self._reads[user_id] = asyncio.ensure_future(_awaited(read(user_id)))
-            task.add_done_callback(lambda done: self._forget_read(user_id, done))
+            task = self._reads[account_id] = asyncio.ensure_future(_awaited(read(account_id)))
+            task.add_done_callback(lambda done: self._forget_read(account_id, done))
         return await asyncio.shield(task)  # whoever leaves does not end it for the others
 
-    def _forget_read(self, user_id: int, read: asyncio.Task[str]) -> None:
-        if self._reads.get(user_id) is read:
-            del self._reads[user_id]
+    def _forget_read(self, account_id: int, read: asyncio.Task[str]) -> None:
+        if self._reads.get(account_id) is read:
+            del self._reads[account_id]
 
     def close(self) -> None:
         """The process stops: wake all streams, which end. Call it in the event loop's thread."""
         self.is_closed = True
-        self.wake(*self._streams)
+        self.wake(*self._watchers)
 
     async def _listen(self) -> None:
         while True:
@@ -177,7 +187,7 @@ class BalanceListener:
                 ):
                     await channel.subscribe(BALANCE_CHANNEL, DISPLACED_CHANNEL)
                     # Whatever was said while nobody listened is made up for.
-                    self.wake(*self._streams)
+                    self.wake(*self._watchers)
                     async for message in channel.listen():
                         if message["type"] != "message":
                             continue
@@ -193,11 +203,11 @@ class BalanceListener:
         streams = self._streams.get(int(user_id), ())
         self._displace(int(user_id), [stream for stream in streams if stream.id == stream_id])
 
-    def wake(self, *user_ids: int) -> None:
-        """The balance of these users has changed. Call it in the event loop's thread."""
-        for user_id in user_ids:
-            self._reads.pop(user_id, None)
-            for stream in self._streams.get(user_id, ()):
+    def wake(self, *account_ids: int) -> None:
+        """The balance of these accounts has changed. Call it in the event loop's thread."""
+        for account_id in account_ids:
+            self._reads.pop(account_id, None)
+            for stream in self._watchers.get(account_id, ()):
                 stream.changed.set()
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from django.http import HttpRequest
 
-from billing import ledger
+from billing import payer
 from billing.catalogue import system_settings
 from billing.models import TokenAccount
 from billing.notifications import inbox
@@ -20,7 +20,7 @@ class BalanceBadge:
     status: str
     state: str  # healthy, low, critical
     mark: str
-    user_id: int
+    account_id: int
 
     @classmethod
     def of(cls, account: TokenAccount) -> "BalanceBadge":
@@ -38,7 +38,7 @@ class BalanceBadge:
             status=account.status,
             state=state,
             mark=account.mark,
-            user_id=account.user_id,
+            account_id=account.pk,
         )
 
 
@@ -46,7 +46,7 @@ def balance(request: HttpRequest) -> dict[str, Any]:
     """`balance` for signed-in people, in every template."""
     if not getattr(request, "user", None) or not request.user.is_authenticated:
         return {}
-    return {"balance": BalanceBadge.of(ledger.get_account(user_id=request.user.pk))}
+    return {"balance": BalanceBadge.of(payer.account_of(request))}
 
 
 def unread_notifications(request: HttpRequest) -> dict[str, Any]:

@@ -229,7 +229,7 @@ class SettingsForm(ProfileForm):
 class GrantForm(forms.Form):
     """Tokens for somebody, or from them; cleaned, the reason is as it will be kept."""
 
-    user_id = forms.IntegerField(min_value=1, max_value=2**63 - 1, widget=forms.HiddenInput)
+    account_id = forms.IntegerField(min_value=1, max_value=2**63 - 1, widget=forms.HiddenInput)
     kind = forms.ChoiceField(
         label="What to do",
         choices=[(GrantKind.GRANT, "Give tokens"), (GrantKind.DEDUCTION, "Take tokens")],

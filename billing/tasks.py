@@ -36,8 +36,8 @@ def reconcile_stripe(days: int) -> None:
 
 
 @shared_task
-def auto_recharge(user_id: int) -> None:
-    recharge.trigger_auto_recharge(user_id=user_id)
+def auto_recharge(user_id: int | None, account_id: int | None = None) -> None:
+    recharge.trigger_auto_recharge(user_id=user_id, account_id=account_id)
 
 
 @shared_task
@@ -121,5 +121,5 @@ def apply_retention() -> None:
 
 
 @shared_task
-def refresh_card(user_id: int) -> None:
-    cards.refresh_card(user_id=user_id)
+def refresh_card(user_id: int | None, account_id: int | None = None) -> None:
+    cards.refresh_card(user_id=user_id, account_id=account_id)

@@ -11,7 +11,7 @@ from kit import redis_client
 logger = structlog.get_logger(__name__)
 
 
-def enqueue_on_commit(task: str, *arguments: int) -> None:
+def enqueue_on_commit(task: str, *arguments: int | None) -> None:
     """Have a worker run `task` ("billing.tasks.…") after the commit. Never raises; it waits for a silent broker
     once, not for each task.
 
@@ -20,7 +20,7 @@ def enqueue_on_commit(task: str, *arguments: int) -> None:
     transaction.on_commit(partial(_enqueue, task, *arguments))
 
 
-def _enqueue(task: str, *arguments: int) -> None:
+def _enqueue(task: str, *arguments: int | None) -> None:
     try:
         with redis_client.asking():
             current_app.send_task(task, args=arguments, retry=False)

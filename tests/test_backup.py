@@ -143,6 +143,7 @@ def test_a_restored_server_is_the_one_that_was_backed_up(
             "make_demo_history", transactions=300, users=12, months=1, force=True, stdout=StringIO(), stderr=StringIO()
         )
     alice = bought.user
+    assert alice is not None
     stripe.control(f"payments/{bought.stripe_payment_intent_id}/refund", amount=300)
     assert deliver(event_of(stripe, "charge.refunded")).status_code == 200
     grants.grant_tokens(admin=susan, user_id=bob.pk, tokens=777, reason="For the test", request_key="1")
@@ -217,6 +218,7 @@ def test_what_was_paid_since_the_backup_comes_back_once(
 ) -> None:  # fmt: skip
     """The database is lost, and the backup knows of a payment page that was open, not of the one opened after it."""
     alice = bought.user
+    assert alice is not None
     hold(alice, 5_000, seconds=1)
     open_page = begin_checkout(buyer)
     path = write_backup(tmp_path / "backups")

@@ -27,7 +27,7 @@ from django.urls import URLPattern, URLResolver, get_resolver, reverse
 from django.utils import timezone
 
 from accounts import api_keys
-from accounts.models import ApiKey, ChangeRequest, User
+from accounts.models import ApiKey, ChangeRequest, Membership, User, Workspace
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
 from billing import ledger
 from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenUsage
@@ -100,6 +100,8 @@ ROUTES: dict[str, tuple[str, str]] = {
     "admin/tokens/settings/": ("login 403 403 200 200 login", "login 403 403 403 400 login"),
     "api/docs": ("200 200 200 200 200 200", "200 200 200 200 200 200"),
     "api/v1/": ("404 404 404 404 404 404", "404 404 404 404 404 404"),
+    "admin/tokens/teams/<int:account_id>/": ("login 403 403 200 200 login", "405 405 405 405 405 405"),
+    "admin/tokens/teams/<int:account_id>/status/": ("405 405 405 405 405 405", "login 403 403 403 400 login"),
     "api/v1/accounts/<user_id>/balance": ("401 401 401 401 401 200", "405 405 405 405 405 405"),
     "api/v1/accounts/<user_id>/usage": ("401 401 401 401 401 200", "405 405 405 405 405 405"),
     "api/v1/me/balance": ("401 401 401 401 401 401", "405 405 405 405 405 405"),
@@ -111,6 +113,8 @@ ROUTES: dict[str, tuple[str, str]] = {
     "api/v1/reservations": ("405 405 405 405 405 405", "401 401 401 401 401 400"),
     "api/v1/reservations/<usage_id>/release": ("405 405 405 405 405 405", "401 401 401 401 401 200"),
     "api/v1/reservations/<usage_id>/settle": ("405 405 405 405 405 405", "401 401 401 401 401 400"),
+    "api/v1/token-accounts/<account_id>/balance": ("401 401 401 401 401 200", "405 405 405 405 405 405"),
+    "api/v1/token-accounts/<account_id>/usage": ("401 401 401 401 401 200", "405 405 405 405 405 405"),
     "api/v1/usage": ("405 405 405 405 405 405", "401 401 401 401 401 400"),
     "dev/mails/": ("404 404 404 404 404 404", "405 405 405 405 405 405"),
     "dev/mails/<str:file>/<int:number>/": ("404 404 404 404 404 404", "405 405 405 405 405 405"),
@@ -219,6 +223,9 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         kind="role", subject=alice, changes={"role": "admin"}, reason=text, requested_by=asker,
         expires_at=timezone.now() + timedelta(days=1),
     )  # fmt: skip
+    team = Workspace.objects.create(kind="team", name="Team")
+    Membership.objects.create(workspace=team, user=alice, role="owner")
+    team_account = ledger.open_team_account(workspace_id=team.pk)
     job = BulkJob.objects.create(kind="export", filters={}, requested_by=asker, request_key="job")
     own: dict[str, dict[str, Any]] = {
         "studio/projects/": {"pk": project.pk},
@@ -233,7 +240,7 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         "tokens/": {"pk": purchase.pk},
         "accounts/api-keys/": {"pk": key.pk},
         "accounts/": {"key": "x", "uidb36": "1", "key_": "x"},
-        "admin/tokens/": {"user_id": alice.pk, "pk": account.pk},
+        "admin/tokens/": {"user_id": alice.pk, "pk": account.pk, "account_id": team_account.pk},
         "admin/tokens/purchases/": {"pk": purchase.pk},
         "admin/tokens/sections/": {"name": "system"},
         "admin/tokens/requests/": {"pk": wish.pk},
@@ -242,7 +249,7 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         "admin/tokens/bulk/": {"pk": job.pk},
         "admin/tokens/drifts/": {"pk": drift.pk},
         "admin/tokens/events/": {"pk": event.pk},
-        "api/": {"usage_id": posting.usage_id, "user_id": alice.pk},
+        "api/": {"usage_id": posting.usage_id, "user_id": alice.pk, "account_id": team_account.pk},
         "dev/": {"file": "x.log", "number": 0},
         "admin/": {"object_id": "1", "content_type_id": 1, "app_label": "billing", "url": "x", "id": "1"},
     }

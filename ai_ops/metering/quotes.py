@@ -48,7 +48,8 @@ class Quote:
     that is written and more has become available, the hold is extended, up to the quote.
     """
 
-    user_id: int
+    user_id: int  # who acts
+    account_id: int  # who pays
     ask: Ask
     price: ModelPrice
     operation: Operation  # with the prices of now, and by the catalogue's name of the model
@@ -92,13 +93,13 @@ class TooLongForModel(CatalogueError):
     """The model could not do it, whatever is paid: it reads or writes less at once than this takes."""
 
 
-def quote_text(*, user_id: int, ask: Ask) -> Quote:
-    """What the text costs at most, and how much of it the user can afford now.
+def quote_text(*, user_id: int, account_id: int | None = None, ask: Ask) -> Quote:
+    """What the text costs at most, and how much of it the payer can afford now: the account, or the user's own.
 
     Reserves nothing. Raises CatalogueError for a model that cannot be used, or not for so long a text
     (TooLongForModel), AccountNotActive, and InsufficientTokens when not even the least that is of use is affordable.
     """
-    priced, account = _price(user_id, ask)
+    priced, account = _price(user_id, account_id, ask)
     price, operation = priced.price, priced.operation
     read_tokens = count_tokens(operation, ask.prompt.text)
     _require_fit(price, ask, read_tokens)
@@ -123,6 +124,7 @@ def quote_text(*, user_id: int, ask: Ask) -> Quote:
         ).billable_tokens
     return Quote(
         user_id=user_id,
+        account_id=account.pk,
         ask=ask,
         price=price,
         operation=operation,
@@ -137,16 +139,17 @@ def quote_text(*, user_id: int, ask: Ask) -> Quote:
     )
 
 
-def quote_images(*, user_id: int, ask: Ask) -> Quote:
-    """What the images cost. Reserves nothing. Raises CatalogueError, InvalidUsage, AccountNotActive,
-    InsufficientTokens."""
-    priced, account = _price(user_id, ask)
+def quote_images(*, user_id: int, account_id: int | None = None, ask: Ask) -> Quote:
+    """What the images cost the account, or the user's own. Reserves nothing. Raises CatalogueError, InvalidUsage,
+    AccountNotActive, InsufficientTokens."""
+    priced, account = _price(user_id, account_id, ask)
     operation = priced.operation
     tokens = operation.billable_tokens(TokenPools())
     if tokens > account.available and not operation.is_free:
         raise InsufficientTokens(needed_tokens=tokens, available_tokens=account.available)
     return Quote(
         user_id=user_id,
+        account_id=account.pk,
         ask=ask,
         price=priced.price,
         operation=operation,
@@ -161,7 +164,7 @@ def quote_images(*, user_id: int, ask: Ask) -> Quote:
     )
 
 
-def _price(user_id: int, ask: Ask) -> tuple[usage.PricedOperation, TokenAccount]:
+def _price(user_id: int, account_id: int | None, ask: Ask) -> tuple[usage.PricedOperation, TokenAccount]:
     priced = usage.price_operation(
         operation_type=ask.operation_type,
         provider=ask.provider,
@@ -174,7 +177,7 @@ def _price(user_id: int, ask: Ask) -> tuple[usage.PricedOperation, TokenAccount]
         chat_id=ask.chat_id,
         metadata=ask.metadata,
     )
-    account = ledger.get_account(user_id=user_id)
+    account = ledger.get_account(user_id=user_id) if account_id is None else ledger.get_account(account_id=account_id)
     if not account.may_operate(is_free=priced.operation.is_free):
         raise AccountNotActive(status=account.status, reason=account.status_reason)
     return priced, account
@@ -223,7 +226,8 @@ def reserve_quote(
     read_pools = TokenPools(input_tokens=quote.read_tokens)
     metadata = {**quote.operation.metadata, "quoted_tokens": quote.max_billable_tokens}
     return ledger.reserve_tokens(
-        user_id=quote.user_id,
+        account_id=quote.account_id,
+        actor_id=quote.user_id,
         tokens=quote.held_tokens,
         operation=replace(quote.operation, metadata=metadata, **(links or {})),
         idempotency_key=idempotency_key,

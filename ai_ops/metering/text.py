@@ -296,7 +296,7 @@ def _hold_more(run: _TextRun) -> _NextCall | StoppedBy:
         return run.stopped_by
     prompt = quote.ask.prompt.continued(run.text)
     input_tokens = run.counted.actual_tokens + quoted_input_tokens(prompt, count_tokens(quote.operation, prompt.text))
-    account = ledger.get_account(user_id=quote.user_id)
+    account = ledger.get_account(account_id=quote.account_id)
     limit_tokens = min(quote.max_billable_tokens, run.held_tokens + max(0, account.available))
     output_limit_tokens = min(
         wanted_tokens,

@@ -20,6 +20,7 @@ from pydantic import (
     PlainSerializer,
     StrictBool,
     StrictInt,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -152,19 +153,42 @@ class _Links(_Body):
     metadata: _Metadata = {}
 
 
-class QuoteRequest(_Images):
+class _Payer(_Body):
+    """Who pays: the personal account of a user, or any account."""
+
+    account_id: Annotated[_Id | None, Field(description="This account pays.")] = None
+    user_id: Annotated[
+        _Id | None, Field(description="Instead of account_id: the user's personal account pays.", validate_default=True)
+    ] = None
+
+    @field_validator("user_id")
+    @classmethod
+    def _one_payer(cls, user_id: int | None, info: ValidationInfo) -> int | None:
+        if (user_id is None) == (info.data.get("account_id") is None):
+            raise ValueError("send either user_id or account_id")
+        return user_id
+
+
+class _Party(_Payer):
+    """Who pays, and who acted."""
+
+    actor_id: Annotated[_Id | None, Field(description="The user who acted; with a team's account it must be said.")] = (
+        None
+    )
+
+
+class QuoteRequest(_Images, _Payer):
     """A text operation names its tokens, an image operation its images."""
 
     model_config = _example(user_id=1, provider="openai", model="gpt-6-luna", input_tokens=400, max_output_tokens=600)
 
-    user_id: _Id
     provider: _ProviderName
     model: _ModelName
     input_tokens: _Tokens = 0
     max_output_tokens: _Tokens = 0
 
 
-class ReservationRequest(QuoteRequest, _Links):
+class ReservationRequest(QuoteRequest, _Party, _Links):
     """What is to be held: `tokens` themselves, or what a quote for these counts says."""
 
     model_config = _example(
@@ -197,12 +221,11 @@ class ReleaseRequest(_Body):
     duration_ms: _DurationMs | None = None
 
 
-class UsageRequest(_Pools, _Images, _Links):
+class UsageRequest(_Pools, _Images, _Links, _Party):
     model_config = _example(
         user_id=1, operation_type="chat", provider="openai", model="gpt-6-luna", input_tokens=1000, output_tokens=500
     )
 
-    user_id: _Id
     operation_type: _OperationTypeName
     provider: _ProviderName
     model: _ModelName
@@ -212,6 +235,7 @@ class UsageRequest(_Pools, _Images, _Links):
 
 
 IMAGE_FIELDS = set(_Images.model_fields)
+PAYER_FIELDS = {"user_id", "account_id"}
 LINK_FIELDS = set(_Links.model_fields)
 POOL_FIELDS = set(_Pools.model_fields)
 
@@ -227,7 +251,8 @@ _Stamp = Annotated[
 
 
 class Balance(BaseModel):
-    user_id: int
+    account_id: int
+    user_id: int | None = Field(description="Whose account it is; null: a team's.")
     balance_tokens: int = Field(description="Tokens owned; negative while there is a debt.")
     reserved_tokens: int = Field(description="The part held by operations that are running.")
     available_tokens: int = Field(description="Balance − reserved: what a new operation may reserve.")
@@ -236,6 +261,7 @@ class Balance(BaseModel):
     @classmethod
     def of(cls, account: TokenAccount) -> Self:
         return cls(
+            account_id=account.pk,
             user_id=account.user_id,
             balance_tokens=account.balance,
             reserved_tokens=account.reserved,
@@ -257,6 +283,8 @@ class UsageItem(BaseModel):
     model_config = ConfigDict(from_attributes=True)
 
     usage_id: int = Field(validation_alias="pk")
+    account_id: int = Field(description="Who paid.")
+    user_id: int = Field(description="Who acted.")
     status: UsageStatus
     operation_type: OperationType
     provider: Provider
@@ -301,6 +329,7 @@ class Outcome(BaseModel):
         return cls(
             usage=UsageItem.model_validate(TokenUsage.objects.get(pk=usage_id)),
             account=Balance(
+                account_id=posting.account_id,
                 user_id=posting.user_id,
                 balance_tokens=posting.balance_tokens,
                 reserved_tokens=posting.reserved_tokens,

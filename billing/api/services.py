@@ -4,12 +4,14 @@ from django.conf import settings
 from django.http import HttpRequest
 from ninja import Router, Status
 
+from accounts import teams
 from billing import ledger, usage
 from billing.api.access import BillingSecret
 from billing.api.problems import EVERY_BODY, refusals
 from billing.api.schemas import (
     IMAGE_FIELDS,
     LINK_FIELDS,
+    PAYER_FIELDS,
     POOL_FIELDS,
     AddressId,
     Balance,
@@ -42,14 +44,24 @@ def get_balance(request: HttpRequest, user_id: AddressId) -> Balance:
     return Balance.of(ledger.get_account(user_id=user_id))
 
 
+@router.get(
+    "/token-accounts/{account_id}/balance",
+    response=Balance,
+    openapi_extra=refusals("invalid_request", "account_not_found"),
+)
+def get_account_balance(request: HttpRequest, account_id: AddressId) -> Balance:
+    """The same of any account, such as a team's."""
+    return Balance.of(ledger.get_account(account_id=account_id))
+
+
 @router.post(
     "/quotes",
     response=Quote,
     openapi_extra=refusals(*EVERY_BODY, "invalid_usage", "account_not_found", *_MODEL_REFUSED),
 )
 def make_quote(request: HttpRequest, body: QuoteRequest) -> Quote:
-    """The most that an operation can cost now, and whether the user can afford it. Holds nothing."""
-    account = ledger.get_account(user_id=body.user_id)
+    """The most that an operation can cost now, and whether the payer can afford it. Holds nothing."""
+    account = ledger.get_account(**body.model_dump(include=PAYER_FIELDS))
     priced = usage.price_operation(operation_type=OperationType.GENERATION, **body.model_dump(include=_PRICED_FIELDS))
     tokens, is_free = _quoted_tokens(priced.operation, body), priced.operation.is_free
     missing_tokens = 0 if is_free else max(0, tokens - account.available)
@@ -71,6 +83,7 @@ def make_quote(request: HttpRequest, body: QuoteRequest) -> Quote:
         "insufficient_tokens",
         "account_not_active",
         "account_not_found",
+        "actor_required",
         "idempotency_conflict",
         *_MODEL_REFUSED,
     ),
@@ -81,15 +94,20 @@ def reserve(request: HttpRequest, body: ReservationRequest, idempotency_key: Ide
     Answers 201, and 200 when this key did it before: then do not run the operation again. A hold that is
     neither settled nor released in time expires.
     """
-    ledger.get_account(user_id=body.user_id)
+    account = ledger.get_account(**body.model_dump(include=PAYER_FIELDS))
     asked_for = body.model_dump(exclude_defaults=True)
-    posting = ledger.find_reservation(user_id=body.user_id, idempotency_key=idempotency_key, request=asked_for)
+    posting = ledger.find_reservation(
+        account_id=account.pk, actor_id=body.actor_id, idempotency_key=idempotency_key, request=asked_for
+    )
     if posting is None:
+        if account.user_id is None and body.actor_id not in teams.member_ids(account.workspace):
+            raise ledger.ActorRequired
         operation = usage.price_operation(
             **body.model_dump(include=_PRICED_FIELDS | LINK_FIELDS | {"operation_type"})
         ).operation
         posting = ledger.reserve_tokens(
-            user_id=body.user_id,
+            account_id=account.pk,
+            actor_id=body.actor_id,
             tokens=body.tokens or _quoted_tokens(operation, body),
             operation=operation,
             idempotency_key=idempotency_key,
@@ -132,6 +150,7 @@ def release(request: HttpRequest, usage_id: AddressId, body: ReleaseRequest = _N
         "invalid_usage",
         "invalid_amount",
         "account_not_found",
+        "actor_required",
         "idempotency_conflict",
         "unknown_model",
         "unpriced_model",
@@ -160,11 +179,32 @@ def list_usage(
     operation_type: OperationType | None = None,
     status: UsageStatus | None = None,
 ) -> UsagePage:
-    """The user's operations, newest first."""
-    ledger.get_account(user_id=user_id)
+    """What the user's personal account paid for, newest first."""
     rows = usage.get_user_usage(
         user_id=user_id, operation_type=operation_type, status=status, before_id=cursor, limit=limit + 1
     )
+    return UsagePage.of(rows, limit=limit)
+
+
+@router.get(
+    "/token-accounts/{account_id}/usage",
+    response=UsagePage,
+    openapi_extra=refusals("invalid_request", "unknown_cursor", "account_not_found"),
+)
+def list_account_usage(
+    request: HttpRequest,
+    account_id: AddressId,
+    cursor: AddressId | None = None,
+    limit: PageSize = 25,
+    actor_id: AddressId | None = None,
+    operation_type: OperationType | None = None,
+    status: UsageStatus | None = None,
+) -> UsagePage:
+    """What any account, such as a team's, paid for, newest first; with `actor_id` what one user did of it."""
+    rows = usage.get_user_usage(
+        account_id=account_id, actor_id=actor_id, operation_type=operation_type, status=status, before_id=cursor,
+        limit=limit + 1,
+    )  # fmt: skip
     return UsagePage.of(rows, limit=limit)
 
 

@@ -8,13 +8,13 @@ from uuid import uuid4
 from django.contrib import messages
 from django.core.exceptions import ValidationError
 from django.core.paginator import Paginator
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.shortcuts import get_object_or_404, redirect, render
 from django.utils.crypto import salted_hmac
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
-from accounts import audit, two_persons
+from accounts import audit, teams, two_persons
 from accounts.models import AuditEntry, ChangeRequest
 from accounts.permissions import SignedInRequest, admin_required, superadmin_required
 from billing import history
@@ -98,16 +98,16 @@ def account_list(request: SignedInRequest) -> HttpResponse:
 
 @require_GET
 @admin_required
-def account(request: SignedInRequest, user_id: int) -> HttpResponse:
-    """One account with everything that is known about it."""
-    return _render_account(request, _get_account(user_id))
+def account(request: SignedInRequest, user_id: int | None = None, account_id: int | None = None) -> HttpResponse:
+    """One account, a person's or a team's, with everything that is known about it."""
+    return _render_account(request, _get_account(user_id, account_id))
 
 
 @require_POST
 @superadmin_required
-def account_status(request: SignedInRequest, user_id: int) -> HttpResponse:
+def account_status(request: SignedInRequest, user_id: int | None = None, account_id: int | None = None) -> HttpResponse:
     """Suspend, block or reactivate an account, with a reason."""
-    account = _get_account(user_id)
+    account = _get_account(user_id, account_id)
     form = AccountStatusForm(request.POST, account=account)
     if not form.is_valid():
         return _render_account(request, account, status_form=form, status=400)
@@ -117,20 +117,21 @@ def account_status(request: SignedInRequest, user_id: int) -> HttpResponse:
         AccountStatus.ACTIVE: accounts.reactivate_account,
     }[form.cleaned_data["status"]]
     try:
-        changed = change(superadmin=request.user, user_id=user_id, reason=form.cleaned_data["reason"])
+        changed = change(superadmin=request.user, account_id=account.pk, reason=form.cleaned_data["reason"])
     except accounts.AccountError as error:
         form.add_error(None, error.message)
-        return _render_account(request, _get_account(user_id), status_form=form, status=error.http_status)
+        account = _get_account(user_id, account_id)
+        return _render_account(request, account, status_form=form, status=error.http_status)
     words = "suspended until the debt is paid" if changed.has_debt else changed.get_status_display().lower()
-    messages.success(request, f"The account of {changed.user} is now {words}.")
-    return redirect("dashboard:account", user_id)
+    messages.success(request, f"The account of {changed.holder} is now {words}.")
+    return _to_account(account)
 
 
 @require_POST
 @admin_required
 def give_bonus(request: SignedInRequest, user_id: int) -> HttpResponse:
     """Give the welcome bonus that waits for an admin."""
-    person = _get_account(user_id).user
+    person = _get_account(user_id).holder
     try:
         grants.give_waiting_bonus(admin=request.user, user_id=user_id)
     except grants.GrantError as error:
@@ -140,9 +141,18 @@ def give_bonus(request: SignedInRequest, user_id: int) -> HttpResponse:
     return redirect("dashboard:account", user_id)
 
 
-def _get_account(user_id: int) -> TokenAccount:
+def _get_account(user_id: int | None, account_id: int | None = None) -> TokenAccount:
+    """A person's account by their id, or a team's by its own: each has one address."""
     found = TokenAccount.objects.select_related("user", "workspace", "auto_recharge_package")
-    return get_object_or_404(found, user_id=user_id)
+    if account_id is not None:
+        return get_object_or_404(found, pk=account_id, user=None)
+    return get_object_or_404(found, user_id=user_id or 0)
+
+
+def _to_account(account: TokenAccount) -> HttpResponse:
+    if account.user_id is None:
+        return redirect("dashboard:team-account", account.pk)
+    return redirect("dashboard:account", account.user_id)
 
 
 def _render_account(
@@ -154,10 +164,11 @@ def _render_account(
 ) -> HttpResponse:
     person = account.user
     is_anonymised = account.status_reason == TokenAccount.ANONYMISED
-    if status_form is None and request.user.is_superadmin and request.user.pk != person.pk and not is_anonymised:
+    is_own = request.user.pk in teams.member_ids(account.workspace)
+    if status_form is None and request.user.is_superadmin and not is_own and not is_anonymised:
         status_form = AccountStatusForm(account=account)
     page = history.get_page(
-        history.select_transactions(user_id=person.pk),
+        history.select_transactions(account_id=account.pk),
         cursor=history.Cursor.parse(request.GET.get("page", "")),
         limit=ENTRIES_PER_PAGE,
     )
@@ -173,20 +184,30 @@ def _render_account(
         "is_chain_broken": last_balance != account.balance
         or any(newer.balance_before != older.balance_after for newer, older in pairwise(page.entries)),
         "usage": newest_first(
-            request, TokenUsage.objects.filter(user=person), name="usage", filters=USAGE_FILTERS, limit=NEWEST
+            request, TokenUsage.objects.filter(account=account), name="usage", filters=USAGE_FILTERS, limit=NEWEST
         ),
         "purchases": newest_first(
-            request, Purchase.objects.filter(user=person), name="purchases", filters=PURCHASE_FILTERS, limit=NEWEST
+            request, Purchase.objects.filter(account=account), name="purchases", filters=PURCHASE_FILTERS, limit=NEWEST
         ),
-        "notices": newest_first(
-            request, Notification.objects.filter(user=person), name="notices", filters=NOTICE_FILTERS, limit=NEWEST
-        ),
-        "audit_entries": _with_changes(audit.find_entries(subject=str(person.pk), limit=NEWEST).entries),
+        "notices": newest_first(request, _notices_about(account), name="notices", filters=NOTICE_FILTERS, limit=NEWEST),
+        "members": [] if person else account.workspace.memberships.select_related("user").order_by("pk"),
+        "audit_entries": _with_changes(_audit_entries(account)),
         "open_requests": open_requests.select_related("requested_by").order_by("id"),
         "status_form": status_form,
-        "grant_form": None if is_anonymised else _new_grant_form(person.pk),
+        "grant_form": None if is_anonymised else _new_grant_form(account),
     }
     return render(request, "dashboard/account.html", context, status=status)
+
+
+def _notices_about(account: TokenAccount) -> QuerySet[Notification]:
+    """What its person was told; of a team's members nothing, for it is theirs, not the team's."""
+    return Notification.objects.filter(user=account.user) if account.user else Notification.objects.none()
+
+
+def _audit_entries(account: TokenAccount) -> list[AuditEntry]:
+    if account.user_id is not None:
+        return audit.find_entries(subject=str(account.user_id), limit=NEWEST).entries
+    return audit.find_entries(about=("workspace", account.workspace_id), limit=NEWEST).entries
 
 
 # --- Grants ---------------------------------------------------------------------------------------------------------
@@ -198,9 +219,10 @@ def new_grant(request: SignedInRequest) -> HttpResponse:
     """Give or take tokens: find the person, say how many and why, see the new balance, confirm."""
     if request.method == "POST":
         return _grant(request)
-    user_id = read_id(request.GET.get("user", ""))
-    if user_id is not None:
-        return _render_grant(request, _new_grant_form(user_id), account=_get_account(user_id))
+    user_id, account_id = (read_id(request.GET.get(name, "")) for name in ("user", "team"))
+    if user_id is not None or account_id is not None:
+        account = _get_account(user_id, account_id)
+        return _render_grant(request, _new_grant_form(account), account=account)
     search = request.GET.get("search", "")
     context: dict[str, Any] = {"search": search}
     if search.strip():
@@ -209,11 +231,13 @@ def new_grant(request: SignedInRequest) -> HttpResponse:
 
 
 def _grant(request: SignedInRequest) -> HttpResponse:
-    account = _get_account(read_id(request.POST.get("user_id", "")) or 0)
+    account = get_object_or_404(
+        TokenAccount.objects.select_related("user", "workspace"), pk=read_id(request.POST.get("account_id", "")) or 0
+    )
     form = GrantForm(request.POST)
     if not form.is_valid() or "change" in request.POST:
         return _render_grant(request, form, account=account, status=400 if form.errors else 200)
-    asked = {name: form.cleaned_data[name] for name in ("user_id", "tokens")}
+    asked = {name: form.cleaned_data[name] for name in ("account_id", "tokens")}
     kind = form.cleaned_data["kind"]
     try:
         if "confirmed" not in request.POST:
@@ -246,16 +270,16 @@ def _grant(request: SignedInRequest) -> HttpResponse:
         messages.success(request, f"Done: {_what(outcome)}.")
     else:
         messages.warning(request, f"This was sent before: {outcome.get_state_display().lower()}. No token moved.")
-    return redirect("dashboard:account", account.user_id)
+    return _to_account(account)
 
 
 def _what(request: GrantRequest) -> str:
     way = "for" if request.kind == GrantKind.GRANT else "taken from"
-    return f"{request.tokens:,} tokens {way} {request.user}"
+    return f"{request.tokens:,} tokens {way} {request.account.holder}"
 
 
-def _new_grant_form(user_id: int) -> GrantForm:
-    return GrantForm(initial={"user_id": user_id, "kind": GrantKind.GRANT, "request_key": uuid4().hex})
+def _new_grant_form(account: TokenAccount) -> GrantForm:
+    return GrantForm(initial={"account_id": account.pk, "kind": GrantKind.GRANT, "request_key": uuid4().hex})
 
 
 def _render_grant(
@@ -340,7 +364,11 @@ def _render_requests(
         closed, waiting_requests = closed.filter(pk=only_id), waiting_requests.filter(pk=only_id)
     if before_id is not None:
         closed = closed.filter(pk__lt=before_id)
-    rows = list(closed.select_related("user", "requested_by", "decided_by").order_by("-id")[: ROWS_PER_PAGE + 1])
+    rows = list(
+        closed.select_related("account__user", "account__workspace", "requested_by", "decided_by").order_by("-id")[
+            : ROWS_PER_PAGE + 1
+        ]
+    )
     open_requests = list(waiting_requests[: MAX_OPEN_REQUESTS + 1])
     waiting = [
         {

@@ -23,7 +23,7 @@ MAX_OPEN_DRIFTS = 200
 @admin_required
 def purchase(request: SignedInRequest, pk: int) -> HttpResponse:
     """One purchase with all that became of it. Superadmins refund it here: asked for, then confirmed."""
-    purchase = get_object_or_404(Purchase.objects.select_related("user", "account"), pk=pk)
+    purchase = get_object_or_404(Purchase.objects.select_related("user", "account__user", "account__workspace"), pk=pk)
     if request.method != "POST":
         return _render_purchase(request, purchase)
     return _refund(request, pk=purchase.pk)
@@ -31,7 +31,7 @@ def purchase(request: SignedInRequest, pk: int) -> HttpResponse:
 
 @superadmin_required
 def _refund(request: SignedInRequest, pk: int) -> HttpResponse:
-    purchase = Purchase.objects.select_related("user", "account").get(pk=pk)
+    purchase = Purchase.objects.select_related("user", "account__user", "account__workspace").get(pk=pk)
     if "confirmed" in request.POST:
         return _refund_confirmed(request, purchase)
     form = RefundForm(request.POST, purchase=purchase)
@@ -64,7 +64,7 @@ def _refund_confirmed(request: SignedInRequest, purchase: Purchase) -> HttpRespo
     except (refund_requests.RefundError, gateway.GatewayError) as error:
         messages.error(request, error.message)
     else:
-        messages.success(request, f"{reversal.amount_display} were refunded to {purchase.user}.")
+        messages.success(request, f"{reversal.amount_display} were refunded to {purchase.account.holder}.")
     return redirect("dashboard:purchase", purchase.pk)
 
 

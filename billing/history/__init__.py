@@ -1,9 +1,9 @@
 """Reading the ledger as its owner sees it: any part of it, as quickly with a million entries as with ten.
 
 The entries of an account are numbered without a gap. A range of time is therefore a pair of numbers, found by the index
-(user, created_at); how many entries it has is their difference, and what it changed is the difference of two balances.
-Nothing here counts or adds up usage row by row, except what a search has found. Entries that are not usage are few and
-have an index of their own (ledger_other_than_usage).
+(account, created_at); how many entries it has is their difference, and what it changed is the difference of two
+balances. Nothing here counts or adds up usage row by row, except what a search has found. Entries that are not usage
+are few and have an index of their own (ledger_other_than_usage).
 """
 
 from collections.abc import Collection, Iterator
@@ -74,15 +74,16 @@ class Selection:
 
 def select_transactions(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
     types: Collection[str] = (),
     since: datetime | None = None,
     until: datetime | None = None,
     search: str = "",
 ) -> Selection:
-    """The entries of the user's ledger from `since` (included) to `until` (not included), of `types` (none: of all),
-    whose description contains `search`, in any case. Raises AccountNotFound."""
-    account = ledger.get_account(user_id=user_id)
+    """The entries of an account, or of the user's own, from `since` (included) to `until` (not included), of `types`
+    (none: of all), whose description contains `search`, in any case. Raises AccountNotFound."""
+    account = ledger.get_account(user_id=user_id, account_id=account_id)
     chosen = frozenset(types) or frozenset(Type)
     after = 0 if since is None else _last_sequence_before(account, since)
     upto = account.sequence if until is None else _last_sequence_before(account, until)
@@ -98,25 +99,29 @@ def select_transactions(
 
 
 def _last_sequence_before(account: TokenAccount, moment: datetime) -> int:
-    entries = TokenTransaction.objects.filter(account=account, user_id=account.user_id, created_at__lt=moment)
+    entries = TokenTransaction.objects.filter(account=account, created_at__lt=moment)
     return entries.order_by("-created_at", "-id").values_list("sequence", flat=True).first() or 0
 
 
 def get_transactions(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
     type: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
     before_sequence: int | None = None,
     limit: int = 25,
 ) -> list[TokenTransaction]:
-    """The entries of the user's ledger, newest first: at most `limit` (up to 101), those before `before_sequence`.
+    """The entries of an account, or of the user's own, newest first: at most `limit` (up to 101), those before
+    `before_sequence`.
 
     `since` (included) and `until` (not included) bound the time. Costs the same on every page and for every range,
     however long the ledger is. Raises AccountNotFound.
     """
-    selection = select_transactions(user_id=user_id, types=[type] if type else [], since=since, until=until)
+    selection = select_transactions(
+        user_id=user_id, account_id=account_id, types=[type] if type else [], since=since, until=until
+    )
     return _walk(selection, NEWEST_FIRST, past=before_sequence, limit=max(1, min(limit, MAX_PAGE + 1)))
 
 

@@ -25,9 +25,9 @@ class TransactionFilter(forms.Form):
         widget=forms.TextInput(attrs={"type": "search", "autocomplete": "off"}),
     )
 
-    def __init__(self, query: QueryDict, *, user_id: int) -> None:
+    def __init__(self, query: QueryDict, *, account_id: int) -> None:
         super().__init__(query)
-        self.user_id = user_id
+        self.account_id = account_id
         self.period_error = ""
         self.period = periods.preset_period(DEFAULT_PERIOD)
         try:
@@ -46,7 +46,7 @@ class TransactionFilter(forms.Form):
     @cached_property
     def selection(self) -> history.Selection:
         return history.select_transactions(
-            user_id=self.user_id,
+            account_id=self.account_id,
             types=self.cleaned_data["type"],
             since=self.period.since,
             until=self.period.until,

@@ -28,7 +28,7 @@ def render_receipt(purchase: Purchase) -> bytes:
     if settings.SELLER_TAX_ID:
         pdf.fact("Tax ID", settings.SELLER_TAX_ID)
     pdf.rule()
-    pdf.fact("Paid by", "\n".join(filter(None, (purchase.user.name, purchase.user.email))))
+    pdf.fact("Paid by", "\n".join(_payer(purchase)))
     pdf.fact("Paid on", f"{paid_at:%-d %B %Y, %H:%M %Z}")
     pdf.fact("Paid with", _way_of_payment(purchase))
     pdf.fact("Payment", purchase.stripe_payment_intent_id or "No payment was needed")
@@ -44,6 +44,12 @@ def render_receipt(purchase: Purchase) -> bytes:
     _returned(pdf, purchase)
     pdf.small_print("Tokens do not expire.")
     return bytes(pdf.output())
+
+
+def _payer(purchase: Purchase) -> list[str]:
+    """A team by its name, with who of it bought; a person by theirs."""
+    team = [] if purchase.account.user_id else [purchase.account.workspace.name]
+    return [*team, *(filter(None, (purchase.user.name, purchase.user.email)) if purchase.user else ())]
 
 
 def _way_of_payment(purchase: Purchase) -> str:

@@ -14,9 +14,8 @@ from django.db.models.functions import TruncDate
 from django.utils import timezone
 from django.utils.formats import date_format
 
-from accounts.models import User
 from billing import history, ledger
-from billing.models import TokenTransaction
+from billing.models import TokenAccount, TokenTransaction
 from kit.periods import add_months, midnight
 
 if TYPE_CHECKING:
@@ -87,16 +86,17 @@ SELECT coalesce(entry.sequence, 0), coalesce(entry.balance_after, 0)
   FROM unnest(%(moments)s::timestamptz[]) WITH ORDINALITY AS at (moment, number)
   LEFT JOIN LATERAL (
        SELECT sequence, balance_after FROM billing_tokentransaction
-        WHERE account_id = %(account_id)s AND user_id = %(user_id)s AND created_at < at.moment
+        WHERE account_id = %(account_id)s AND created_at < at.moment
         ORDER BY created_at DESC, id DESC LIMIT 1
   ) AS entry ON true
  ORDER BY at.number
 """
 
 
-def list_months(*, user_id: int) -> list[Month]:
-    """The months with entries, newest first. Costs one look into an index for each month since the first entry."""
-    account = ledger.get_account(user_id=user_id)
+def list_months(*, user_id: int | None = None, account_id: int | None = None) -> list[Month]:
+    """The months in which the account, or the user's own, has entries, newest first. Costs one look into an index for
+    each month since the first entry."""
+    account = ledger.get_account(user_id=user_id, account_id=account_id)
     first_entry = TokenTransaction.objects.filter(account=account, sequence=1).first()
     if first_entry is None:
         return []
@@ -107,7 +107,7 @@ def list_months(*, user_id: int) -> list[Month]:
     with connection.cursor() as cursor:
         cursor.execute(
             _BALANCES_AT,
-            {"moments": [midnight(day) for day in beginnings], "account_id": account.pk, "user_id": user_id},
+            {"moments": [midnight(day) for day in beginnings], "account_id": account.pk},
         )
         marks: list[tuple[int, int]] = cursor.fetchall()
     months = [
@@ -119,14 +119,17 @@ def list_months(*, user_id: int) -> list[Month]:
     return [month for month in reversed(months) if month.entries]
 
 
-def get_statement(*, user_id: int, year: int, month: int) -> Statement:
-    """Raises NoSuchStatement; StatementDoesNotAddUp rather than returning a wrong one."""
+def get_statement(*, user_id: int | None = None, account_id: int | None = None, year: int, month: int) -> Statement:
+    """Of an account, or of the user's own. Raises NoSuchStatement; StatementDoesNotAddUp rather than returning a wrong
+    one."""
     today = timezone.localdate()
     if not (2000 <= year <= today.year and 1 <= month <= 12) or date(year, month, 1) > today:
         raise NoSuchStatement
     first_day = date(year, month, 1)
     next_month = add_months(first_day, 1)
-    selection = history.select_transactions(user_id=user_id, since=midnight(first_day), until=midnight(next_month))
+    selection = history.select_transactions(
+        user_id=user_id, account_id=account_id, since=midnight(first_day), until=midnight(next_month)
+    )
     if selection.upto == 0:
         raise NoSuchStatement
     totals = history.get_totals(selection)
@@ -142,9 +145,9 @@ def get_statement(*, user_id: int, year: int, month: int) -> Statement:
     moved_tokens = sum(line.tokens for line in statement.lines)
     is_whole = sum(line.entries for line in statement.lines) == totals.entries == selection.upto - selection.after
     if not is_whole or statement.opening_tokens + moved_tokens != statement.closing_tokens:
-        raise StatementDoesNotAddUp(f"user {user_id}, {year}-{month:02}")
+        raise StatementDoesNotAddUp(f"account {selection.account_id}, {year}-{month:02}")
     if moved_tokens != totals.net_tokens:
-        raise StatementDoesNotAddUp(f"user {user_id}, {year}-{month:02}: totals")
+        raise StatementDoesNotAddUp(f"account {selection.account_id}, {year}-{month:02}: totals")
     return statement
 
 
@@ -192,13 +195,13 @@ def _daily_lines(selection: history.Selection) -> list[Line]:
     ]
 
 
-def render_statement(statement: Statement, *, user: User, written_at: datetime) -> bytes:
+def render_statement(statement: Statement, *, account: TokenAccount, written_at: datetime) -> bytes:
     """The statement as a PDF."""
     from kit.pdf import GREY, Document  # half a second, for those alone who print
 
     zone = timezone.get_current_timezone_name()
     pdf = Document(title=statement.title, subtitle=statement.title, written_at=written_at)
-    pdf.fact("Account", f"{user.name}, {user.email}" if user.name else user.email)
+    pdf.fact("Account", f"{account.name}, {account.user.email}" if account.user and account.name else account.holder)
     pdf.fact("Period", f"{_day(statement.first_day)} to {_day(statement.last_day)}, time zone {zone}")
     written = timezone.localtime(written_at)
     if statement.is_complete:

@@ -12,7 +12,7 @@ Locks are taken in one order: purchase, account, operation.
 from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, cast
 
 import structlog
 from django.core.serializers.json import DjangoJSONEncoder
@@ -28,12 +28,14 @@ from billing.ledger.types import (
     WELCOME_BONUS_KEY,
     AccountNotActive,
     AccountNotFound,
+    ActorRequired,
     BalanceCheck,
     IdempotencyConflict,
     InsufficientTokens,
     InvalidAmount,
     LedgerError,
     Operation,
+    Party,
     Posting,
     Type,
     UsageAlreadyClosed,
@@ -53,12 +55,14 @@ __all__ = [
     "WELCOME_BONUS_KEY",
     "AccountNotActive",
     "AccountNotFound",
+    "ActorRequired",
     "BalanceCheck",
     "IdempotencyConflict",
     "InsufficientTokens",
     "InvalidAmount",
     "LedgerError",
     "Operation",
+    "Party",
     "Posting",
     "UsageAlreadyClosed",
     "UsageNotFound",
@@ -73,6 +77,7 @@ __all__ = [
     "has_had_bonus",
     "initialize_account",
     "note_use",
+    "open_team_account",
     "outcome_of",
     "record_unpaid",
     "release_usage",
@@ -112,7 +117,7 @@ def _locked_account(user_id: int) -> TokenAccount:
 
 def _give_welcome_bonus(account: TokenAccount, *, may_be_disposable: bool) -> None:
     """In the transaction that holds the account's lock: entry, marks and state are all there afterwards, or none."""
-    addresses = User.objects.get(pk=account.user_id).proven_addresses
+    addresses = User.objects.get(pk=account.user_id or 0).proven_addresses
     if not addresses:
         return
     if has_had_bonus(account):
@@ -132,7 +137,7 @@ def _give_welcome_bonus(account: TokenAccount, *, may_be_disposable: bool) -> No
         TokenAccount.objects.filter(pk=account.pk).update(bonus_withheld=withheld)
     if not withheld:
         add_tokens(
-            user_id=account.user_id,
+            account_id=account.pk,
             tokens=settings.welcome_bonus_tokens,
             type=Type.BONUS,
             description="Welcome bonus",
@@ -157,16 +162,28 @@ def _withheld_bonus(addresses: set[str], for_disposable: str) -> str:
     return "" if welcome.claim(addresses) else WithheldBonus.GIVEN_BEFORE
 
 
-def get_account(*, user_id: int) -> TokenAccount:
-    """The user's account; opened now when sign-up was interrupted before it was."""
-    account = TokenAccount.objects.filter(user_id=user_id).first()
-    return account or initialize_account(user_id=user_id)
+def get_account(*, user_id: int | None = None, account_id: int | None = None) -> TokenAccount:
+    """The account, or the user's own; the latter is opened now when sign-up was interrupted before it was. Raises
+    AccountNotFound."""
+    payer = Party(user_id=user_id, account_id=account_id)
+    account = TokenAccount.objects.filter(**payer.of_account).first()
+    if account is None and user_id is None:
+        raise AccountNotFound("There is no such token account.")
+    return account or initialize_account(user_id=cast(int, user_id))
 
 
-def check_balance(*, user_id: int, tokens: int) -> BalanceCheck:
+def open_team_account(*, workspace_id: int) -> TokenAccount:
+    """The account of a team's workspace, made if there is none; however often and in parallel it is called."""
+    if not Workspace.objects.filter(pk=workspace_id, kind=Workspace.Kind.TEAM).exists():
+        raise AccountNotFound("There is no such team.")
+    TokenAccount.objects.bulk_create([TokenAccount(workspace_id=workspace_id)], ignore_conflicts=True)
+    return TokenAccount.objects.get(workspace_id=workspace_id)
+
+
+def check_balance(*, user_id: int | None = None, account_id: int | None = None, tokens: int) -> BalanceCheck:
     """Whether `tokens` are available now. A hint for pages: only `reserve_tokens` decides."""
     _require_amount(tokens)
-    available_tokens = get_account(user_id=user_id).available
+    available_tokens = get_account(user_id=user_id, account_id=account_id).available
     return BalanceCheck(available_tokens >= tokens, available_tokens, max(0, tokens - available_tokens))
 
 
@@ -175,7 +192,10 @@ def check_balance(*, user_id: int, tokens: int) -> BalanceCheck:
 
 def reserve_tokens(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    api_key_id: int | None = None,
     tokens: int,
     operation: Operation,
     idempotency_key: str,
@@ -186,9 +206,12 @@ def reserve_tokens(
 ) -> Posting:
     """Hold `tokens`, the most the operation can cost, until it is settled, released, or `lifetime_seconds` are over.
 
+    The account of `account_id` pays, or the personal one of `user_id`; `actor_id` acts with the key `api_key_id`, and
+    without it the account's own user. So it is with each function here that takes these.
+
     Writes the operation's `TokenUsage` row. Raises InsufficientTokens, AccountNotActive, AccountNotFound,
-    InvalidAmount, or IdempotencyConflict when the key stands for something else. With a key used before for the same,
-    the first reservation is returned with `is_replay`: do not run the operation again.
+    ActorRequired, InvalidAmount, or IdempotencyConflict when the key stands for something else. With a key used before
+    for the same, the first reservation is returned with `is_replay`: do not run the operation again.
 
     `request` is what the person or service asked for, when tokens and prices were worked out from it: a retry after
     a change of price is still the same request. A free operation holds nothing, whatever `tokens` says.
@@ -201,33 +224,45 @@ def reserve_tokens(
         tokens = 0
     else:
         _require_amount(tokens)
+    party = Party(user_id, account_id, actor_id, api_key_id)
     fingerprint = _fingerprint(kind="reserve", request=request or {"tokens": tokens, "operation": _fields(operation)})
-    parameters = _usage_parameters(operation, read_pools or TokenPools(), idempotency_key, fingerprint) | {
-        "user_id": user_id,
-        "status": TokenUsage.Status.RESERVED,
-        "provider_cost_microusd": provider_cost_microusd,
-        "is_estimated": read_pools is not None,
-        "billable_tokens": 0,
-        "reserved_tokens": tokens,
-        "lifetime_seconds": lifetime_seconds,
-        "type": "",
-        "paid_cents": None,
-    }
+    parameters = (
+        _usage_parameters(operation, read_pools or TokenPools(), idempotency_key, fingerprint)
+        | _fields(party)
+        | {
+            "status": TokenUsage.Status.RESERVED,
+            "provider_cost_microusd": provider_cost_microusd,
+            "is_estimated": read_pools is not None,
+            "billable_tokens": 0,
+            "reserved_tokens": tokens,
+            "lifetime_seconds": lifetime_seconds,
+            "type": "",
+            "paid_cents": None,
+        }
+    )
     return post_once(
         statements.RESERVE,
         parameters,
-        partial(_replayed_usage, user_id, idempotency_key, fingerprint),
+        partial(_replayed_usage, party, idempotency_key, fingerprint),
         needed_tokens=tokens,
     )
 
 
-def find_reservation(*, user_id: int, idempotency_key: str, request: Mapping[str, Any]) -> Posting | None:
+def find_reservation(
+    *,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    idempotency_key: str,
+    request: Mapping[str, Any],
+) -> Posting | None:
     """What `reserve_tokens` did with this key and `request` before, or None.
 
     To be asked before prices are worked out anew: a retry must not fail because its model was retired or the balance
     spent in the meantime. Raises IdempotencyConflict when the key stands for something else.
     """
-    return _replayed_usage(user_id, idempotency_key, _fingerprint(kind="reserve", request=request))
+    party = Party(user_id, account_id, actor_id)
+    return _replayed_usage(party, idempotency_key, _fingerprint(kind="reserve", request=request))
 
 
 def extend_reservation(*, usage_id: int, tokens: int) -> Posting:
@@ -239,8 +274,7 @@ def extend_reservation(*, usage_id: int, tokens: int) -> Posting:
     """
     _require_amount(tokens)
     usage = _get_usage(usage_id)
-    parameters = {
-        "user_id": usage.account.user_id,
+    parameters = _payer_of(usage) | {
         "usage_id": usage_id,
         "tokens": tokens,
         "type": "",
@@ -275,8 +309,8 @@ def settle_usage(
     parameters = (
         dict(statements.NO_ENTRY)
         | _fields(pools)
+        | _payer_of(usage)
         | {
-            "user_id": usage.account.user_id,
             "usage_id": usage_id,
             "image_count": usage.image_count,
             "actual_tokens": pools.actual_tokens,
@@ -305,8 +339,7 @@ def release_usage(
     nothing. Raises UsageAlreadyClosed when it was settled, UsageNotFound.
     """
     usage = _get_usage(usage_id)
-    parameters = {
-        "user_id": usage.account.user_id,
+    parameters = _payer_of(usage) | {
         "usage_id": usage_id,
         "status": status,
         "provider_cost_microusd": provider_cost_microusd,
@@ -344,7 +377,9 @@ def expire_reservations(*, limit: int = 1_000) -> int:
             continue
         if not posting.is_replay:
             expired += 1
-            logger.warning("An operation was cut off and its hold expired", usage_id=usage_id, user_id=posting.user_id)
+            logger.warning(
+                "An operation was cut off and its hold expired", usage_id=usage_id, account_id=posting.account_id
+            )
     return expired
 
 
@@ -386,7 +421,10 @@ def _require_open(usage: TokenUsage) -> None:
 
 def deduct_tokens(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    api_key_id: int | None = None,
     tokens: int,
     type: str = Type.USAGE,
     operation: Operation | None = None,
@@ -417,22 +455,26 @@ def deduct_tokens(
         kind="deduct", tokens=tokens, type=type, operation=operation and _fields(operation), purchase_id=purchase_id,
         admin_id=admin_id, pools=pools and _fields(pools), description=description,
     )  # fmt: skip
-    parameters: dict[str, Any] = dict(statements.NO_ENTRY) | {
-        "user_id": user_id,
-        "tokens": tokens,
-        "may_leave_debt": may_leave_debt,
-        "type": type,
-        "purchase_id": purchase_id,
-        "admin_id": admin_id,
-        "paid_cents": paid_cents,
-        "currency": currency,
-        "stripe_payment_intent_id": stripe_payment_intent_id,
-        "description": description,
-        "metadata": _metadata(metadata),
-    }
+    party = Party(user_id, account_id, actor_id, api_key_id)
+    parameters: dict[str, Any] = (
+        dict(statements.NO_ENTRY)
+        | _fields(party)
+        | {
+            "tokens": tokens,
+            "may_leave_debt": may_leave_debt,
+            "type": type,
+            "purchase_id": purchase_id,
+            "admin_id": admin_id,
+            "paid_cents": paid_cents,
+            "currency": currency,
+            "stripe_payment_intent_id": stripe_payment_intent_id,
+            "description": description,
+            "metadata": _metadata(metadata),
+        }
+    )
     if operation is None:
         parameters |= {"entry_key": idempotency_key, "entry_fingerprint": fingerprint}
-        replay = partial(_replayed_transaction, user_id, idempotency_key, fingerprint)
+        replay = partial(_replayed_transaction, party, idempotency_key, fingerprint)
         return post_once(statements.DEBIT_OR_CREDIT, parameters, replay, needed_tokens=tokens)
     # The operation's row carries the key; the ledger row hangs on it by a unique reference.
     operation_label = TokenUsage.OperationType(operation.operation_type).label
@@ -446,13 +488,16 @@ def deduct_tokens(
         "duration_ms": duration_ms,
         "description": description or f"{operation_label} · {operation.model}",
     }
-    replay = partial(_replayed_usage, user_id, idempotency_key, fingerprint)
+    replay = partial(_replayed_usage, party, idempotency_key, fingerprint)
     return post_once(statements.DEBIT_WITH_USAGE, parameters, replay, needed_tokens=tokens)
 
 
 def record_unpaid(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    api_key_id: int | None = None,
     operation: Operation,
     pools: TokenPools,
     idempotency_key: str,
@@ -465,9 +510,13 @@ def record_unpaid(
     """Record an operation that has already run and costs its user nothing: it failed (law 9), or is free.
 
     No balance moves, so there is no ledger row. `request` and the key are those of `deduct_tokens`. Raises
-    AccountNotFound, IdempotencyConflict.
+    AccountNotFound, ActorRequired, IdempotencyConflict.
     """
-    account = get_account(user_id=user_id)
+    account = get_account(user_id=user_id, account_id=account_id)
+    actor_id = actor_id or account.user_id
+    if actor_id is None or account.user_id not in (None, actor_id):
+        raise ActorRequired(is_team=account.user_id is None)
+    party = Party(account_id=account.pk, actor_id=actor_id, api_key_id=api_key_id)
     fingerprint = _fingerprint(kind="record", request=request)
     fields = _usage_parameters(operation, pools, idempotency_key, fingerprint) | {
         "status": status,
@@ -480,7 +529,8 @@ def record_unpaid(
         with transaction.atomic():
             usage = TokenUsage.objects.create(
                 account=account,
-                user_id=user_id,
+                user_id=actor_id,
+                api_key_id=api_key_id,
                 workspace_id=account.workspace_id,
                 error_message=error_message,
                 metadata=dict(operation.metadata),
@@ -488,22 +538,33 @@ def record_unpaid(
                 **{name: fields[name] for name in statements.NEW_USAGE_COLUMNS},
             )
     except IntegrityError:
-        outcome = _replayed_usage(user_id, idempotency_key, fingerprint)
+        outcome = _replayed_usage(party, idempotency_key, fingerprint)
         if outcome is None:
             raise
         return outcome
     return outcome_of(account, None, usage.pk, is_replay=False)
 
 
-def find_recorded(*, user_id: int, idempotency_key: str, request: Mapping[str, Any]) -> Posting | None:
+def find_recorded(
+    *,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    idempotency_key: str,
+    request: Mapping[str, Any],
+) -> Posting | None:
     """What `deduct_tokens` or `record_unpaid` did with this key and `request` before, or None. To be asked when
     `find_reservation` is, and raises the same."""
-    return _replayed_usage(user_id, idempotency_key, _fingerprint(kind="record", request=request))
+    party = Party(user_id, account_id, actor_id)
+    return _replayed_usage(party, idempotency_key, _fingerprint(kind="record", request=request))
 
 
 def add_tokens(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    api_key_id: int | None = None,
     tokens: int,
     type: str,
     description: str,
@@ -527,22 +588,26 @@ def add_tokens(
         kind="add", tokens=tokens, type=type, purchase_id=purchase_id, admin_id=admin_id, paid_cents=paid_cents,
         currency=currency, stripe_payment_intent_id=stripe_payment_intent_id, description=description,
     )  # fmt: skip
-    parameters = dict(statements.NO_ENTRY) | {
-        "user_id": user_id,
-        "tokens": -tokens,
-        "may_leave_debt": True,  # a credit never makes one
-        "type": type,
-        "purchase_id": purchase_id,
-        "admin_id": admin_id,
-        "paid_cents": paid_cents,
-        "currency": currency,
-        "stripe_payment_intent_id": stripe_payment_intent_id,
-        "entry_key": idempotency_key,
-        "entry_fingerprint": fingerprint,
-        "description": description,
-        "metadata": _metadata(metadata),
-    }
-    replay = partial(_replayed_transaction, user_id, idempotency_key, fingerprint)
+    party = Party(user_id, account_id, actor_id, api_key_id)
+    parameters = (
+        dict(statements.NO_ENTRY)
+        | _fields(party)
+        | {
+            "tokens": -tokens,
+            "may_leave_debt": True,  # a credit never makes one
+            "type": type,
+            "purchase_id": purchase_id,
+            "admin_id": admin_id,
+            "paid_cents": paid_cents,
+            "currency": currency,
+            "stripe_payment_intent_id": stripe_payment_intent_id,
+            "entry_key": idempotency_key,
+            "entry_fingerprint": fingerprint,
+            "description": description,
+            "metadata": _metadata(metadata),
+        }
+    )
+    replay = partial(_replayed_transaction, party, idempotency_key, fingerprint)
     return post_once(statements.DEBIT_OR_CREDIT, parameters, replay)
 
 
@@ -555,7 +620,7 @@ def _require_amount(tokens: Any) -> None:
         raise InvalidAmount(f"The number of tokens must be a whole number from 1 to {MAX_TOKENS:,}.")
 
 
-def _fields(instance: Operation | TokenPools) -> dict[str, Any]:
+def _fields(instance: Operation | TokenPools | Party) -> dict[str, Any]:
     # Flat, unlike `asdict`, which copies deeply and costs as much as the database's part of a debit.
     return {name: getattr(instance, name) for name in type(instance).__slots__}
 
@@ -621,27 +686,32 @@ def _get_usage(usage_id: int) -> TokenUsage:
     return usage
 
 
-def _replayed_usage(user_id: int, idempotency_key: str | None, fingerprint: str) -> Posting | None:
+def _payer_of(usage: TokenUsage) -> dict[str, Any]:
+    """Who acted stands on its row."""
+    return {"account_id": usage.account_id, "user_id": None}
+
+
+def _replayed_usage(party: Party, idempotency_key: str | None, fingerprint: str) -> Posting | None:
     usage = (
-        TokenUsage.objects.select_related("account")
-        .filter(account__user_id=user_id, idempotency_key=idempotency_key)
-        .first()
+        TokenUsage.objects.select_related("account").filter(**party.of_rows, idempotency_key=idempotency_key).first()
     )
     if idempotency_key is None or usage is None:  # without a key, Django would look for rows without one
         return None
+    party.require_same_actor(usage)
     if usage.request_fingerprint != fingerprint:
         raise IdempotencyConflict
     return _replay(usage)
 
 
-def _replayed_transaction(user_id: int, idempotency_key: str | None, fingerprint: str) -> Posting | None:
+def _replayed_transaction(party: Party, idempotency_key: str | None, fingerprint: str) -> Posting | None:
     entry = (
         TokenTransaction.objects.select_related("account")
-        .filter(account__user_id=user_id, idempotency_key=idempotency_key)
+        .filter(**party.of_rows, idempotency_key=idempotency_key)
         .first()
     )
     if idempotency_key is None or entry is None:
         return None
+    party.require_same_actor(entry)
     if entry.request_fingerprint != fingerprint:
         raise IdempotencyConflict
     return outcome_of(entry.account, entry)

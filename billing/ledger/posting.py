@@ -10,7 +10,7 @@ from psycopg.rows import namedtuple_row
 
 from billing import announcements
 from billing.ledger import statements
-from billing.ledger.types import AccountNotActive, AccountNotFound, InsufficientTokens, Posting
+from billing.ledger.types import AccountNotActive, AccountNotFound, ActorRequired, InsufficientTokens, Posting
 from billing.models import TokenAccount
 from kit.database import DATABASE_AWAY, repeated_after_conflicts
 
@@ -40,12 +40,14 @@ def post(statement: statements.Statement, parameters: Mapping[str, Any], *, need
     """Run the statement; raise what refused it, or say after the commit that the balance changed."""
     row = execute(statement, parameters)
     if row is None:
-        raise AccountNotFound("This user has no token account.")
+        raise AccountNotFound("There is no such token account.")
     if row.new_balance is None:
+        if statement.needs_actor and (row.user_id is None) == (parameters["actor_id"] in (None, row.user_id)):
+            raise ActorRequired(is_team=row.user_id is None)
         if row.status != TokenAccount.Status.ACTIVE:
             raise AccountNotActive(status=row.status, reason=row.status_reason)
         raise InsufficientTokens(needed_tokens=needed_tokens, available_tokens=row.balance - row.reserved)
-    transaction.on_commit(partial(announcements.announce_balance_change, row.user_id))
+    transaction.on_commit(partial(announcements.announce_balance_change, row.account_id))
     return Posting(
         account_id=row.account_id,
         user_id=row.user_id,

@@ -6,23 +6,30 @@ from dataclasses import dataclass
 from typing import Any
 
 # Each operation puts its own `posting` between these parts: one row (the account as locked, `amount`,
-# `reserved_change`, `usage_id`), or none when the operation is refused.
+# `reserved_change`, `usage_id`, and who acted: `actor_id`, `api_key_id`), or none when the operation is refused.
 
 LOCKED_ACCOUNT = """
 WITH account AS MATERIALIZED (
     SELECT id, user_id, workspace_id, balance, reserved, sequence, status, status_reason
       FROM billing_tokenaccount
-     WHERE user_id = %(user_id)s::bigint
+     WHERE id = coalesce(
+               %(account_id)s::bigint,
+               (SELECT id FROM billing_tokenaccount WHERE user_id = %(user_id)s::bigint)
+           )
        FOR UPDATE
 )"""
 
+# Nobody named: the account's own user. A team's has none.
+ACTOR = "coalesce(%(actor_id)s::bigint, user_id) AS actor_id, %(api_key_id)s::bigint AS api_key_id"
+
 ENTRY = """, entry AS (
     INSERT INTO billing_tokentransaction (
-        account_id, user_id, workspace_id, sequence, type, amount, balance_before, balance_after, usage_id,
+        account_id, user_id, api_key_id, workspace_id, sequence, type, amount, balance_before, balance_after, usage_id,
         purchase_id, admin_id, paid_cents, currency, stripe_payment_intent_id,
         idempotency_key, request_fingerprint, description, metadata
     )
-    SELECT id, user_id, workspace_id, sequence + 1, %(type)s::text, amount, balance, balance + amount, usage_id,
+    SELECT id, actor_id, api_key_id, workspace_id, sequence + 1, %(type)s::text, amount, balance, balance + amount,
+           usage_id,
            %(purchase_id)s::bigint, %(admin_id)s::bigint, %(paid_cents)s::bigint, %(currency)s::text,
            %(stripe_payment_intent_id)s::text, %(entry_key)s::text, %(entry_fingerprint)s::text,
            %(description)s::text, %(metadata)s::jsonb
@@ -98,17 +105,18 @@ def cast(column: str) -> str:
     return "text" if column in TEXT_COLUMNS else OTHER_COLUMN_TYPES.get(column, "bigint")
 
 
-# The names above, no input.
+# The names above, no input. Law 16: somebody began it, and with a personal account its owner.
 NEW_USAGE = f""", usage AS (
     INSERT INTO billing_tokenusage (
-        account_id, user_id, workspace_id, {", ".join(NEW_USAGE_COLUMNS)}, metadata, created_at, completed_at,
-        expires_at
+        account_id, user_id, api_key_id, workspace_id, {", ".join(NEW_USAGE_COLUMNS)}, metadata, created_at,
+        completed_at, expires_at
     )
-    SELECT id, user_id, workspace_id, {", ".join(f"%({c})s::{cast(c)}" for c in NEW_USAGE_COLUMNS)},
+    SELECT id, actor_id, api_key_id, workspace_id, {", ".join(f"%({c})s::{cast(c)}" for c in NEW_USAGE_COLUMNS)},
            %(usage_metadata)s::jsonb, clock_timestamp(),
            CASE WHEN %(lifetime_seconds)s::int IS NULL THEN clock_timestamp() END,
            clock_timestamp() + %(lifetime_seconds)s::int * interval '1 second'
       FROM allowed
+     WHERE actor_id = coalesce(user_id, actor_id)
     RETURNING id AS usage_id
 )"""  # noqa: S608 – our own names and constants, no input
 
@@ -120,23 +128,26 @@ class Statement:
 
     sql: str
     names: tuple[str, ...]
+    needs_actor: bool = False  # it begins an operation
 
     @classmethod
     def of(cls, *parts: str) -> "Statement":
         text = " ".join(" ".join(parts).split())
         names = tuple(dict.fromkeys(re.findall(r"%\((\w+)\)s", text)))
-        return cls(re.sub(r"%\((\w+)\)s", lambda match: f"${names.index(match[1]) + 1}", text), names)
+        return cls(
+            re.sub(r"%\((\w+)\)s", lambda match: f"${names.index(match[1]) + 1}", text), names, NEW_USAGE in parts
+        )
 
 
 RESERVE = Statement.of(
     LOCKED_ACCOUNT,
     # What costs nothing needs no balance, and no debt stands in its way.
-    """, allowed AS MATERIALIZED (
-    SELECT *, 0::bigint AS amount, %(reserved_tokens)s::bigint AS reserved_change
+    f""", allowed AS MATERIALIZED (
+    SELECT *, {ACTOR}, 0::bigint AS amount, %(reserved_tokens)s::bigint AS reserved_change
       FROM account
      WHERE (status = 'active' AND balance - reserved >= %(reserved_tokens)s::bigint)
         OR (%(is_free)s::boolean AND (status = 'active' OR status_reason = 'debt'))
-)""",
+)""",  # noqa: S608 – our own names, no input
     NEW_USAGE,
     """, posting AS MATERIALIZED (
     SELECT allowed.*, usage_id FROM allowed, usage
@@ -147,11 +158,11 @@ RESERVE = Statement.of(
     OUTCOME,
 )
 
-ALLOWED_DEBIT = """, allowed AS MATERIALIZED (
-    SELECT *, -%(tokens)s::bigint AS amount, 0::bigint AS reserved_change
+ALLOWED_DEBIT = f""", allowed AS MATERIALIZED (
+    SELECT *, {ACTOR}, -%(tokens)s::bigint AS amount, 0::bigint AS reserved_change
       FROM account
      WHERE %(may_leave_debt)s::boolean OR balance - reserved >= %(tokens)s::bigint
-)"""
+)"""  # noqa: S608 – our own names, no input
 
 DEBIT_WITH_USAGE = Statement.of(
     LOCKED_ACCOUNT,
@@ -177,7 +188,7 @@ DEBIT_OR_CREDIT = Statement.of(
 )
 
 HOLD = """, hold AS MATERIALIZED (
-    SELECT usage.id, usage.reserved_tokens
+    SELECT usage.id, usage.reserved_tokens, usage.user_id AS actor_id, usage.api_key_id
       FROM billing_tokenusage AS usage
       JOIN account ON account.id = usage.account_id
      WHERE usage.id = %(usage_id)s::bigint AND usage.status = 'reserved'
@@ -208,7 +219,7 @@ SETTLE = Statement.of(
     HOLD,
     """, posting AS MATERIALIZED (
     SELECT account.*, -least(%(billable_tokens)s::bigint, hold.reserved_tokens) AS amount,
-           -hold.reserved_tokens AS reserved_change, hold.id AS usage_id
+           -hold.reserved_tokens AS reserved_change, hold.id AS usage_id, hold.actor_id, hold.api_key_id
       FROM account, hold
 ), settled AS (
     UPDATE billing_tokenusage AS usage

@@ -34,6 +34,19 @@ class AccountNotFound(LedgerError):
     code = "account_not_found"
 
 
+class ActorRequired(LedgerError):
+    """A team's account pays, and nobody was named who acted; or a personal one, and it was not its owner (law 16)."""
+
+    http_status = 422
+    code = "actor_required"
+
+    def __init__(self, *, is_team: bool = True) -> None:
+        if is_team:
+            super().__init__("A team pays for this: say who of its members acted.")
+        else:
+            super().__init__("A personal account pays for what its owner does, and for nobody else.")
+
+
 class InsufficientTokens(LedgerError):
     """The available tokens do not cover the amount; `missing_tokens` says by how much."""
 
@@ -86,6 +99,37 @@ class UsageAlreadyClosed(LedgerError):
 
 
 @dataclass(frozen=True, slots=True)
+class Party:
+    """Who pays and who acts (law 16). Either `account_id` names the payer, or `user_id` the person whose personal
+    account pays. Without `actor_id` the account's own user acts."""
+
+    user_id: int | None = None
+    account_id: int | None = None
+    actor_id: int | None = None
+    api_key_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.user_id is None) == (self.account_id is None):
+            raise TypeError("Name the payer by either user_id or account_id.")
+
+    @property
+    def of_account(self) -> dict[str, int | None]:
+        """The payer's account, to filter accounts by."""
+        return {"user_id": self.user_id} if self.account_id is None else {"pk": self.account_id}
+
+    @property
+    def of_rows(self) -> dict[str, int | None]:
+        """The payer's account, to filter what belongs to accounts by."""
+        return {"account__user_id": self.user_id} if self.account_id is None else {"account_id": self.account_id}
+
+    def require_same_actor(self, row: TokenUsage | TokenTransaction) -> None:
+        """Keys are scoped to who uses them (law 8): what a colleague did under one is nobody else's to know. `row` with
+        its account. Raises IdempotencyConflict."""
+        if row.user_id != (self.actor_id or row.account.user_id):
+            raise IdempotencyConflict
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """What an AI operation is, and the price that applies to it from beginning to end."""
 
@@ -131,7 +175,7 @@ class Posting:
     """
 
     account_id: int
-    user_id: int
+    user_id: int | None  # whose account it is; a team's is nobody's
     amount_tokens: int  # signed change of the balance
     balance_tokens: int
     reserved_tokens: int

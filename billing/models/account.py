@@ -22,8 +22,11 @@ class WithheldBonus(models.TextChoices):
 
 
 class TokenAccount(models.Model):
-    """One user's prepaid tokens. `balance`, `reserved`, `sequence`, the lifetime totals and a debt's status are
-    written by billing/ledger/ alone (law 1)."""
+    """The prepaid tokens of a workspace: a person's own, or a team's.
+
+    `balance`, `reserved`, `sequence`, the lifetime totals and a debt's status are written by billing/ledger/ alone
+    (law 1).
+    """
 
     Status = AccountStatus
 
@@ -35,8 +38,13 @@ class TokenAccount(models.Model):
     # Who may buy, themselves or by auto-recharge: a person's block or suspension ends it, a debt is paid by it.
     MAY_BUY = Q(status=AccountStatus.ACTIVE) | Q(status=AccountStatus.SUSPENDED, status_reason=DEBT)
 
-    user = models.OneToOneField(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="token_account")
-    workspace = models.ForeignKey("accounts.Workspace", on_delete=models.PROTECT, related_name="token_accounts")
+    # Whose personal one it is; a team's is nobody's.
+    user = models.OneToOneField(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="token_account"
+    )
+    workspace = models.ForeignKey(
+        "accounts.Workspace", on_delete=models.PROTECT, related_name="token_accounts", db_index=False
+    )
 
     balance = models.BigIntegerField("balance (tokens)", db_default=0)
     reserved = models.BigIntegerField("reserved (tokens)", db_default=0)
@@ -57,6 +65,7 @@ class TokenAccount(models.Model):
     stripe_customer_tries = models.SmallIntegerField(db_default=0)
     stripe_email = models.CharField("e-mail address that Stripe knows", max_length=254, blank=True, db_default="")
     stripe_name = models.CharField("name that Stripe knows", max_length=150, blank=True, db_default="")
+    billing_email = models.EmailField("where a team's receipts go", blank=True, db_default="", default="")
     # All that were ever made for it, once its owner has gone and until Stripe has deleted them.
     stripe_customers_left = models.JSONField(db_default=Value([], models.JSONField()), blank=True, default=list)
     stripe_payment_method_id = models.CharField(max_length=255, blank=True, db_default="")
@@ -92,6 +101,7 @@ class TokenAccount(models.Model):
             models.Index(fields=["id"], condition=Q(bonus_withheld=WithheldBonus.WAITS), name="account_bonus_waits"),
         ]
         constraints = [
+            models.UniqueConstraint(fields=["workspace"], name="account_one_per_workspace"),
             models.CheckConstraint(condition=Q(reserved__gte=0), name="account_reserved_not_negative"),
             models.CheckConstraint(
                 # A debt suspends the account: an active one can never have promised more than it owns.
@@ -115,7 +125,22 @@ class TokenAccount(models.Model):
         ]
 
     def __str__(self) -> str:
-        return f"{self.user}: {self.balance:,} tokens"
+        return f"{self.holder}: {self.balance:,} tokens"
+
+    @property
+    def holder(self) -> str:
+        """Whose it is, for people: the person's address, or the team's name."""
+        return str(self.user or self.workspace)
+
+    @property
+    def receipts_email(self) -> str:
+        """Where Stripe sends its receipts; empty: its page asks for an address."""
+        return self.user.email if self.user else self.billing_email
+
+    @property
+    def name(self) -> str:
+        """What its holder is called, where an address has no place."""
+        return self.user.name if self.user else self.workspace.name
 
     def may_operate(self, *, is_free: bool = False) -> bool:
         """Whether a new operation may start. A debt holds up only what costs something."""

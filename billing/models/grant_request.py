@@ -31,7 +31,10 @@ class GrantRequest(models.Model):
 
     kind = models.CharField(max_length=10, choices=GrantKind)
     account = models.ForeignKey("billing.TokenAccount", on_delete=models.PROTECT, related_name="grant_requests")
-    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+", db_index=False)
+    # Who receives it; nobody where it is a team.
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )
     tokens = models.BigIntegerField()
     reason = models.CharField(max_length=500)
 

@@ -40,7 +40,10 @@ class Purchase(models.Model):
     PENDING_STATES = (*UNPAID_STATES, State.PROCESSING, State.ACTION_REQUIRED)
 
     account = models.ForeignKey("billing.TokenAccount", on_delete=models.PROTECT, related_name="purchases")
-    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="purchases")
+    # Who bought it; nobody where a team's card was charged by auto-recharge.
+    user = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="purchases"
+    )
     workspace = models.ForeignKey("accounts.Workspace", on_delete=models.PROTECT, related_name="+")
     kind = models.CharField(max_length=15, choices=Kind)
     state = models.CharField(max_length=15, choices=State, default=State.CREATED)
@@ -110,6 +113,9 @@ class Purchase(models.Model):
             ),
             models.CheckConstraint(
                 condition=~Q(state="paid") | Q(paid_at__isnull=False), name="purchase_paid_has_time"
+            ),
+            models.CheckConstraint(
+                condition=Q(kind="auto_recharge") | Q(user__isnull=False), name="purchase_names_its_buyer"
             ),
             choices_constraint("kind", PurchaseKind, "purchase_kind_known"),
             choices_constraint("state", PurchaseState, "purchase_state_known"),

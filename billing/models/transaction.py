@@ -26,7 +26,12 @@ class TokenTransaction(models.Model):
     Type = TransactionType
 
     account = models.ForeignKey("billing.TokenAccount", on_delete=models.PROTECT, db_index=False)
-    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, db_index=False)
+    # Who acted, as its operation or purchase says: nobody where a team's account was charged or changed by itself. An
+    # admin of the platform stands in `admin`.
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, db_index=False)
+    api_key = models.ForeignKey(
+        "accounts.ApiKey", on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )
     workspace = models.ForeignKey("accounts.Workspace", on_delete=models.PROTECT)
     sequence = models.BigIntegerField("number within the account")
 
@@ -66,7 +71,7 @@ class TokenTransaction(models.Model):
 
     class Meta:
         indexes = [
-            models.Index(fields=["user", "created_at"], name="ledger_by_user_and_time"),
+            models.Index(fields=["account", "created_at"], name="ledger_by_account_and_time"),
             # Partial: debits, the many rows, name neither a payment nor a purchase and pay nothing for these.
             models.Index(
                 fields=["stripe_payment_intent_id"],
@@ -116,6 +121,7 @@ class TokenTransaction(models.Model):
             models.CheckConstraint(
                 condition=~Q(type="usage") | Q(usage__isnull=False), name="ledger_usage_names_its_operation"
             ),
+            models.CheckConstraint(condition=~Q(type="usage") | Q(user__isnull=False), name="ledger_usage_names_actor"),
             models.CheckConstraint(
                 condition=~Q(type__in=["purchase", "auto_recharge", "refund"]) | Q(purchase__isnull=False),
                 name="ledger_money_names_its_purchase",

@@ -30,14 +30,19 @@ class ChargeType(models.TextChoices):
 
 
 class TokenUsage(models.Model):
-    """One AI operation: what was held for it, what the provider counted, what it cost the user and us."""
+    """One AI operation: what was held for it, what the provider counted, what it cost its payer (`account`) and us.
+    `user` is the person who acted (law 16): with a personal account its owner, with a team's one of its members."""
 
     Status = UsageStatus
     OperationType = OperationType
     ChargeType = ChargeType
 
     account = models.ForeignKey("billing.TokenAccount", on_delete=models.PROTECT, db_index=False)
-    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, db_index=False)
+    user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, db_index=False)  # who acted
+    # The key they acted with. Keys are never deleted once they may stand here.
+    api_key = models.ForeignKey(
+        "accounts.ApiKey", on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
+    )
     workspace = models.ForeignKey("accounts.Workspace", on_delete=models.PROTECT)
 
     status = models.CharField(max_length=10, choices=Status)
@@ -88,7 +93,7 @@ class TokenUsage(models.Model):
     class Meta:
         verbose_name_plural = "token usage"
         indexes = [
-            models.Index(fields=["user", "created_at"], name="usage_by_user_and_time"),
+            models.Index(fields=["account", "created_at", "user"], name="usage_by_account_and_time"),
             models.Index(fields=["created_at"], name="usage_by_time"),
             # For the roll-ups and what is newer than they are. Partial: a reservation pays nothing for it.
             models.Index(fields=["completed_at"], condition=Q(completed_at__isnull=False), name="usage_by_completion"),

@@ -1,10 +1,12 @@
 """What there is to tell: one function per message."""
 
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Any
 
 from django.urls import reverse
 from django.utils import timezone
 
+from accounts import teams
 from accounts.models import User
 from accounts.time_zones import zone_of
 from billing.models import (
@@ -21,8 +23,8 @@ from kit.text import one_line
 def purchase_confirmed(purchase: Purchase) -> None:
     """A purchase by Checkout was paid and credited."""
     what = f"the {purchase.package_name} package" if purchase.package_id else token_words(purchase.tokens)
-    notify(
-        user_id=purchase.user_id,
+    _tell(
+        purchase.account,
         kind=Kind.PURCHASE_CONFIRMED,
         key=str(purchase.pk),
         title=f"{token_words(purchase.tokens)} were added",
@@ -37,8 +39,8 @@ def purchase_confirmed(purchase: Purchase) -> None:
 def auto_recharge_succeeded(purchase: Purchase) -> None:
     """Auto-recharge charged the saved card and credited the tokens."""
     card = _card_of(purchase.account)
-    notify(
-        user_id=purchase.user_id,
+    _tell(
+        purchase.account,
         kind=Kind.AUTO_RECHARGE_SUCCEEDED,
         key=str(purchase.pk),
         title=f"Auto-recharge added {token_words(purchase.tokens)}",
@@ -58,8 +60,8 @@ def auto_recharge_failed(purchase: Purchase, *, retry_at: datetime | None) -> No
     card = _card_of(purchase.account)
     retry_words = _moment(retry_at, purchase.user) if retry_at else ""
     next_step = f"We will try again on {retry_words}." if retry_at else "We will not try again by ourselves."
-    notify(
-        user_id=purchase.user_id,
+    _tell(
+        purchase.account,
         kind=Kind.AUTO_RECHARGE_FAILED,
         key=str(purchase.pk),
         title=f"We could not buy {token_words(purchase.tokens)} for you",
@@ -84,8 +86,8 @@ def auto_recharge_failed(purchase: Purchase, *, retry_at: datetime | None) -> No
 def auto_recharge_needs_confirmation(purchase: Purchase) -> None:
     """The bank wants to see the card's owner before it pays."""
     card = _card_of(purchase.account)
-    notify(
-        user_id=purchase.user_id,
+    _tell(
+        purchase.account,
         kind=Kind.AUTO_RECHARGE_NEEDS_CONFIRMATION,
         key=str(purchase.pk),
         title=f"Please confirm a payment of {purchase.price_display}",
@@ -101,8 +103,8 @@ def auto_recharge_needs_confirmation(purchase: Purchase) -> None:
 
 def auto_recharge_switched_off(account: TokenAccount, *, reason: str, key: str) -> None:
     """Auto-recharge is off now, and not because its owner switched it off. `reason` is for the person."""
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.AUTO_RECHARGE_SWITCHED_OFF,
         key=key,
         title="Auto-recharge was switched off",
@@ -123,8 +125,8 @@ def auto_recharge_switched_on(account: TokenAccount, *, key: str) -> None:
     card = _card_of(account)
     cap_cents = account.auto_recharge_monthly_cap_cents
     limit = f"for at most {display_price(cap_cents, account.currency)} a month" if cap_cents else "without a limit"
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.AUTO_RECHARGE_SWITCHED_ON,
         key=key,
         title="Auto-recharge is on",
@@ -141,8 +143,8 @@ def auto_recharge_switched_on(account: TokenAccount, *, key: str) -> None:
 def saved_card_changed(account: TokenAccount, *, key: str) -> None:
     """The card that auto-recharge charges was replaced at Stripe. `key` names the change: back to a card of before is
     told, too."""
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.SAVED_CARD_CHANGED,
         key=key,
         title="Your saved card was replaced",
@@ -154,8 +156,8 @@ def saved_card_changed(account: TokenAccount, *, key: str) -> None:
 
 def low_balance(account: TokenAccount, *, key: str) -> None:
     """The available tokens have fallen to the low mark. `key` names the crossing, so that it is said once."""
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.LOW_BALANCE,
         key=key,
         title="Your balance is running low",
@@ -167,8 +169,8 @@ def low_balance(account: TokenAccount, *, key: str) -> None:
 
 def critical_balance(account: TokenAccount, *, key: str) -> None:
     """The available tokens have fallen below the critical mark. `key` names the crossing, so that it is said once."""
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.CRITICAL_BALANCE,
         key=key,
         title="Your tokens are almost used up" if account.available > 0 else "Your tokens are used up",
@@ -180,8 +182,8 @@ def critical_balance(account: TokenAccount, *, key: str) -> None:
 
 def grant_received(account: TokenAccount, *, tokens: int, reason: str, key: str) -> None:
     """An admin gave tokens; `account` is the one after it."""
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.GRANT_RECEIVED,
         key=key,
         title=f"You received {token_words(tokens)}",
@@ -194,8 +196,8 @@ def grant_received(account: TokenAccount, *, tokens: int, reason: str, key: str)
 
 def tokens_deducted(account: TokenAccount, *, tokens: int, reason: str, key: str) -> None:
     """An admin took tokens; `account` is the one after it."""
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.TOKENS_DEDUCTED,
         key=key,
         title=f"{token_words(tokens)} were taken from your balance",
@@ -218,8 +220,8 @@ def account_status_changed(account: TokenAccount, *, reason: str, key: str) -> N
     else:
         title = f"Your account was {account.status}"
         body = "New drafts and images do not start. Your tokens stay yours. Contact support to have it reopened."
-    notify(
-        user_id=account.user_id,
+    _tell(
+        account,
         kind=Kind.ACCOUNT_STATUS_CHANGED,
         key=key,
         title=title,
@@ -236,8 +238,8 @@ def refund_applied(reversal: PaymentReversal, *, tokens: int) -> None:
         return
     amount, balance_tokens = _amount_of(reversal), _balance_of(reversal.purchase)
     taken = f"{token_words(tokens)} were taken back from your balance" if tokens > 0 else "no tokens were taken back"
-    notify(
-        user_id=reversal.purchase.user_id,
+    _tell(
+        reversal.purchase.account,
         kind=Kind.REFUND_APPLIED,
         key=str(reversal.pk),
         title=f"{amount} is on its way back to you",
@@ -255,8 +257,8 @@ def refund_failed(reversal: PaymentReversal, *, tokens: int) -> None:
         return
     amount = _amount_of(reversal)
     returned = f"{token_words(tokens)} are back in your balance" if tokens > 0 else "your balance stays as it is"
-    notify(
-        user_id=reversal.purchase.user_id,
+    _tell(
+        reversal.purchase.account,
         kind=Kind.REFUND_FAILED,
         key=str(reversal.pk),
         title=f"The refund of {amount} did not go through",
@@ -290,8 +292,8 @@ def dispute_opened(reversal: PaymentReversal, *, tokens: int) -> None:
         return
     amount, balance_tokens = _amount_of(reversal), _balance_of(reversal.purchase)
     taken = f"{token_words(tokens)} are held back" if tokens > 0 else "no tokens are held back"
-    notify(
-        user_id=reversal.purchase.user_id,
+    _tell(
+        reversal.purchase.account,
         kind=Kind.DISPUTE_OPENED,
         key=f"{reversal.pk}-{reversal.status}",
         title=f"Your payment of {amount} is disputed",
@@ -316,8 +318,8 @@ def dispute_closed(reversal: PaymentReversal, *, tokens: int) -> None:
         outcome = f"The payment of {amount} stands. {token_words(tokens)} are back in your balance."
     else:
         outcome = f"The payment of {amount} stands, and your balance stays as it is."
-    notify(
-        user_id=reversal.purchase.user_id,
+    _tell(
+        reversal.purchase.account,
         kind=Kind.DISPUTE_CLOSED,
         key=f"{reversal.pk}-{reversal.status}",
         title=f"The dispute about {amount} is closed",
@@ -357,6 +359,18 @@ def admin_ids() -> list[int]:
 # --- Helpers --------------------------------------------------------------------------------------------------------
 
 
+def _tell(account: TokenAccount, *, kind: Kind, title: str, link: str, **message: Any) -> None:
+    """Tell those who look after the account: its user, or a team's owners and admins, whom the title tells which team
+    it is and the link takes there."""
+    if account.user_id is None:
+        title = f"{account.workspace.name}: {title}"
+        path, _, section = link.partition("#")
+        link = f"{path}?workspace={account.workspace_id}" + (f"#{section}" if section else "")
+    told = [account.user_id] if account.user_id else teams.manager_ids(account.workspace)
+    for user_id in told:
+        notify(user_id=user_id, kind=kind, title=title, link=link, **message)
+
+
 def _sentence(text: str) -> str:
     text = one_line(text)
     return text if text.endswith((".", "!", "?", "…")) else f"{text}."
@@ -370,9 +384,9 @@ def token_words(number: int) -> str:
     return count_words(number, "token")
 
 
-def _moment(at: datetime, user: User) -> str:
-    """By the user's own clock, with its zone: "23 November 2026 at 08:00 CET"."""
-    return f"{at.astimezone(zone_of(user)):%-d %B %Y at %H:%M %Z}"
+def _moment(at: datetime, user: User | None) -> str:
+    """By the user's own clock, with its zone: "23 November 2026 at 08:00 CET". A team lives by no clock of its own."""
+    return f"{at.astimezone(zone_of(user) if user else UTC):%-d %B %Y at %H:%M %Z}"
 
 
 def _tokens_page(section: str) -> str:

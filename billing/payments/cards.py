@@ -6,6 +6,7 @@ import structlog
 from django.db import transaction
 from django.db.models import Exists, F, OuterRef, Q
 
+from billing import ledger
 from billing.models import Purchase, TokenAccount
 from billing.notifications import messages
 from billing.payments import customers, gateway
@@ -105,12 +106,12 @@ def sweep_details(now: datetime, *, limit: int) -> None:
             return
 
 
-def refresh_card(*, user_id: int) -> None:
+def refresh_card(*, user_id: int | None = None, account_id: int | None = None) -> None:
     """Ask Stripe which card the customer has now: after their visit to its page, or when a charge was refused.
 
     Without a card, auto-recharge is switched off with a notice. Stripe out of reach is no error: what we know stays.
     """
-    account = TokenAccount.objects.get(user_id=user_id)
+    account = TokenAccount.objects.get(**ledger.Party(user_id, account_id).of_account)
     if not account.stripe_customer_id:
         return
     try:
@@ -119,7 +120,7 @@ def refresh_card(*, user_id: int) -> None:
         customers.forget_customer(customer_id=account.stripe_customer_id)
         return
     except GatewayError as error:
-        logger.warning("A card could not be looked up", user_id=user_id, error=error.__cause__ or error)
+        logger.warning("A card could not be looked up", account_id=account.pk, error=error.__cause__ or error)
         return
     if card is None:
         customers.forget_card(payment_method_id=account.stripe_payment_method_id)
@@ -130,12 +131,12 @@ def refresh_card(*, user_id: int) -> None:
                 messages.saved_card_changed(account, key=database.now().isoformat())
 
 
-def open_card_page(*, user_id: int, return_url: str) -> str:
-    """The address of Stripe's page where the user changes or removes their card, "" when they have none to change.
+def open_card_page(*, user_id: int | None = None, account_id: int | None = None, return_url: str) -> str:
+    """The address of Stripe's page where the account's card is changed or removed, "" when they have none to change.
 
     Raises GatewayError.
     """
-    account = TokenAccount.objects.get(user_id=user_id)
+    account = TokenAccount.objects.get(**ledger.Party(user_id, account_id).of_account)
     if not account.stripe_customer_id:
         return ""
     try:
@@ -173,6 +174,6 @@ def update_card(card: SavedCard) -> None:
 
 def refresh_card_of(*, customer_id: str) -> None:
     """Have a worker look up the customer's card after the commit."""
-    user_id = TokenAccount.objects.filter(stripe_customer_id=customer_id).values_list("user_id", flat=True).first()
-    if user_id is not None:
-        enqueue_on_commit("billing.tasks.refresh_card", user_id)
+    account_id = TokenAccount.objects.filter(stripe_customer_id=customer_id).values_list("pk", flat=True).first()
+    if account_id is not None:
+        enqueue_on_commit("billing.tasks.refresh_card", None, account_id)

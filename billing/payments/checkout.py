@@ -102,17 +102,29 @@ def terms_of_amount(amount_cents: int, *, currency: str = Currency.USD) -> Terms
     return Terms(None, "Custom amount", tokens, amount_cents, currency, rate_of=rate_of)
 
 
-def create_checkout_session(*, user_id: int, terms: Terms, checkout_key: str) -> Purchase:
-    """Open a Checkout page and return the purchase, whose `checkout_url` leads there.
+def create_checkout_session(
+    *,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    terms: Terms,
+    checkout_key: str,
+) -> Purchase:
+    """Open a Checkout page and return the purchase, whose `checkout_url` leads there. The account, or the user's own,
+    gets the tokens; `actor_id` buys them, and without it the account's own user.
 
     The same form sent twice, or a second click while a checkout of the package is open, gives the same page. The terms
     come from `terms_of_package` or `terms_of_amount`, never from the browser. Buying in a currency makes it the
     account's, until the first payment fixes it. Raises AccountMayNotBuy, CurrencyNotChanged, CheckoutKeyConflict,
     GatewayError. When Stripe did not answer, the next click resumes the purchase with the same key.
     """
-    require_may_buy(ledger.get_account(user_id=user_id))
-    account = update_currency(user_id=user_id, currency=terms.currency)
-    purchase, replaced = _open_purchase(account, terms, checkout_key)
+    account = ledger.get_account(user_id=user_id, account_id=account_id)
+    buyer_id = actor_id or account.user_id
+    if buyer_id is None or account.user_id not in (None, buyer_id):
+        raise ledger.ActorRequired(is_team=account.user_id is None)
+    require_may_buy(account)
+    account = update_currency(account_id=account.pk, currency=terms.currency)
+    purchase, replaced = _open_purchase(account, buyer_id, terms, checkout_key)
     for each in replaced:
         try:
             close_checkout(each)
@@ -149,13 +161,13 @@ def why_currency_is_fixed(account: TokenAccount) -> str:
 
 
 @repeated_after_conflicts
-def update_currency(*, user_id: int, currency: str) -> TokenAccount:
+def update_currency(*, user_id: int | None = None, account_id: int | None = None, currency: str) -> TokenAccount:
     """Show prices and sell in another currency. Raises CurrencyNotChanged once there was a payment, or for a currency
     in which nothing is sold; the same currency again changes nothing."""
-    ledger.get_account(user_id=user_id)
+    account_id = ledger.get_account(user_id=user_id, account_id=account_id).pk
     with transaction.atomic():
         # The lock that a credit takes, too: a first payment comes before this or after it, never in between.
-        account = TokenAccount.objects.select_for_update().get(user_id=user_id)
+        account = TokenAccount.objects.select_for_update().get(pk=account_id)
         if currency == account.currency:
             return account
         if reason := why_currency_is_fixed(account):
@@ -168,7 +180,9 @@ def update_currency(*, user_id: int, currency: str) -> TokenAccount:
 
 
 @repeated_after_conflicts
-def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tuple[Purchase, list[Purchase]]:
+def _open_purchase(
+    account: TokenAccount, buyer_id: int, terms: Terms, checkout_key: str
+) -> tuple[Purchase, list[Purchase]]:
     """The purchase of this form, else the open one of this package on the same terms, else a new one.
 
     Beside it the purchases that the new one replaces, whose pages are to be closed at Stripe.
@@ -211,7 +225,7 @@ def _open_purchase(account: TokenAccount, terms: Terms, checkout_key: str) -> tu
                 )
                 purchase = Purchase.objects.create(
                     account=account,
-                    user_id=account.user_id,
+                    user_id=buyer_id,
                     workspace_id=account.workspace_id,
                     kind=Purchase.Kind.CHECKOUT,
                     package=terms.package,
@@ -277,7 +291,7 @@ def _forget_refused(purchase: Purchase, error: gateway.GatewayRefused) -> bool:
 
 
 def _try_to_open_session(purchase: Purchase) -> None:
-    account = TokenAccount.objects.select_related("user").get(pk=purchase.account_id)
+    account = TokenAccount.objects.select_related("user", "workspace").get(pk=purchase.account_id)
     customer_id = customers.ensure_customer(account)
     if purchase.metadata.get("customer_id") != customer_id:
         # Who pays here, should the account have another customer by then.

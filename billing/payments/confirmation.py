@@ -58,7 +58,7 @@ def _confirm(purchase: Purchase, account: TokenAccount, return_url: str, confirm
         except GatewayMissing as error:
             if error.parameter != "payment_method" or key != confirm_key:
                 raise
-            refresh_card(user_id=account.user_id)
+            refresh_card(account_id=account.pk)
             account.refresh_from_db()
             if account.stripe_payment_method_id in ("", payment_method_id):
                 raise

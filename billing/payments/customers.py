@@ -7,6 +7,7 @@ import structlog
 from django.db import transaction
 from django.db.models import F, Q, QuerySet
 
+from billing import ledger
 from billing.models import Installation, Purchase, TokenAccount
 from billing.models.installation import stripe_key
 from billing.payments import gateway
@@ -16,9 +17,15 @@ from kit.database import repeated_after_conflicts
 logger = structlog.get_logger(__name__)
 
 
-def update_stripe_customer(*, user_id: int, stripe_customer_id: str) -> None:
-    """Remember the user's customer at Stripe. The first one stays: two checkouts begun at once share it."""
-    TokenAccount.objects.filter(user_id=user_id, stripe_customer_id=None).update(stripe_customer_id=stripe_customer_id)
+def update_stripe_customer(
+    *, user_id: int | None = None, account_id: int | None = None, stripe_customer_id: str
+) -> None:
+    """Remember the customer at Stripe of an account, or of the user's own. The first one stays: two checkouts begun at
+    once share it."""
+    payer = ledger.Party(user_id, account_id)
+    TokenAccount.objects.filter(**payer.of_account, stripe_customer_id=None).update(
+        stripe_customer_id=stripe_customer_id
+    )
 
 
 def ensure_customer(account: TokenAccount) -> str:
@@ -31,7 +38,7 @@ def ensure_customer(account: TokenAccount) -> str:
     if account.stripe_customer_id:
         return account.stripe_customer_id
     try:
-        return _make_customer(account, account.user.email)
+        return _make_customer(account, account.receipts_email)
     except gateway.GatewayRefused as error:
         if error.parameter != "email":
             raise
@@ -40,7 +47,7 @@ def ensure_customer(account: TokenAccount) -> str:
 
 
 def _make_customer(account: TokenAccount, email: str) -> str:
-    name = account.user.name
+    name = account.name
     installation = Installation.read_name()
     tries = account.stripe_customer_tries
     same_try = TokenAccount.objects.filter(pk=account.pk, stripe_customer_tries=tries)
@@ -55,10 +62,10 @@ def _make_customer(account: TokenAccount, email: str) -> str:
     except (gateway.GatewayBroken, gateway.GatewayRefused, gateway.GatewayKeyConflict):
         same_try.update(stripe_customer_tries=F("stripe_customer_tries") + 1)
         raise
-    update_stripe_customer(user_id=account.user_id, stripe_customer_id=customer_id)
+    update_stripe_customer(account_id=account.pk, stripe_customer_id=customer_id)
     account.refresh_from_db(fields=["stripe_customer_id"])
     if account.stripe_customer_id == customer_id:
-        _note_told(account.pk, customer_id, account.user.email, name)
+        _note_told(account.pk, customer_id, account.receipts_email, name)
     else:
         # Another key, after a fault: theirs stays, and nobody has been sent anywhere with ours.
         logger.warning("A second customer was made at Stripe", account_id=account.pk)
@@ -84,8 +91,8 @@ def tell_changes(*, account_id: int) -> bool:
     Calls Stripe. Of two calls at once nobody knows which one Stripe has taken last: then it counts as untold, and the
     sweep tells it anew.
     """
-    account = TokenAccount.objects.select_related("user").get(pk=account_id)
-    customer_id, email, name = account.stripe_customer_id, account.user.email, account.user.name
+    account = TokenAccount.objects.select_related("user", "workspace").get(pk=account_id)
+    customer_id, email, name = account.stripe_customer_id, account.receipts_email, account.name
     is_told = (account.stripe_email, account.stripe_name) == (email, name)
     if not customer_id or is_told or account.status_reason == TokenAccount.ANONYMISED:
         return True
@@ -113,7 +120,9 @@ def tell_changes(*, account_id: int) -> bool:
 
 def sweep_changes(*, limit: int = 100) -> int:
     """Tell Stripe what a lost task or its absence has left untold. Returns how many customers it knows better now."""
-    known = Q(stripe_email=F("user__email"), stripe_name=F("user__name"))
+    known = Q(stripe_email=F("user__email"), stripe_name=F("user__name")) | Q(
+        user=None, stripe_email=F("billing_email"), stripe_name=F("workspace__name")
+    )
     stale = TokenAccount.objects.filter(~known, stripe_customer_id__isnull=False).exclude(
         status_reason=TokenAccount.ANONYMISED
     )
@@ -167,7 +176,7 @@ def find_customers(account: TokenAccount) -> None:
     named = set(purchases.filter(metadata__has_key="customer_id").values_list("metadata__customer_id", flat=True))
     if account.stripe_customer_id or named or purchases.exists():
         ours = (str(account.pk), Installation.read_name())
-        addresses = {account.user.email, account.stripe_email} - {""}
+        addresses = {account.receipts_email, account.stripe_email} - {""}
         for found in (
             *(gateway.list_customers(email=email) for email in addresses),
             gateway.search_customers(account_id=account.pk, installation=ours[1]),

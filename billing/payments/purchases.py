@@ -37,7 +37,7 @@ ASK_AGAIN_AFTER = timedelta(minutes=10)
 PAGE_ASKS_AGAIN_AFTER = timedelta(seconds=2)
 
 
-def log_ids(purchase: Purchase) -> dict[str, int]:
+def log_ids(purchase: Purchase) -> dict[str, int | None]:
     """What a line of the log about a purchase names."""
     return {"purchase_id": purchase.pk, "account_id": purchase.account_id, "user_id": purchase.user_id}
 
@@ -318,7 +318,8 @@ def credit(
     purchase.tax_cents = tax_cents
     purchase.charged_cents = charged_cents or None
     ledger.add_tokens(
-        user_id=purchase.user_id,
+        account_id=purchase.account_id,
+        actor_id=purchase.user_id,
         tokens=purchase.tokens,
         type=(
             TokenTransaction.Type.PURCHASE

@@ -16,6 +16,7 @@ import structlog
 from django.db import IntegrityError, transaction
 from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 
+from billing import ledger
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.notifications import messages
 from billing.payments import gateway, purchases
@@ -64,14 +65,15 @@ CONFIRM_WITHIN = timedelta(hours=24)
 # --- An attempt -----------------------------------------------------------------------------------------------------
 
 
-def trigger_auto_recharge(*, user_id: int) -> Purchase | None:
-    """Buy the user's package with the saved card, if it is time for that. Returns the attempt, None when it is not.
+def trigger_auto_recharge(*, user_id: int | None = None, account_id: int | None = None) -> Purchase | None:
+    """Buy the package of an account, or of the user's own, with its saved card and no other, if it is time for that.
+    Returns the attempt, None when it is not.
 
     Safe to call at any time and any number of times: two calls at the same moment make one attempt,
     and the monthly cap holds. Calls Stripe, so never call it inside a transaction. Raises PurchaseNotFound
     when Stripe's answer is not about our attempt.
     """
-    purchase = _open_attempt(user_id)
+    purchase = _open_attempt(ledger.Party(user_id, account_id))
     if purchase is not None:
         _charge(purchase)
         purchase.refresh_from_db()
@@ -94,11 +96,11 @@ def _due_accounts(now: datetime) -> QuerySet[TokenAccount]:
 
 
 @repeated_after_conflicts
-def _open_attempt(user_id: int) -> Purchase | None:
+def _open_attempt(payer: ledger.Party) -> Purchase | None:
     """Commit an attempt that Stripe does not know of yet, if the account wants one and may have it."""
     now = database.now()
     # Without the lock first: most debits below the threshold find an attempt under way.
-    if not _due_accounts(now).filter(user_id=user_id).exists():
+    if not _due_accounts(now).filter(**payer.of_account).exists():
         return None
     installation = Installation.read_name()  # before the transaction, which would hold up others while it is made
     try:
@@ -106,7 +108,7 @@ def _open_attempt(user_id: int) -> Purchase | None:
             account = (
                 TokenAccount.objects.select_for_update(of=("self",))
                 .select_related("auto_recharge_package")
-                .get(user_id=user_id)
+                .get(**payer.of_account)
             )
             # Asked again, in a statement of its own: it sees what the lock's last holder has committed.
             if not _due_accounts(now).filter(pk=account.pk).exists():
@@ -232,7 +234,7 @@ def _end_refused(purchase: Purchase) -> None:
         _look_up(purchase, or_else=partial(_close_uncharged, retry_after=RETRY_AFTER_REFUSAL))
     else:
         _look_up(purchase, or_else=_refuse)
-        refresh_card(user_id=purchase.user_id)
+        refresh_card(account_id=purchase.account_id)
 
 
 def _look_up(purchase: Purchase, *, or_else: Callable[[Purchase], None]) -> None:
@@ -393,11 +395,11 @@ def sweep_auto_recharges(*, limit: int = 100) -> int:
             logger.exception("An auto-recharge was not finished", **purchases.log_ids(purchase))
         purchase.refresh_from_db()
         moved += not purchase.is_pending
-    for user_id in _due_accounts(now).order_by("pk").values_list("user_id", flat=True)[:limit]:
+    for account_id in _due_accounts(now).order_by("pk").values_list("pk", flat=True)[:limit]:
         try:
-            begun = trigger_auto_recharge(user_id=user_id)
+            begun = trigger_auto_recharge(account_id=account_id)
         except Exception:
-            logger.exception("An auto-recharge was not begun", user_id=user_id)
+            logger.exception("An auto-recharge was not begun", account_id=account_id)
             continue
         moved += begun is not None
         if begun is not None and begun.state == State.CREATED:

@@ -9,6 +9,7 @@ from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.db.models import QuerySet
 
+from billing import ledger
 from billing.catalogue import packages
 from billing.models import Purchase, TokenAccount, TokenPricing
 from billing.notifications import messages
@@ -29,20 +30,23 @@ METHOD_NAMES = {
 @repeated_after_conflicts
 def update_auto_recharge(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
     enabled: bool,
     threshold_tokens: int,
     package_id: int | None,
     monthly_cap_cents: int | None = None,
 ) -> TokenAccount:
-    """Save the user's settings: buy the package when fewer than `threshold_tokens` are available, for at most
-    `monthly_cap_cents` in a calendar month (UTC). The package's tokens and price of now are what they agree to.
+    """Save the settings of an account, or of the user's own: buy the package when fewer than `threshold_tokens` are
+    available, for at most `monthly_cap_cents` in a calendar month (UTC). The package's tokens and price of now are what
+    they agree to.
 
     Raises ValidationError naming each wrong field; then nothing is changed. Switching it off lets a charge under way
     come to its end. Switched on below the threshold, it recharges at once. The owner is told of what is on.
     """
     with transaction.atomic():
-        account = TokenAccount.objects.select_for_update().get(user_id=user_id)
+        payer = ledger.Party(user_id, account_id)
+        account = TokenAccount.objects.select_for_update().get(**payer.of_account)
         package = check_settings(
             account,
             enabled=enabled,
@@ -77,7 +81,7 @@ def update_auto_recharge(
         if enabled and is_changed:
             messages.auto_recharge_switched_on(account, key=database.now().isoformat())
         if enabled and account.available < threshold_tokens:
-            enqueue_on_commit("billing.tasks.auto_recharge", user_id)
+            enqueue_on_commit("billing.tasks.auto_recharge", None, account.pk)
     return account
 
 
@@ -169,7 +173,7 @@ def switch_off(*, account_id: int, reason: str, key: str) -> bool:
         auto_recharge_enabled=False, auto_recharge_retry_at=None, auto_recharge_last_outcome=reason[:200]
     )
     if was_on:
-        account = TokenAccount.objects.select_related("user").get(pk=account_id)
+        account = TokenAccount.objects.select_related("user", "workspace").get(pk=account_id)
         messages.auto_recharge_switched_off(account, reason=reason, key=key)
     return bool(was_on)
 

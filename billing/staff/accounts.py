@@ -10,9 +10,10 @@ from django.db import transaction
 from django.db.models import F, Max, OuterRef, Q, QuerySet, Subquery, Value
 from django.db.models.functions import Coalesce
 
-from accounts import audit, roles
+from accounts import audit, roles, teams
 from accounts.models import User
 from billing.catalogue import system_settings
+from billing.ledger import Party
 from billing.models import Purchase, SystemSettings, TokenAccount
 from billing.models.account import AccountStatus as Status
 from billing.models.fields import ClockTimestamp
@@ -49,41 +50,48 @@ class InvalidSearch(AccountError):
 # --- Status ---------------------------------------------------------------------------------------------------------
 
 
-def suspend_account(*, superadmin: User, user_id: int, reason: str) -> TokenAccount:
+def suspend_account(
+    *, superadmin: User, user_id: int | None = None, account_id: int | None = None, reason: str
+) -> TokenAccount:
     """No new operation starts until a superadmin reactivates the account; a payment does not (law 12).
 
     Running operations settle, and money arriving is recorded. Raises StatusNotAllowed, StatusNotPossible.
     """
-    return _set_status(superadmin, user_id, Status.SUSPENDED, reason)
+    return _set_status(superadmin, Party(user_id, account_id), Status.SUSPENDED, reason)
 
 
-def block_account(*, superadmin: User, user_id: int, reason: str) -> TokenAccount:
+def block_account(
+    *, superadmin: User, user_id: int | None = None, account_id: int | None = None, reason: str
+) -> TokenAccount:
     """As `suspend_account`, for good."""
-    return _set_status(superadmin, user_id, Status.BLOCKED, reason)
+    return _set_status(superadmin, Party(user_id, account_id), Status.BLOCKED, reason)
 
 
-def reactivate_account(*, superadmin: User, user_id: int, reason: str) -> TokenAccount:
+def reactivate_account(
+    *, superadmin: User, user_id: int | None = None, account_id: int | None = None, reason: str
+) -> TokenAccount:
     """Take a suspension or a block back. With a debt the account stays suspended for that, until it is paid."""
-    return _set_status(superadmin, user_id, Status.ACTIVE, reason)
+    return _set_status(superadmin, Party(user_id, account_id), Status.ACTIVE, reason)
 
 
-def _set_status(superadmin: User, user_id: int, status: Status, reason: str) -> TokenAccount:
+def _set_status(superadmin: User, payer: Party, status: Status, reason: str) -> TokenAccount:
     reason = clean_reason(reason)
     actor = roles.find_superadmin(superadmin.pk)
-    if actor is None or actor.pk == user_id:
+    found = TokenAccount.objects.select_related("workspace").filter(**payer.of_account).first()
+    if actor is None or (found is not None and actor.pk in teams.member_ids(found.workspace)):
         audit.write_refusal(
             action=audit.Action.ACCOUNT_STATUS,
             summary=f"Was refused to make an account {status}",
             actor=superadmin,
-            subject_id=user_id if User.objects.filter(pk=user_id).exists() else None,
+            subject_id=found.user_id if found else None,
         )
         whose = "Only superadmins change" if actor is None else "Nobody changes"
         raise StatusNotAllowed(f"{whose} the status of {'an account' if actor is None else 'their own account'}.")
     with transaction.atomic():
         # The ledger's lock: whether there is a debt must not change between the look and the write.
-        account = TokenAccount.objects.select_for_update().filter(user_id=user_id).first()
+        account = TokenAccount.objects.select_for_update().filter(**payer.of_account).first()
         if account is None:
-            raise StatusNotPossible("This person has no token account.")
+            raise StatusNotPossible("There is no such token account.")
         if account.status_reason == TokenAccount.ANONYMISED:
             raise StatusNotPossible("This account was anonymised and stays blocked for ever.")
         before = {"status": account.status, "status_reason": account.status_reason}
@@ -106,7 +114,7 @@ def _set_status(superadmin: User, user_id: int, status: Status, reason: str) -> 
             action=audit.Action.ACCOUNT_STATUS,
             summary=f"Account made {account.status}" + (", for its debt" if account.has_debt else ""),
             actor=actor,
-            subject_id=user_id,
+            subject_id=account.user_id,
             about=("account", account.pk),
             before=before,
             after={"status": account.status, "status_reason": account.status_reason},
@@ -132,7 +140,8 @@ def clean_reason(reason: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AccountFilter:
-    """Which accounts. `search` is a part of an e-mail address or name, a user's id, or an id of Stripe's."""
+    """Which accounts. `search` is a part of an e-mail address or name, of a person or a team, a user's id, or an id of
+    Stripe's."""
 
     search: str = ""
     status: str = ""
@@ -141,7 +150,7 @@ class AccountFilter:
 
 @dataclass(frozen=True, slots=True)
 class AccountPage:
-    """Accounts with `user` and `last_purchase_at`; `next_cursor` leads on, empty at the end."""
+    """Accounts with `user`, `workspace` and `last_purchase_at`; `next_cursor` leads on, empty at the end."""
 
     accounts: list[TokenAccount]
     next_cursor: str
@@ -224,6 +233,7 @@ def _matches(search: str) -> Q:
         payment = Q(stripe_payment_intent_id=search) | Q(stripe_session_id=search)
         return Q(pk__in=list(Purchase.objects.filter(payment).values_list("account_id", flat=True)))
     matches = Q(user__email__icontains=search) | Q(user__name__icontains=search)
+    matches |= Q(user=None, workspace__name__icontains=search) | Q(user=None, billing_email__icontains=search)
     if (user_id := read_id(search)) is not None:
         matches |= Q(user_id=user_id)
     return matches
@@ -245,7 +255,7 @@ def _last_purchase_at() -> Subquery:
 
 
 def _in_order(account_ids: list[int]) -> list[TokenAccount]:
-    accounts = TokenAccount.objects.select_related("user", "auto_recharge_package").annotate(
+    accounts = TokenAccount.objects.select_related("user", "workspace", "auto_recharge_package").annotate(
         last_purchase_at=_last_purchase_at()
     )
     by_id = accounts.in_bulk(account_ids)

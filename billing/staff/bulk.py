@@ -12,7 +12,7 @@ from django.db import IntegrityError, transaction
 from django.db.models import Count, QuerySet
 from django.utils import timezone
 
-from accounts import audit
+from accounts import audit, teams
 from accounts.models import User
 from billing.models import BulkJob, BulkJobRow, GrantRequest, TokenAccount
 from billing.models.bulk_job import BulkKind as Kind
@@ -254,7 +254,7 @@ def _do(row: BulkJobRow) -> tuple[RowState, str]:
         # The row's key: whatever repeats, this account has one grant of this job.
         request = grants.grant_tokens(
             admin=requester,
-            user_id=account.user_id,
+            account_id=account.pk,
             tokens=job.tokens or 0,
             reason=job.reason,
             request_key=f"bulk-{job.pk}-{row.pk}",
@@ -262,13 +262,13 @@ def _do(row: BulkJobRow) -> tuple[RowState, str]:
         if request.state == GrantRequest.State.DONE:
             return RowState.DONE, f"{request.tokens:,} tokens granted"
         row.data = {"grant_request_id": request.pk}
-        if request.user_id == requester.pk:
+        if requester.pk in teams.member_ids(account.workspace):
             return RowState.REQUESTED, "Nobody gives tokens to themselves: another superadmin decides"
         return RowState.REQUESTED, "So many tokens need a second superadmin"
     if job.kind == Kind.SUSPEND:
         if account.status != TokenAccount.Status.ACTIVE and not account.has_debt:
             return RowState.SKIPPED, f"Was {account.status} already"
-        accounts.suspend_account(superadmin=requester, user_id=account.user_id, reason=job.reason)
+        accounts.suspend_account(superadmin=requester, account_id=account.pk, reason=job.reason)
         return RowState.DONE, "Suspended"
     row.data = {name: getattr(account, name) for name in EXPORTED_FIELDS}
     return RowState.DONE, "Exported"
@@ -306,13 +306,15 @@ def find_rows(job: BulkJob, *, state: str = "") -> QuerySet[BulkJobRow]:
     ended = job.rows.exclude(state=RowState.WAITING)
     if state:
         ended = ended.filter(state=state)
-    return ended.select_related("account__user").order_by("-id")
+    return ended.select_related("account__user", "account__workspace").order_by("-id")
 
 
 def exported_rows(job: BulkJob) -> Iterator[list[str | int | None]]:
     """The lines of an export, its titles first; each as it was when its row was done, the person as they are now."""
     yield ["user", "email", "name", *EXPORTED_FIELDS]
-    rows = job.rows.filter(state=RowState.DONE).select_related("account__user").order_by("id")
+    done = job.rows.filter(state=RowState.DONE)
+    rows = done.select_related("account__user", "account__workspace").order_by("id")
     for row in rows.iterator(chunk_size=2_000):
-        user = row.account.user
-        yield [user.pk, user.email, user.name, *(row.data[name] for name in EXPORTED_FIELDS)]
+        account, user = row.account, row.account.user
+        who = [user.pk if user else None, account.receipts_email, account.name]
+        yield [*who, *(row.data[name] for name in EXPORTED_FIELDS)]

@@ -17,7 +17,7 @@ from django.db.models import F, QuerySet, Sum
 from django.db.models.functions import Now
 from django.utils import timezone
 
-from accounts import audit, roles
+from accounts import audit, roles, teams
 from accounts.audit import Action
 from accounts.models import User
 from billing import ledger
@@ -77,16 +77,23 @@ class GrantPreview:
 # --- Asking ---------------------------------------------------------------------------------------------------------
 
 
-def preview(*, admin: User, user_id: int, tokens: int, kind: str = Kind.GRANT) -> GrantPreview:
+def preview(
+    *,
+    admin: User,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    tokens: int,
+    kind: str = Kind.GRANT,
+) -> GrantPreview:
     """What `grant_tokens` or `deduct_granted_tokens` would do now; raises what they raise. Writes nothing."""
     require_tokens(tokens)
-    account = _get_account(user_id)
+    account = _get_account(ledger.Party(user_id, account_id))
     amount_tokens = tokens if kind == Kind.GRANT else -tokens
     if kind == Kind.DEDUCTION:
         _require_available(account, tokens)
     settings = system_settings.get_system_settings()
     needs_two = _needs_two(settings, kind, tokens, account=account, by=admin)
-    is_own = roles.are_one_person(admin, account.user)
+    is_own = _is_own(admin, account)
     if _is_at_once(admin, kind, is_own=is_own, tokens=tokens, settings=settings, needs_two=needs_two):
         approvals_needed = 0
     else:
@@ -95,29 +102,46 @@ def preview(*, admin: User, user_id: int, tokens: int, kind: str = Kind.GRANT) -
     return GrantPreview(account.balance, account.balance + amount_tokens, approvals_needed)
 
 
-def grant_tokens(*, admin: User, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
-    """Give tokens, or ask for it: the returned request is `done`, or open and waits for a superadmin.
+def grant_tokens(
+    *,
+    admin: User,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    tokens: int,
+    reason: str,
+    request_key: str,
+) -> GrantRequest:
+    """Give tokens to an account, or to the user's own, or ask for it: the returned request is `done`, or open and waits
+    for a superadmin.
 
     `request_key` is the form's: sent twice it is one grant, and the second time returns the first outcome (law 8).
     Raises GrantNotAllowed for non-admins, GrantNotPossible, GrantKeyConflict.
     """
-    return _ask(Kind.GRANT, admin, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
+    return _ask(Kind.GRANT, admin, ledger.Party(user_id, account_id), tokens, reason, request_key)
 
 
-def deduct_granted_tokens(*, admin: User, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
+def deduct_granted_tokens(
+    *,
+    admin: User,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    tokens: int,
+    reason: str,
+    request_key: str,
+) -> GrantRequest:
     """Take tokens, or ask for it, like `grant_tokens`. It leaves no debt: more than is available is not possible."""
-    return _ask(Kind.DEDUCTION, admin, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
+    return _ask(Kind.DEDUCTION, admin, ledger.Party(user_id, account_id), tokens, reason, request_key)
 
 
 @repeated_after_conflicts
-def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
+def _ask(kind: Kind, admin: User, receiver: ledger.Party, tokens: int, reason: str, request_key: str) -> GrantRequest:
     require_tokens(tokens)
     reason = clean_reason(reason)
     asker = User.objects.filter(pk=admin.pk, is_active=True).first()  # the role of this moment, not of the sign-in
     if asker is None or not asker.is_admin:
-        _refuse(admin, user_id, f"Was refused a {kind} of {tokens:,} tokens", Action(kind))
+        _refuse(admin, receiver.user_id, f"Was refused a {kind} of {tokens:,} tokens", Action(kind))
         raise GrantNotAllowed("Only admins give or take tokens.")
-    account = _get_account(user_id)
+    account = _get_account(receiver)
     with transaction.atomic():
         settings = system_settings.get_system_settings()
         _one_at_a_time(settings, asker, account)
@@ -127,7 +151,7 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
                 request = GrantRequest.objects.create(
                     kind=kind,
                     account=account,
-                    user_id=user_id,
+                    user_id=account.user_id,
                     tokens=tokens,
                     reason=reason,
                     requested_by=asker,
@@ -140,8 +164,8 @@ def _ask(kind: Kind, admin: User, *, user_id: int, tokens: int, reason: str, req
                 )
         except IntegrityError:
             # Law 8: the unique key of the form. The first one has committed by now.
-            return _sent_before(kind, asker, user_id=user_id, tokens=tokens, reason=reason, request_key=request_key)
-        is_own = roles.are_one_person(asker, account.user)
+            return _sent_before(kind, asker, account, tokens, reason, request_key)
+        is_own = _is_own(asker, account)
         if _is_at_once(asker, kind, is_own=is_own, tokens=tokens, settings=settings, needs_two=needs_two):
             return _carry_out(request, by=asker, action=Action(kind))
         if asker.is_superadmin and needs_two and not is_own:
@@ -197,9 +221,11 @@ def _one_at_a_time(settings: SystemSettings, by: User, account: TokenAccount) ->
         lock_until_commit(f"grants-for-{account.pk}")
 
 
-def _sent_before(kind: str, asker: User, *, user_id: int, tokens: int, reason: str, request_key: str) -> GrantRequest:
+def _sent_before(
+    kind: str, asker: User, account: TokenAccount, tokens: int, reason: str, request_key: str
+) -> GrantRequest:
     request = GrantRequest.objects.get(requested_by=asker, request_key=request_key)
-    if (request.kind, request.user_id, request.tokens, request.reason) != (kind, user_id, tokens, reason):
+    if (request.kind, request.account_id, request.tokens, request.reason) != (kind, account.pk, tokens, reason):
         raise GrantKeyConflict("This form was already sent with other contents. Reload the page.")
     return request
 
@@ -261,7 +287,7 @@ def expire_requests() -> int:
 def list_open_requests() -> QuerySet[GrantRequest]:
     """The queue, oldest first."""
     waiting = GrantRequest.objects.filter(state__in=GrantRequest.OPEN_STATES)
-    return waiting.select_related("account", "user", "requested_by", "approved_by").order_by("id")
+    return waiting.select_related("account__user", "account__workspace", "requested_by", "approved_by").order_by("id")
 
 
 def may_decide(request: GrantRequest, user: User) -> bool:
@@ -269,7 +295,8 @@ def may_decide(request: GrantRequest, user: User) -> bool:
     return (
         request.is_open
         and user.is_superadmin
-        and user.pk not in (request.requested_by_id, request.user_id, request.approved_by_id)
+        and user.pk not in (request.requested_by_id, request.approved_by_id)
+        and user.pk not in teams.member_ids(request.account.workspace)
     )
 
 
@@ -282,7 +309,7 @@ def _require_decider(superadmin: User, request_id: int, verb: str) -> User:
         message = "Only superadmins decide on requests."
     elif roles.are_one_person(decider, request.requested_by):
         message = "Nobody decides on their own request: ask another superadmin."
-    elif roles.are_one_person(decider, request.user):
+    elif _is_own(decider, request.account):
         message = "Nobody decides on tokens of their own: ask another superadmin."
     else:
         return decider
@@ -340,7 +367,7 @@ def _carry_out(request: GrantRequest, *, by: User, action: Action) -> GrantReque
     if request.account.status_reason == TokenAccount.ANONYMISED:
         raise GrantNotPossible("This account was anonymised: nobody can use its tokens.")
     entry: dict[str, Any] = {
-        "user_id": request.user_id,
+        "account_id": request.account_id,
         "tokens": request.tokens,
         "admin_id": by.pk,
         "description": request.reason,
@@ -397,11 +424,19 @@ def _close(request: GrantRequest, state: State, *, by: User, decision_reason: st
 # --- Helpers --------------------------------------------------------------------------------------------------------
 
 
-def _get_account(user_id: int) -> TokenAccount:
-    account = TokenAccount.objects.filter(user_id=user_id).first()
+def _get_account(receiver: ledger.Party) -> TokenAccount:
+    account = TokenAccount.objects.select_related("user", "workspace").filter(**receiver.of_account).first()
     if account is None:
-        raise GrantNotPossible("This person has no token account.")
+        raise GrantNotPossible("There is no such token account.")
     return account
+
+
+def _is_own(admin: User, account: TokenAccount) -> bool:
+    """Whether the tokens are the admin's as well: their own account, or that of a team they are in. Who has another
+    name at the same mailbox is the same person."""
+    return any(
+        roles.are_one_person(admin, each) for each in User.objects.filter(pk__in=teams.member_ids(account.workspace))
+    )
 
 
 def require_tokens(tokens: Any) -> None:
@@ -445,11 +480,11 @@ def _write(request: GrantRequest, action: Action, *, by: User, words: str, **det
     )
 
 
-def _refuse(who: User, user_id: int, summary: str, action: Action, request: GrantRequest | None = None) -> None:
+def _refuse(who: User, user_id: int | None, summary: str, action: Action, request: GrantRequest | None = None) -> None:
     audit.write_refusal(
         action=action,
         summary=summary,
         actor=who,
-        subject_id=user_id if User.objects.filter(pk=user_id).exists() else None,
+        subject_id=user_id if User.objects.filter(pk=user_id or 0).exists() else None,
         about=("grant_request", request.pk) if request else None,
     )

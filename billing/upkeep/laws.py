@@ -495,6 +495,41 @@ LAWS: Mapping[str, tuple[Check, ...]] = {
                 GROUP BY account_id HAVING count(*) > 1""",
         ),
     ),
+    "16": (
+        Check(
+            "A personal account is its workspace's owner's, a team's is nobody's",
+            ACCOUNTS,
+            """SELECT account.id AS account, account.user_id AS user, workspace.id AS workspace, workspace.kind
+                 FROM billing_tokenaccount AS account
+                 JOIN accounts_workspace AS workspace ON workspace.id = account.workspace_id
+                WHERE account.user_id IS DISTINCT FROM workspace.owner_id""",
+        ),
+        Check(
+            "Each operation names its payer's workspace, and in a personal one its owner acted",
+            USAGE,
+            """SELECT usage.id AS usage, account.id AS account, usage.workspace_id AS workspace, usage.user_id AS user
+                 FROM billing_tokenusage AS usage
+                 JOIN billing_tokenaccount AS account ON account.id = usage.account_id
+                WHERE usage.workspace_id <> account.workspace_id OR usage.user_id <> account.user_id""",
+        ),
+        Check(
+            "Each ledger row names its payer's workspace, and who acted as its operation or purchase says",
+            LEDGER,
+            """SELECT entry.id AS transaction, entry.account_id AS account, entry.workspace_id AS workspace,
+                      entry.user_id AS user, entry.api_key_id AS api_key
+                 FROM billing_tokentransaction AS entry
+                 JOIN billing_tokenaccount AS account ON account.id = entry.account_id
+                 LEFT JOIN billing_tokenusage AS usage ON usage.id = entry.usage_id
+                 LEFT JOIN billing_purchase AS purchase
+                        ON purchase.id = entry.purchase_id AND entry.type IN ('purchase', 'auto_recharge')
+                WHERE entry.workspace_id <> account.workspace_id
+                   OR account.user_id IS NOT NULL AND entry.user_id IS DISTINCT FROM account.user_id
+                   OR usage.id IS NOT NULL AND (usage.account_id, usage.user_id, usage.api_key_id)
+                      IS DISTINCT FROM (entry.account_id, entry.user_id, entry.api_key_id)
+                   OR purchase.id IS NOT NULL AND (purchase.account_id, purchase.user_id)
+                      IS DISTINCT FROM (entry.account_id, entry.user_id)""",
+        ),
+    ),
 }
 
 

@@ -79,8 +79,8 @@ def list_tables(user: User) -> dict[str, tuple[tuple[str, ...], Iterator[Row]]]:
     """The rows that are the user's: by table, its columns and its rows in order. Never all of them in memory."""
     tables = {
         "ledger": (TokenTransaction.objects.filter(account__user=user).order_by("sequence"), ENTRY_FIELDS),
-        "usage": (TokenUsage.objects.filter(user=user).order_by("created_at", "id"), USAGE_FIELDS),
-        "purchases": (Purchase.objects.filter(user=user).order_by("id"), PURCHASE_FIELDS),
+        "usage": (TokenUsage.objects.filter(account__user=user).order_by("created_at", "id"), USAGE_FIELDS),
+        "purchases": (Purchase.objects.filter(account__user=user).order_by("id"), PURCHASE_FIELDS),
         "refunds-and-disputes": (PaymentReversal.objects.filter(purchase__user=user).order_by("id"), REVERSAL_FIELDS),
         "notifications": (Notification.objects.filter(user=user).order_by("id"), NOTIFICATION_FIELDS),
     }
@@ -95,7 +95,9 @@ def close_open_checkouts(*, user_id: int) -> None:
 
     Calls Stripe: never inside a transaction (law 7). Raises NotNow when one may have been paid, or cannot be closed.
     """
-    open_ones = Purchase.objects.filter(user_id=user_id, kind=Purchase.Kind.CHECKOUT, state__in=Purchase.UNPAID_STATES)
+    open_ones = Purchase.objects.filter(
+        account__user_id=user_id, kind=Purchase.Kind.CHECKOUT, state__in=Purchase.UNPAID_STATES
+    )
     for purchase in open_ones:
         if purchase.stripe_session_id is None:
             # Nobody was sent to a page that Stripe may have made: nobody can pay on it.
@@ -138,7 +140,7 @@ def anonymize_account(account: TokenAccount) -> None:
         raise NotNow(
             "A payment of yours is under way. Wait until it has come through or failed; Tokens, History shows it."
         )
-    if ledger.has_had_bonus(account):
+    if account.user and ledger.has_had_bonus(account):
         welcome.remember(account.user.proven_addresses)  # while somebody still knows them
     # No debt's status is touched by this: a blocked account stays blocked whatever its balance does (law 12).
     TokenAccount.objects.filter(pk=account.pk).update(
@@ -163,8 +165,8 @@ def anonymize_account(account: TokenAccount) -> None:
     Purchase.objects.filter(account=account).update(
         checkout_url="", receipt_url="", message="", card_brand="", card_last4=""
     )
-    Notification.objects.filter(user_id=account.user_id).delete()
-    NotificationPreference.objects.filter(user_id=account.user_id).delete()
+    Notification.objects.filter(user=account.user).delete()
+    NotificationPreference.objects.filter(user=account.user).delete()
     enqueue_on_commit("billing.tasks.erase_customer", account.pk)
 
 

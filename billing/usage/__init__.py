@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from django.db.models import Q
+from django.db.models import Q, QuerySet
 
+from accounts.models import User
 from billing import catalogue, ledger
 from billing.catalogue import system_settings
 from billing.models import ModelPrice, TokenTransaction, TokenUsage
@@ -102,7 +103,10 @@ _PRICED_BY = (
 
 def record_usage(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
+    api_key_id: int | None = None,
     operation_type: str,
     provider: str,
     model: str,
@@ -123,7 +127,8 @@ def record_usage(
     metadata: Mapping[str, Any] | None = None,
     duration_ms: int | None = None,
 ) -> ledger.Posting:
-    """Record an operation that another server has already run, and charge it at the prices of now.
+    """Record an operation that another server has already run, and charge it at the prices of now. Who pays and who
+    acted is said as to the ledger.
 
     Token counts are the provider's, in pools that do not overlap (`reasoning_tokens` is a part of
     `output_tokens`). The work has been done: it is charged also for a retired model and for a suspended
@@ -131,7 +136,8 @@ def record_usage(
     nothing (law 9). With a key used before for the same, the first outcome is returned with `is_replay`,
     whatever the prices are by now.
 
-    Raises InvalidUsage, UnknownModel, UnpricedModel, AccountNotFound, IdempotencyConflict; then nothing is written.
+    Raises InvalidUsage, UnknownModel, UnpricedModel, AccountNotFound, ActorRequired, IdempotencyConflict; then nothing
+    is written.
     """
     pools = TokenPools(
         input_tokens=input_tokens,
@@ -141,7 +147,10 @@ def record_usage(
         reasoning_tokens=reasoning_tokens,
     )
     _require_sound(pools, operation_type=operation_type, success=success, error_message=error_message)
-    ledger.get_account(user_id=user_id)
+    account = ledger.get_account(user_id=user_id, account_id=account_id)
+    party = ledger.Party(account_id=account.pk, actor_id=actor_id or account.user_id, api_key_id=api_key_id)
+    if account.user_id is None and not User.objects.filter(pk=actor_id or 0).exists():
+        raise ledger.ActorRequired
     requested = {
         "status": TokenUsage.Status.SUCCEEDED if success else TokenUsage.Status.FAILED,
         "operation_type": operation_type,
@@ -164,18 +173,21 @@ def record_usage(
         "reserved_tokens": None,  # a reservation under this key is something else
     }
     try:
-        first = ledger.find_recorded(user_id=user_id, idempotency_key=idempotency_key, request=requested)
-        return first or _record(user_id, requested, pools, idempotency_key)
-    except ledger.IdempotencyConflict:
-        usage = TokenUsage.objects.select_related("account").get(
-            account__user_id=user_id, idempotency_key=idempotency_key
+        first = ledger.find_recorded(
+            account_id=account.pk, actor_id=party.actor_id, idempotency_key=idempotency_key, request=requested
         )
+        return first or _record(party, requested, pools, idempotency_key)
+    except ledger.IdempotencyConflict:
+        usage = TokenUsage.objects.select_related("account").get(account=account, idempotency_key=idempotency_key)
+        party.require_same_actor(usage)
         if not _is_same_by_fields(usage, requested):
             raise
         return ledger.outcome_of(usage.account, TokenTransaction.objects.filter(usage=usage).first(), usage.pk)
 
 
-def _record(user_id: int, requested: Mapping[str, Any], pools: TokenPools, idempotency_key: str) -> ledger.Posting:
+def _record(
+    party: ledger.Party, requested: Mapping[str, Any], pools: TokenPools, idempotency_key: str
+) -> ledger.Posting:
     priced = price_operation(**{name: requested[name] for name in _PRICED_BY}, is_already_done=True)
     is_success = requested["status"] == TokenUsage.Status.SUCCEEDED
     if is_success:
@@ -184,7 +196,9 @@ def _record(user_id: int, requested: Mapping[str, Any], pools: TokenPools, idemp
     billable_tokens = priced.operation.billable_tokens(pools) if is_success else 0
     if not billable_tokens:
         return ledger.record_unpaid(
-            user_id=user_id,
+            account_id=party.account_id,
+            actor_id=party.actor_id,
+            api_key_id=party.api_key_id,
             operation=priced.operation,
             pools=pools,
             idempotency_key=idempotency_key,
@@ -195,7 +209,9 @@ def _record(user_id: int, requested: Mapping[str, Any], pools: TokenPools, idemp
             duration_ms=requested["duration_ms"],
         )
     return ledger.deduct_tokens(
-        user_id=user_id,
+        account_id=party.account_id,
+        actor_id=party.actor_id,
+        api_key_id=party.api_key_id,
         tokens=billable_tokens,
         operation=priced.operation,
         pools=pools,
@@ -303,7 +319,9 @@ def settle_reservation(
 
 def get_user_usage(
     *,
-    user_id: int,
+    user_id: int | None = None,
+    account_id: int | None = None,
+    actor_id: int | None = None,
     operation_type: str | None = None,
     status: str | None = None,
     provider: str | None = None,
@@ -314,13 +332,14 @@ def get_user_usage(
     after_id: int | None = None,
     limit: int = 25,
 ) -> list[TokenUsage]:
-    """The user's operations, newest first: at most `limit` (up to 101), from the one after `before_id` on.
+    """The operations that an account paid for, or the user's own; with `actor_id` what one person did of them. Newest
+    first: at most `limit` (up to 101), from the one after `before_id` on.
 
     With `after_id` instead, those next to it that are newer. `since` (included) and `until` (not included) bound the
-    time. Costs the same on every page, however long the history is. Raises UnknownCursor when an id is no operation
-    of this user.
+    time. Costs the same on every page, however long the history is. Raises AccountNotFound, and UnknownCursor when an
+    id is no operation among these.
     """
-    rows = TokenUsage.objects.filter(user_id=user_id)
+    rows = all_rows = operations_of(ledger.get_account(user_id=user_id, account_id=account_id).pk, actor_id)
     if since is not None:
         rows = rows.filter(created_at__gte=since)
     if until is not None:
@@ -334,19 +353,25 @@ def get_user_usage(
     if status is not None:
         rows = rows.filter(status=status)
     count = max(1, min(limit, MAX_PAGE + 1))
-    # The first condition bounds the index (user, created_at), the second parts rows of one moment.
+    # The first condition bounds the index (account, created_at), the second parts rows of one moment.
     if after_id is not None:
-        after_at = _moment_of(user_id, after_id)
+        after_at = _moment_of(all_rows, after_id)
         rows = rows.filter(created_at__gte=after_at).exclude(Q(created_at=after_at, id__lte=after_id))
         return list(rows.order_by("created_at", "id")[:count])[::-1]
     if before_id is not None:
-        before_at = _moment_of(user_id, before_id)
+        before_at = _moment_of(all_rows, before_id)
         rows = rows.filter(created_at__lte=before_at).exclude(Q(created_at=before_at, id__gte=before_id))
     return list(rows.order_by("-created_at", "-id")[:count])
 
 
-def _moment_of(user_id: int, usage_id: int) -> datetime:
-    moment = TokenUsage.objects.filter(pk=usage_id, user_id=user_id).values_list("created_at", flat=True).first()
+def operations_of(account_id: int, actor_id: int | None = None) -> QuerySet[TokenUsage]:
+    """What the account paid for; with `actor_id` what one person did of it."""
+    rows = TokenUsage.objects.filter(account_id=account_id)
+    return rows if actor_id is None else rows.filter(user_id=actor_id)
+
+
+def _moment_of(rows: QuerySet[TokenUsage], usage_id: int) -> datetime:
+    moment = rows.filter(pk=usage_id).values_list("created_at", flat=True).first()
     if moment is None:
         raise UnknownCursor("There is no such page. Start again at the first one.")
     return moment

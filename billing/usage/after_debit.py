@@ -22,7 +22,7 @@ def follow_debit(posting: Posting) -> None:
     transaction or after it. It never raises, never waits for the broker, and costs no query unless a threshold was
     crossed. Repeated, it says nothing twice."""
     if posting.needs_recharge:
-        enqueue_on_commit("billing.tasks.auto_recharge", posting.user_id)
+        enqueue_on_commit("billing.tasks.auto_recharge", None, posting.account_id)
     if posting.amount_tokens < 0 and posting.transaction_id is not None:
         transaction.on_commit(partial(_notice_crossing, posting))
 
@@ -37,12 +37,11 @@ def _notice_crossing(posting: Posting) -> None:
             tell = messages.low_balance
         else:
             return
-        account = TokenAccount.objects.select_related("user").get(pk=posting.account_id)
+        account = TokenAccount.objects.select_related("user", "workspace").get(pk=posting.account_id)
         tell(account, key=str(posting.transaction_id))
     except Exception:  # the debit is done; its answer must not depend on a notice
         logger.exception(
             "A low balance was not noticed",
-            user_id=posting.user_id,
             account_id=posting.account_id,
             transaction_id=posting.transaction_id,
         )

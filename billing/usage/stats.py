@@ -1,7 +1,7 @@
 """Figures about usage and money. Pure reads.
 
-All of a person's figures walk the index (user, created_at), so they cost what the operations in their span cost,
-however many there are before it. Spans have a beginning (included) and an end (not included).
+All of an account's figures walk the index (account, created_at, user), so they cost what the operations in their span
+cost, however many there are before it. Spans have a beginning (included) and an end (not included).
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from django.contrib.postgres.fields import ArrayField
 from django.db.models import Avg, Count, DateTimeField, F, Func, IntegerField, Q, Sum, Value
 from django.utils import timezone
 
+from billing import usage
 from billing.models import TokenAccount, TokenUsage
 from kit.periods import add_months, midnight
 
@@ -108,13 +109,13 @@ def _figures(row: dict[str, Any]) -> Figures:
     return Figures(row["operations"], row["running"], row["succeeded"], row["charged"], int(row["billable_sum"]))
 
 
-def _operations(user_id: int, since: datetime, until: datetime) -> Any:
-    return TokenUsage.objects.filter(user_id=user_id, created_at__gte=since, created_at__lt=until)
+def _operations(account_id: int, actor_id: int | None, since: datetime, until: datetime) -> Any:
+    return usage.operations_of(account_id, actor_id).filter(created_at__gte=since, created_at__lt=until)
 
 
-def usage_totals(*, user_id: int, since: datetime, until: datetime) -> Figures:
-    """The sums over a user's operations in the span."""
-    return _figures(_operations(user_id, since, until).aggregate(**_SUMS))
+def usage_totals(*, account_id: int, actor_id: int | None = None, since: datetime, until: datetime) -> Figures:
+    """The sums over what the account paid for in the span; with `actor_id` over what one person did of it."""
+    return _figures(_operations(account_id, actor_id, since, until).aggregate(**_SUMS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +133,16 @@ class UsageGroup:
         return _key(dimension, {name: getattr(self, name) for name in _DIMENSION_FIELDS[dimension]})
 
 
-def usage_groups(*, user_id: int, since: datetime, until: datetime) -> list[UsageGroup]:
-    """The sums over a user's operations in the span, for each combination of operation, model and project."""
+def usage_groups(*, account_id: int, actor_id: int | None = None, since: datetime, until: datetime) -> list[UsageGroup]:
+    """The sums of `usage_totals`, for each combination of operation, model and project."""
     fields = ("operation_type", "provider", "model", "project_id")
-    rows = _operations(user_id, since, until).order_by().values(*fields).annotate(**_SUMS)
+    rows = _operations(account_id, actor_id, since, until).order_by().values(*fields).annotate(**_SUMS)
     return [UsageGroup(**{name: row[name] for name in fields}, figures=_figures(row)) for row in rows]
 
 
-def usage_over_time(*, user_id: int, edges: Sequence[datetime], dimension: Dimension) -> dict[tuple[int, Any], Figures]:
+def usage_over_time(
+    *, account_id: int, actor_id: int | None = None, edges: Sequence[datetime], dimension: Dimension
+) -> dict[tuple[int, Any], Figures]:
     """The sums in each of the spans between two neighbouring edges, by the dimension; what has none is left out.
 
     The key is (number of the span, from 0; an operation type, (provider, model), or a project's id). The database is
@@ -148,7 +151,7 @@ def usage_over_time(*, user_id: int, edges: Sequence[datetime], dimension: Dimen
     starts = Value(list(edges[:-1]), output_field=ArrayField(DateTimeField()))
     number = Func(F("created_at"), starts, function="width_bucket", output_field=IntegerField())
     rows = (
-        _operations(user_id, edges[0], edges[-1])
+        _operations(account_id, actor_id, edges[0], edges[-1])
         .order_by()
         .annotate(number=number)
         .values("number", *_DIMENSION_FIELDS[dimension])
@@ -165,15 +168,17 @@ def _key(dimension: Dimension, row: dict[str, Any]) -> Any:
 # --- Spans ----------------------------------------------------------------------------------------------------------
 
 
-def first_used_at(*, user_id: int) -> datetime | None:
-    """When the user's first operation began; None when there is none."""
-    rows = TokenUsage.objects.filter(user_id=user_id).order_by("created_at")
+def first_used_at(*, account_id: int, actor_id: int | None = None) -> datetime | None:
+    """When the first operation began that the account paid for; None when there is none."""
+    rows = usage.operations_of(account_id, actor_id).order_by("created_at")
     return rows.values_list("created_at", flat=True).first()
 
 
-def newest_operations_since(*, user_id: int, since: datetime, until: datetime, limit: int = MAX_OPERATIONS) -> datetime:
+def newest_operations_since(
+    *, account_id: int, actor_id: int | None = None, since: datetime, until: datetime, limit: int = MAX_OPERATIONS
+) -> datetime:
     """From when on the span has no more than `limit` operations: its beginning, or later. Reads the index alone."""
-    rows = _operations(user_id, since, until).order_by("-created_at").values_list("created_at", flat=True)
+    rows = _operations(account_id, actor_id, since, until).order_by("-created_at").values_list("created_at", flat=True)
     beyond = rows[limit : limit + 1].first()
     return since if beyond is None else (beyond + timedelta(microseconds=1)).astimezone(since.tzinfo)
 
@@ -230,7 +235,7 @@ def _next_day(day: date, bucket: BucketName) -> date:
 
 def average_tokens_per_operation(account: TokenAccount) -> int | None:
     """Billable tokens of an operation, averaged over the last 100 that were charged; None when there was none."""
-    charged = TokenUsage.objects.filter(_CHARGED, user_id=account.user_id)
+    charged = TokenUsage.objects.filter(_CHARGED, account=account)
     recent = charged.order_by("-created_at")[:RECENT_OPERATIONS]
     average = TokenUsage.objects.filter(pk__in=recent.values("pk")).aggregate(average=Avg("billable_tokens"))
     return None if average["average"] is None else round(average["average"])
@@ -246,12 +251,12 @@ class Average:
 
 
 def average_tokens_by_operation(account: TokenAccount) -> dict[str, Average]:
-    """What each type of operation costs this person, on average: for every type, one image for images.
+    """What each type of operation costs this account, on average: for every type, one image for images.
 
     From their own newest 1,000 operations where they have three of the type; else from the newest 1,000 of everyone;
     else a rough figure (DEFAULT_TOKENS). Free operations do not count.
     """
-    own = _averages(TokenUsage.objects.filter(user_id=account.user_id), "own")
+    own = _averages(TokenUsage.objects.filter(account=account), "own")
     missing = set(DEFAULT_TOKENS) - set(own)
     everyone = _averages(TokenUsage.objects.all(), "everyone") if missing else {}
     return {
@@ -291,15 +296,15 @@ def runway(account: TokenAccount) -> Runway | None:
     """How long the available tokens last; None when nothing was paid for in the last 30 days."""
     now = timezone.now()
     began_at = account.created_at
-    if (first_at := first_used_at(user_id=account.user_id)) is not None:
+    if (first_at := first_used_at(account_id=account.pk)) is not None:
         began_at = min(began_at, first_at)
     since = newest_operations_since(
-        user_id=account.user_id,
+        account_id=account.pk,
         since=max(began_at, now - timedelta(days=PACE_DAYS)),
         until=now + timedelta(days=1),  # the database's clock may be ahead of ours
         limit=MAX_PACE_OPERATIONS,
     )
-    used_tokens = _operations(account.user_id, since, now + timedelta(days=1)).aggregate(
+    used_tokens = _operations(account.pk, None, since, now + timedelta(days=1)).aggregate(
         tokens=Sum("billable_tokens", default=0)
     )["tokens"]
     used_tokens = int(used_tokens)

@@ -10,7 +10,7 @@ from django.utils import timezone
 from django.views.decorators.http import require_GET
 
 from accounts.permissions import SignedInRequest
-from billing import history
+from billing import history, payer
 from billing.history import exports, statements
 from billing.history.filters import TransactionFilter
 from kit import outgoing, periods
@@ -25,7 +25,7 @@ def home(request: SignedInRequest) -> HttpResponse:
     order = request.GET.get("sort", "")
     if order not in history.ORDERS:
         order = history.NEWEST_FIRST
-    wanted = TransactionFilter(request.GET, user_id=request.user.pk)
+    wanted = TransactionFilter(request.GET, account_id=payer.account_of(request).pk)
     context: dict[str, Any] = {
         "filter": wanted,
         "period": None if wanted.period_error else wanted.period,
@@ -57,7 +57,7 @@ def home(request: SignedInRequest) -> HttpResponse:
 @login_required
 def export(request: SignedInRequest) -> HttpResponseBase:
     """What the history shows for the same query, all of it, as a file."""
-    wanted = TransactionFilter(request.GET, user_id=request.user.pk)
+    wanted = TransactionFilter(request.GET, account_id=payer.account_of(request).pk)
     if not wanted.is_valid():
         return redirect(f"{reverse('tokens:history')}?{request.GET.urlencode()}")  # which says what is wrong
     name = f"postmate-history-{timezone.localdate().isoformat()}.csv"
@@ -67,7 +67,7 @@ def export(request: SignedInRequest) -> HttpResponseBase:
 @require_GET
 @login_required
 def statement_list(request: SignedInRequest) -> HttpResponse:
-    months = statements.list_months(user_id=request.user.pk)
+    months = statements.list_months(account_id=payer.account_of(request).pk)
     return render(request, "billing/statements.html", {"months": months, "today": timezone.localdate()})
 
 
@@ -75,11 +75,12 @@ def statement_list(request: SignedInRequest) -> HttpResponse:
 @login_required
 def statement(request: SignedInRequest, year: str, month: str) -> HttpResponse:
     try:
-        found = statements.get_statement(user_id=request.user.pk, year=int(year), month=int(month))
+        account = payer.account_of(request)
+        found = statements.get_statement(account_id=account.pk, year=int(year), month=int(month))
     except statements.NoSuchStatement as error:
         raise Http404 from error
     return HttpResponse(
-        statements.render_statement(found, user=request.user, written_at=timezone.now()),
+        statements.render_statement(found, account=account, written_at=timezone.now()),
         content_type="application/pdf",
         headers={"Content-Disposition": f'inline; filename="postmate-statement-{year}-{month}.pdf"'},
     )

@@ -10,7 +10,7 @@ from django.template.loader import render_to_string
 from django.views.decorators.http import require_GET
 
 from accounts import access
-from billing import ledger
+from billing import ledger, payer
 from billing.announcements import STREAM_SECONDS, listener
 from billing.context_processors import BalanceBadge
 from kit.database import in_thread
@@ -25,19 +25,22 @@ async def balance(request: HttpRequest) -> HttpResponse | StreamingHttpResponse:
     user_id = await in_thread(lambda: request.user.pk)()
     if user_id is None:
         return HttpResponse(CLOSED, content_type="text/event-stream")
+    account = await in_thread(payer.account_of)(request)
     return StreamingHttpResponse(
-        _badges(user_id, in_thread(partial(access.is_still_signed_in, request, user_id))),
+        _badges(user_id, account.pk, in_thread(partial(access.is_still_signed_in, request, user_id))),
         content_type="text/event-stream",
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
 
-async def _badges(user_id: int, is_still_signed_in: Callable[[], Awaitable[bool]]) -> AsyncIterator[str]:
+async def _badges(
+    user_id: int, account_id: int, is_still_signed_in: Callable[[], Awaitable[bool]]
+) -> AsyncIterator[str]:
     ends_at = time.monotonic() + STREAM_SECONDS
-    with listener.stream_of(user_id) as stream:
+    with listener.stream_of(user_id, account_id) as stream:
         await listener.count(user_id, stream)
         while not listener.is_closed and time.monotonic() < ends_at:
-            yield await listener.read_once(user_id, in_thread(_badge_event))
+            yield await listener.read_once(account_id, in_thread(_badge_event))
             while time.monotonic() < ends_at:
                 try:
                     async with asyncio.timeout(KEEP_ALIVE_SECONDS):
@@ -53,7 +56,7 @@ async def _badges(user_id: int, is_still_signed_in: Callable[[], Awaitable[bool]
                 return  # the browser asks anew, as whoever it is by now
 
 
-def _badge_event(user_id: int) -> str:
-    badge = BalanceBadge.of(ledger.get_account(user_id=user_id))
+def _badge_event(account_id: int) -> str:
+    badge = BalanceBadge.of(ledger.get_account(account_id=account_id))
     html = render_to_string("billing/_balance.html", {"balance": badge})
     return "event: balance\n" + "".join(f"data: {line}\n" for line in html.splitlines()) + "\n"

@@ -18,7 +18,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
-from billing import history, ledger
+from billing import history, payer
 from billing.catalogue import packages, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
 from billing.history import receipts
@@ -52,7 +52,7 @@ def _render_home(
     recharge_form: AutoRechargeForm | None = None,
     status: int = 200,
 ) -> HttpResponse:
-    account = ledger.get_account(user_id=request.user.pk)
+    account = payer.account_of(request)
     currencies = [account.currency] if why_currency_is_fixed(account) else packages.list_currencies()
     asked_currency = request.POST.get("currency") or request.GET.get("currency", account.currency)
     currency = asked_currency if asked_currency in currencies else next(iter(currencies), Currency.USD)
@@ -79,7 +79,7 @@ def _render_home(
         "recharge_form": recharge_form or AutoRechargeForm(account=account),
         "system_settings": system_settings.get_system_settings(),
         "checkout_key": uuid4().hex,
-        "entries": history.get_page(history.select_transactions(user_id=request.user.pk), limit=NEWEST_ENTRIES).entries,
+        "entries": history.get_page(history.select_transactions(account_id=account.pk), limit=NEWEST_ENTRIES).entries,
     }
     return render(request, "billing/tokens.html", context, status=status)
 
@@ -131,7 +131,10 @@ def checkout(request: SignedInRequest) -> HttpResponse:
         return _render_home(request, amount_form=form, status=400)
     try:
         purchase = create_checkout_session(
-            user_id=request.user.pk, terms=form.terms, checkout_key=form.cleaned_data["checkout_key"]
+            account_id=payer.account_of(request).pk,
+            actor_id=request.user.pk,
+            terms=form.terms,
+            checkout_key=form.cleaned_data["checkout_key"],
         )
     except AmountNotSold as error:
         form.add_error("amount", error.message)
@@ -176,7 +179,10 @@ def cancelled(request: SignedInRequest, pk: int) -> HttpResponse:
 def receipt(request: SignedInRequest, pk: int) -> HttpResponse:
     """Our receipt for a paid purchase, as a PDF."""
     purchase = get_object_or_404(
-        Purchase.objects.select_related("user"), pk=pk, user=request.user, state=Purchase.State.PAID
+        Purchase.objects.select_related("user", "account__workspace"),
+        pk=pk,
+        account=payer.account_of(request),
+        state=Purchase.State.PAID,
     )
     if purchase.receipt_number is None:  # paid before receipts had numbers
         with transaction.atomic():
@@ -189,7 +195,7 @@ def receipt(request: SignedInRequest, pk: int) -> HttpResponse:
 
 
 def _own_purchase(request: SignedInRequest, pk: int) -> Purchase:
-    return purchases.refresh_from_stripe(get_object_or_404(Purchase, pk=pk, user=request.user))
+    return purchases.refresh_from_stripe(get_object_or_404(Purchase, pk=pk, account=payer.account_of(request)))
 
 
 # --- Auto-recharge --------------------------------------------------------------------------------------------------
@@ -208,14 +214,14 @@ def _require_password(request: SignedInRequest) -> None:
 @require_POST
 @login_required
 def auto_recharge(request: SignedInRequest) -> HttpResponse:
-    account = ledger.get_account(user_id=request.user.pk)
+    account = payer.account_of(request)
     form = AutoRechargeForm(request.POST, account=account)
     if form.is_valid():
         try:
             if form.cleaned_data["enabled"]:
                 recharge_settings.check_settings(account, **form.cleaned_data)  # before the password is asked for
                 _require_password(request)
-            account = recharge_settings.update_auto_recharge(user_id=request.user.pk, **form.cleaned_data)
+            account = recharge_settings.update_auto_recharge(account_id=account.pk, **form.cleaned_data)
         except ValidationError as error:
             form.add_error(None, error)
         else:
@@ -232,16 +238,18 @@ def auto_recharge(request: SignedInRequest) -> HttpResponse:
 def card(request: SignedInRequest) -> HttpResponse:
     """POST leads to Stripe's page where the saved card is changed or removed; GET is where that page leads back."""
     if request.method == "GET":
-        cards.refresh_card(user_id=request.user.pk)
+        cards.refresh_card(account_id=payer.account_of(request).pk)
         return _to_recharge_panel()
     _require_password(request)
     try:
-        url = cards.open_card_page(user_id=request.user.pk, return_url=f"{settings.SITE_URL}{reverse('tokens:card')}")
+        url = cards.open_card_page(
+            account_id=payer.account_of(request).pk, return_url=f"{settings.SITE_URL}{reverse('tokens:card')}"
+        )
     except gateway.GatewayError:
         messages.error(request, "Stripe's page for your card could not be opened. Try again in a moment.")
         return _to_recharge_panel()
     if not url:
-        messages.info(request, recharge_settings.why_no_card(ledger.get_account(user_id=request.user.pk)))
+        messages.info(request, recharge_settings.why_no_card(payer.account_of(request)))
         return _to_recharge_panel()
     return redirect(url)
 
@@ -250,7 +258,7 @@ def card(request: SignedInRequest) -> HttpResponse:
 @login_required
 def confirm(request: SignedInRequest, pk: int) -> HttpResponse:
     """An auto-recharge whose bank wants to see the card's owner. POST leads to the bank; GET says what Stripe says."""
-    purchase = get_object_or_404(Purchase, pk=pk, user=request.user, kind=Purchase.Kind.AUTO_RECHARGE)
+    purchase = get_object_or_404(Purchase, pk=pk, account=payer.account_of(request), kind=Purchase.Kind.AUTO_RECHARGE)
     if request.method == "GET":
         context = {"purchase": confirmation.refresh_from_stripe(purchase), "confirm_key": uuid4().hex}
         return render(request, "billing/confirm_payment.html", context)

@@ -303,9 +303,9 @@ def _tell_stand_in(data: Path) -> None:
         for account in accounts:
             past.wanted = str(account.stripe_customer_id)
             customer = past.create_customer(
-                {"email": account.user.email, "metadata": {"user_id": str(account.user_id)}}
+                {"email": account.receipts_email, "metadata": {"user_id": str(account.user_id)}}
             )
-            methods[account.pk] = method = past.new_method(CARDS["4242424242424242"], account.user.name)
+            methods[account.pk] = method = past.new_method(CARDS["4242424242424242"], account.name)
             past.attach(method, customer["id"], set_up=True)
             account.stripe_payment_method_id = method["id"]
             happened(account.created_at)

@@ -34,6 +34,7 @@ class Caller:
     user_id: int
     token: str
     usage_id: int
+    account_id: int
     turns: Iterator[int] = field(default_factory=count)
 
     def credential_for(self, case: Case) -> str:
@@ -43,12 +44,13 @@ class Caller:
         """Made-up numbers name nobody: send what is sound for somebody who exists, and for a model on sale."""
         if case.meta is None or not case.meta.generation.mode.is_positive:
             return
-        for name, value in (("user_id", self.user_id), ("usage_id", self.usage_id)):
+        for name, value in (("user_id", self.user_id), ("account_id", self.account_id), ("usage_id", self.usage_id)):
             if name in case.path_parameters:
                 case.path_parameters[name] = value
         body = case.body
-        if isinstance(body, dict) and "user_id" in body:
-            body["user_id"] = self.user_id
+        if isinstance(body, dict) and case.operation.path.endswith(("/quotes", "/reservations", "/usage")):
+            body = case.body = body | {"user_id": self.user_id, "account_id": None}
+            body |= {"actor_id": None} if "actor_id" in body else {}
             body |= {"provider": "openai", "model": "gpt-image-2" if body.get("image_count") else "gpt-6-luna"}
         if isinstance(body, dict) and next(self.turns) % 2:
             # Few made-up counts go together.
@@ -86,7 +88,7 @@ def caller(alice: User) -> Caller:
         lifetime_seconds=600,
     )
     assert held.usage_id is not None
-    return Caller(alice.pk, token, held.usage_id)
+    return Caller(alice.pk, token, held.usage_id, held.account_id)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from accounts import api_keys
 from accounts.models import ApiKey, User
+from billing import ledger
 from tests.environment import BILLING_SECRET
 from tests.servers import PROJECT, Server
 
@@ -64,6 +65,8 @@ def test_a_generated_client_has_every_call_and_holds_settles_and_releases(
 
     assert call("make_quote", client=service, body=models.QuoteRequest(**about)).max_billable_tokens == 1_500
     held = []
+    account_id = ledger.get_account(user_id=alice.pk).pk
+    assert call("get_account_balance", account_id, client=service).user_id == alice.pk
     for number in range(3):
         body = models.ReservationRequest(operation_type=models.OperationType.CHAT, **about)
         outcome = call("reserve", client=service, body=body, idempotency_key=f"hold-{number}")
@@ -76,6 +79,7 @@ def test_a_generated_client_has_every_call_and_holds_settles_and_releases(
     why = models.ReleaseRequest(error_message="The provider did not answer.")
     assert call("release", held[2], client=service, body=why).usage.error_message == why.error_message
     assert call("get_balance", alice.pk, client=service).to_dict() == {
+        "account_id": account_id,
         "user_id": alice.pk,
         "balance_tokens": 9_025,
         "reserved_tokens": 0,

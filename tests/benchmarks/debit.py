@@ -103,7 +103,7 @@ def _share(barrier: Barrier) -> None:
 def debit_in_threads(is_announced: bool) -> tuple[float, list[float]]:
     """One process's part of a repetition: debits per second, and the milliseconds of each debit."""
     if not is_announced:
-        announcements.announce_balance_change = lambda user_id: None
+        announcements.announce_balance_change = lambda account_id: None
     latencies: list[list[float]] = [[] for _ in range(THREADS)]
     seconds = [0.0] * THREADS
 
@@ -182,7 +182,7 @@ def ledger_statement_for_pgbench() -> str:
     """ledger.py's own statement, with the values of the debit above: what is left without any Python."""
     null = {"reserved_tokens", "fixed_cost_tokens", "duration_ms", "lifetime_seconds", "purchase_id",
             "admin_id", "paid_cents", "stripe_payment_intent_id", "entry_key", "project_id", "content_id",
-            "chat_id"}  # fmt: skip
+            "chat_id", "account_id", "actor_id", "api_key_id"}  # fmt: skip
     values = dict.fromkeys(null, "NULL") | {
         "user_id": ":user",
         "idempotency_key": "gen_random_uuid()",

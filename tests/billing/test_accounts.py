@@ -140,7 +140,7 @@ def crowd(make_user: MakeUser, susan: User) -> dict[str, User]:
 
 
 def found(**filters: Any) -> list[str]:
-    return [account.user.email.partition("@")[0] for account in accounts.get_user_accounts(**filters).accounts]
+    return [account.holder.partition("@")[0] for account in accounts.get_user_accounts(**filters).accounts]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_pages_hold_everybody_once(crowd: dict[str, User], make_user: MakeUser, 
     pages, cursor = [], ""
     while True:
         page = accounts.get_user_accounts(sort=sort, limit=3, cursor=cursor)
-        pages += [account.user.email.partition("@")[0] for account in page.accounts]
+        pages += [account.holder.partition("@")[0] for account in page.accounts]
         cursor = page.next_cursor
         if not cursor:
             break

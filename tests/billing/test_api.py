@@ -183,6 +183,7 @@ def test_balance(service: Service, alice: User) -> None:
     response = service.get(f"/accounts/{alice.pk}/balance")
     assert response.status_code == 200
     assert response.json() == {
+        "account_id": TokenAccount.objects.get(user=alice).pk,
         "user_id": alice.pk,
         "balance_tokens": 10_000,
         "reserved_tokens": 1_500,
@@ -277,6 +278,7 @@ def test_reserve_and_settle(service: Service, alice: User) -> None:
     outcome = settled.json()
     assert (outcome["usage"]["status"], outcome["usage"]["billable_tokens"]) == ("succeeded", 900)
     assert outcome["account"] == {
+        "account_id": TokenAccount.objects.get(user=alice).pk,
         "user_id": alice.pk,
         "balance_tokens": 9_100,
         "reserved_tokens": 0,
@@ -609,6 +611,7 @@ def test_usage_once_per_key(service: Service, alice: User, bob: User, susan: Use
     bobs = service.post("/usage", used(bob, model="gpt-6.1-sol"))
     assert bobs.status_code == 201
     assert bobs.json()["account"] == {
+        "account_id": TokenAccount.objects.get(user=bob).pk,
         "user_id": bob.pk,
         "balance_tokens": 5_500,
         "reserved_tokens": 0,
@@ -907,6 +910,8 @@ def test_openapi_document(client: Client, db: None) -> None:
     assert set(document["paths"]) == {
         "/api/v1/accounts/{user_id}/balance",
         "/api/v1/accounts/{user_id}/usage",
+        "/api/v1/token-accounts/{account_id}/balance",
+        "/api/v1/token-accounts/{account_id}/usage",
         "/api/v1/quotes",
         "/api/v1/reservations",
         "/api/v1/reservations/{usage_id}/settle",

@@ -47,7 +47,12 @@ def balance(user: User) -> int:
 
 
 def grant_form(user: User, **fields: Any) -> dict[str, Any]:
-    form = {"user_id": user.pk, "kind": "grant", "tokens": "500", "reason": "Sorry for the outage"}
+    form = {
+        "account_id": TokenAccount.objects.get(user=user).pk,
+        "kind": "grant",
+        "tokens": "500",
+        "reason": "Sorry for the outage",
+    }
     return form | {"request_key": "key-of-the-form"} | fields
 
 

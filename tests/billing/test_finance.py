@@ -81,13 +81,13 @@ def debit_over_midnight(day: date) -> None:
     earlier = TokenTransaction.objects.filter(type="usage").select_related("account").latest("pk")
     account = earlier.account
     usage = TokenUsage.objects.create(
-        account=account, user_id=earlier.user_id, workspace_id=earlier.workspace_id, operation_type="chat",
+        account=account, user_id=earlier.user_id or 0, workspace_id=earlier.workspace_id, operation_type="chat",
         provider="openai", model="gpt-6-luna", status="succeeded", charge_type="multiplier", multiplier=1,
         input_tokens=9, actual_tokens=9, billable_tokens=9, reserved_tokens=9, created_at=begun_at,
         completed_at=ended_at,
     )  # fmt: skip
     TokenTransaction.objects.create(
-        account=account, user_id=earlier.user_id, workspace_id=earlier.workspace_id, sequence=account.sequence + 1,
+        account=account, user_id=earlier.user_id or 0, workspace_id=earlier.workspace_id, sequence=account.sequence + 1,
         type="usage", amount=-9, balance_before=account.balance, balance_after=account.balance - 9, usage=usage,
         created_at=begun_at,
     )  # fmt: skip

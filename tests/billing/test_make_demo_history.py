@@ -66,7 +66,7 @@ def test_what_happens_afterwards_goes_on(seeded: None) -> None:
     ledger.add_tokens(user_id=account.user_id, tokens=5, type="bonus", description="Test", idempotency_key="test")
     new = User.objects.create(email="new@example.com")
     assert ledger.initialize_account(user_id=new.pk).balance == 10_000
-    again = User.objects.create(email=account.user.email.replace("@", "+again@"))
+    again = User.objects.create(email=account.holder.replace("@", "+again@"))
     assert ledger.initialize_account(user_id=again.pk).balance == 0  # the mailbox had its bonus in that past
     verify_books()
 

@@ -193,9 +193,11 @@ def test_whatever_people_are_called_can_be_read(alice: User, caplog: pytest.LogC
     }
     today = timezone.localdate()
     statement = get_statement(user_id=alice.pk, year=today.year, month=today.month)
+    account = TokenAccount.objects.get(user=alice)
     for name, printed in names.items():
-        alice.name = name
-        pdf = render_statement(statement, user=alice, written_at=timezone.now())
+        assert account.user is not None
+        account.user.name = name
+        pdf = render_statement(statement, account=account, written_at=timezone.now())
         command = ["pdftotext", "-layout", "-", "-"]
         text = subprocess.run(command, input=pdf, capture_output=True, check=True).stdout.decode()
         # Where lines break is the page's affair; marks of direction are pdftotext's.

@@ -133,9 +133,10 @@ def test_figures_are_plain_sums(
     since, until = midnight(span[0], zone), midnight(span[1], zone)
     expected = [row for row in TokenUsage.objects.filter(user=alice) if since <= row.created_at < until]
 
-    totals = stats.usage_totals(user_id=alice.pk, since=since, until=until)
+    account_id = TokenAccount.objects.get(user=alice).pk
+    totals = stats.usage_totals(account_id=account_id, since=since, until=until)
     assert totals == plain_figures(expected)
-    groups = stats.usage_groups(user_id=alice.pk, since=since, until=until)
+    groups = stats.usage_groups(account_id=account_id, since=since, until=until)
     assert sum((group.figures for group in groups), Figures()) == totals
     edges = stats.time_edges(since=since, until=until, bucket=bucket)
     for dimension in DIMENSIONS:
@@ -143,7 +144,7 @@ def test_figures_are_plain_sums(
             of_key = [group.figures for group in groups if group.key(dimension) == key]
             assert sum(of_key, Figures()) == plain_figures([r for r in expected if plain_key(r, dimension) == key])
 
-        over_time = stats.usage_over_time(user_id=alice.pk, edges=edges, dimension=dimension)
+        over_time = stats.usage_over_time(account_id=account_id, edges=edges, dimension=dimension)
         by_name: dict[Any, list[TokenUsage]] = defaultdict(list)
         for usage in expected:
             by_name[bucket_name(usage.created_at, zone, bucket), plain_key(usage, dimension)].append(usage)
@@ -216,9 +217,10 @@ def test_span_is_cut_to_its_newest_operations(alice: User) -> None:
     since, until = midnight("2026-03-25", BERLIN), midnight("2026-04-08", BERLIN)
     for hour in range(10):
         add_usage(alice, since + timedelta(hours=hour), billable_tokens=1)
-    assert stats.newest_operations_since(user_id=alice.pk, since=since, until=until, limit=10) == since
-    cut_at = stats.newest_operations_since(user_id=alice.pk, since=since, until=until, limit=4)
-    assert stats.usage_totals(user_id=alice.pk, since=cut_at, until=until).operations == 4
+    account_id = TokenAccount.objects.get(user=alice).pk
+    assert stats.newest_operations_since(account_id=account_id, since=since, until=until, limit=10) == since
+    cut_at = stats.newest_operations_since(account_id=account_id, since=since, until=until, limit=4)
+    assert stats.usage_totals(account_id=account_id, since=cut_at, until=until).operations == 4
     assert cut_at.tzinfo is BERLIN
 
 

@@ -149,6 +149,7 @@ def test_use_is_noted_once_a_minute(program: Program) -> None:
 def test_own_balance(program: Program, alice: User, bob: User) -> None:
     Service().post("/usage", used(bob))
     assert program.get("/me/balance").json() == {
+        "account_id": ledger.get_account(user_id=alice.pk).pk,
         "user_id": alice.pk,
         "balance_tokens": 10_000,
         "reserved_tokens": 0,

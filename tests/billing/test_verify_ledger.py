@@ -130,7 +130,36 @@ def test_a_violation_is_shown_with_its_figures_and_fails_the_command(busy: User)
 # The check that must find it, and how to break the law behind the ledger's back. `{busy}`, `{idle}`: their accounts.
 OF_TYPE = "(SELECT id FROM billing_tokentransaction WHERE account_id = {busy} AND type = '%s' ORDER BY id LIMIT 1)"
 BY_KEY = "(SELECT id FROM billing_tokenusage WHERE account_id = {busy} AND idempotency_key = '%s')"
+A_KEY = """WITH key AS (
+    INSERT INTO accounts_apikey (user_id, name, scopes, token_start, token_hash)
+    SELECT min(id), 'x', '{{usage:read}}', 'x', 'x' FROM accounts_user RETURNING id
+)"""
+OTHERS = "(SELECT %s FROM billing_tokenaccount WHERE id = {idle})"
 TAMPERING: list[tuple[str, str]] = [
+    (
+        "A personal account is its workspace's owner's, a team's is nobody's",
+        "UPDATE accounts_workspace SET kind = 'team', owner_id = NULL WHERE id = " + OTHERS % "workspace_id",
+    ),
+    (
+        "Each operation names its payer's workspace, and in a personal one its owner acted",
+        f"UPDATE billing_tokenusage SET workspace_id = {OTHERS % 'workspace_id'} WHERE id = {BY_KEY % 'failed'}",
+    ),
+    (
+        "Each operation names its payer's workspace, and in a personal one its owner acted",
+        f"UPDATE billing_tokenusage SET user_id = {OTHERS % 'user_id'} WHERE id = {BY_KEY % 'failed'}",
+    ),
+    *(
+        (
+            "Each ledger row names its payer's workspace, and who acted as its operation or purchase says",
+            f"{A_KEY} UPDATE {change} WHERE id = {OF_TYPE % type}",
+        )
+        for change, type in (
+            (f"billing_tokentransaction SET workspace_id = {OTHERS % 'workspace_id'}", "bonus"),
+            (f"billing_tokentransaction SET user_id = {OTHERS % 'user_id'}", "admin_grant"),
+            ("billing_tokentransaction SET user_id = NULL", "purchase"),
+            ("billing_tokentransaction SET api_key_id = (SELECT id FROM key)", "usage"),
+        )
+    ),
     ("Each balance is the sum of its ledger rows", "UPDATE billing_tokenaccount SET balance = balance + 1"),
     ("Each sequence is the number of ledger rows", "UPDATE billing_tokenaccount SET sequence = sequence + 1"),
     (
@@ -395,7 +424,8 @@ def _check_constraints() -> list[tuple[str, str]]:
             """SELECT conrelid::regclass::text, conname FROM pg_constraint
                 WHERE contype = 'c' AND conrelid IN (
                     'billing_tokenaccount'::regclass, 'billing_tokentransaction'::regclass,
-                    'billing_tokenusage'::regclass, 'billing_grantrequest'::regclass)"""
+                    'billing_tokenusage'::regclass, 'billing_grantrequest'::regclass,
+                    'accounts_workspace'::regclass)"""
         )
         return cursor.fetchall()
 

@@ -17,6 +17,7 @@ from django.test import Client
 
 from accounts.models import User
 from billing import ledger, tasks
+from billing.ledger import Party
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
 from billing.payments import cards, confirmation, recharge, recharge_settings
 from billing.pricing import TokenPools
@@ -160,10 +161,10 @@ def test_one_protection_is_enough_for_one_attempt(
     meet_before_the_attempt(monkeypatch)
     if protection == "index":
         take_the_lock_away(monkeypatch)
-        at_once([lambda: recharge._open_attempt(low.pk)] * RACERS)
+        at_once([lambda: recharge._open_attempt(Party(low.pk))] * RACERS)
     else:
         with without_the_index():
-            at_once([lambda: recharge._open_attempt(low.pk)] * RACERS)
+            at_once([lambda: recharge._open_attempt(Party(low.pk))] * RACERS)
     assert Purchase.objects.filter(kind="auto_recharge").count() == 1
     Purchase.objects.update(checked_at=None)
     tasks.sweep_auto_recharges()
