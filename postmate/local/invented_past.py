@@ -1,18 +1,18 @@
 """A database with a past: a year of people who sign up, work, pay and stop, in which every law of the books holds.
 
-The ledger writes the present: at the database's clock, a statement for each entry. A past is written with COPY instead,
-in the order of time, and is kept only when `verify_ledger` finds every law kept by it: until then nothing is committed.
+The ledger writes the present: at the database's clock, a statement for each entry. A past is written with COPY, in
+the order of time, and is kept only when `verify_ledger` finds every law kept by it: until then nothing is committed.
 For development databases alone.
 """
 
 # ruff: noqa: S311, SIM905  (random numbers that are no secrets; names read better in a line)
 
-import json
 import math
 import random
 from bisect import bisect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from heapq import heappop, heappush
@@ -21,24 +21,36 @@ from typing import Any
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
+from django.core.management.color import no_style
 from django.db import connection
-from django.db.models import Max
+from django.db.models import Max, Model
 from django.utils import timezone
+from psycopg.types.json import Jsonb
 
-from accounts.models import User
+from accounts.models import AuditEntry, User, Workspace
 from billing import catalogue
 from billing.catalogue import system_settings
 from billing.figures import roll_ups
 from billing.ledger import WELCOME_BONUS_KEY, welcome
-from billing.models import ModelPrice, Purchase, TokenPricing, TokenUsage
+from billing.models import (
+    GrantRequest,
+    ModelPrice,
+    PaymentReversal,
+    Purchase,
+    StripeEvent,
+    TokenAccount,
+    TokenPricing,
+    TokenTransaction,
+    TokenUsage,
+)
 from billing.pricing import TokenPools, calculate_llm_billable_tokens
 from billing.upkeep import verification
 
 DAYS_IN_MONTH = 30.44
-CARD = "visa\t4242"
+CARD = {"card_brand": "visa", "card_last4": "4242"}
 UNUSABLE = "!demo"  # nobody can sign in with it
-CHUNK = 50_000  # rows between two COPYs
-NULL = r"\N"
+CHUNK = 50_000  # operations that are written at once
+SIZE = "1024x1024"
 
 # What people do, with shares and the tokens of a typical operation (in, out).
 OPERATIONS = {
@@ -69,40 +81,17 @@ LAST_NAMES = (
     "Patel Pereira Petrov Reyes Rossi Santos Sato Schmidt Silva Singh Smith Tanaka Vogel Weber Yilmaz"
 ).split()
 
-COLUMNS = {
-    "accounts_user": "id, password, email, name, role, is_active, time_zone, date_joined",
-    "accounts_workspace": "id, owner_id, name, created_at",
-    "billing_tokenaccount": "id, user_id, workspace_id, currency, stripe_customer_id, stripe_email, "
-    "stripe_name, auto_recharge_enabled, "
-    "auto_recharge_threshold_tokens, auto_recharge_package_id, auto_recharge_price_cents, "
-    "auto_recharge_package_tokens, card_brand, card_last4, created_at",
-    "billing_purchase": "id, account_id, user_id, workspace_id, kind, state, package_id, package_name, tokens, "
-    "amount_cents, currency, discount_cents, charged_cents, stripe_session_id, stripe_payment_intent_id, failure_code, "
-    "message, created_at, expires_at, paid_at, checked_at, receipt_number, payment_method_type, "
-    "card_brand, card_last4, stripe_price_id, checkout_url, receipt_url",
-    "billing_tokenusage": "id, account_id, user_id, workspace_id, created_at, completed_at, expires_at, "
-    "idempotency_key, status, operation_type, provider, model, input_tokens, cached_input_tokens, cache_write_tokens, "
-    "output_tokens, reasoning_tokens, image_count, image_size, image_quality, actual_tokens, billable_tokens, "
-    "reserved_tokens, unbilled_tokens, charge_type, multiplier, fixed_cost_tokens, provider_cost_microusd, "
-    "error_message, duration_ms",
-    "billing_tokentransaction": "id, account_id, user_id, workspace_id, sequence, type, amount, balance_before, "
-    "balance_after, usage_id, purchase_id, admin_id, paid_cents, currency, stripe_payment_intent_id, idempotency_key, "
-    "description, metadata, created_at",
-    "billing_grantrequest": "id, kind, account_id, user_id, tokens, reason, requested_by_id, requested_by_role, "
-    "request_key, admin_limit_tokens, needs_two, state, decided_by_id, decided_at, transaction_id, created_at",
-    # Numbered by the database: a trigger writes some, too.
-    "accounts_auditentry": "created_at, actor_id, actor_role, action, summary, reason, subject_id, object_type, "
-    "object_id, before, after",
-    "billing_paymentreversal": "id, kind, stripe_id, stripe_payment_intent_id, purchase_id, amount_cents, currency, "
-    "status, reason, withdrawn_cents, created_at, updated_at",
-    "billing_stripeevent": "id, event_id, type, api_version, livemode, payload, state, message, attempts, received_at, "
-    "processed_at",
-}
+# In the order in which they refer to one another.
+MODELS: tuple[type[Model], ...] = (
+    User, Workspace, TokenAccount, Purchase, TokenUsage, TokenTransaction, GrantRequest, AuditEntry, PaymentReversal,
+    StripeEvent,
+)  # fmt: skip
 
 
 @dataclass(slots=True)
 class Person:
-    number: int  # of the user, their workspace and their account, counted from each table's first new id
+    owner: dict[str, int]  # their account, themselves and their workspace, as rows name them
+    email: str
     joined_at: datetime
     weight: float  # how much they work; 0 once they have stopped
     pays: bool
@@ -110,9 +99,9 @@ class Person:
     currency: str
     package: TokenPricing
     last_at: datetime  # of their newest ledger row
+    stays: bool  # and buys whenever tokens are missing
     balance: int = 0
     sequence: int = 0
-    stays: bool = False  # and buys whenever tokens are missing
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,60 +134,60 @@ class Planned:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """An operation that somebody may run: its columns from `status` on, as COPY takes them."""
+    """An operation that somebody may run."""
 
-    columns: str
+    columns: dict[str, Any]
+    description: str
     billable_tokens: int  # 0: it fails
     needed_tokens: int
-    is_reserved: bool
     duration: timedelta
-    description: str
 
 
-@dataclass(slots=True)
-class Tables:
-    """New rows by table, written in the order in which they refer to one another."""
+class Rows:
+    """New rows with ids that are nobody else's until the transaction's end. Each is written as a row of its model: what
+    is not said has the model's default."""
 
-    first_ids: dict[str, int] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    lines: dict[str, list[str]] = field(default_factory=dict)
-
-    @classmethod
-    def locked(cls) -> "Tables":
-        """Their next ids are ours until the transaction's end."""
-        tables = cls()
+    def __init__(self) -> None:
         with connection.cursor() as cursor:
-            cursor.execute(f"LOCK TABLE {', '.join(COLUMNS)} IN SHARE ROW EXCLUSIVE MODE")
+            tables = ", ".join(model._meta.db_table for model in MODELS)
+            cursor.execute(f"LOCK TABLE {tables} IN SHARE ROW EXCLUSIVE MODE")
             cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")  # else millions of checks wait in memory for the commit
-            for table in COLUMNS:
-                cursor.execute(f"SELECT coalesce(max(id), 0) + 1 FROM {table}")  # noqa: S608 – our own names and constants, no input
-                tables.first_ids[table], tables.counts[table], tables.lines[table] = cursor.fetchone()[0], 0, []
-        return tables
+        self.waiting: dict[type[Model], dict[tuple[str, ...], list[Any]]] = {model: {} for model in MODELS}
+        self.counts: Counter[type[Model]] = Counter()
+        self.next_ids = {model: (model._base_manager.aggregate(id=Max("pk"))["id"] or 0) + 1 for model in MODELS}
+        self.defaults = {
+            model: {
+                field.attname: field.get_default()
+                for field in model._meta.concrete_fields
+                if not field.primary_key and not field.null and not field.has_db_default()
+            }
+            for model in MODELS
+        }
 
-    def next_id(self, table: str) -> int:
-        return self.first_ids[table] + self.counts[table]
-
-    def add(self, table: str, line: str) -> int:
-        """Add a row: its columns after the id. Returns the id."""
-        id = self.first_ids[table] + self.counts[table]
-        self.counts[table] += 1
-        self.lines[table].append(f"{id}\t{line}\n" if COLUMNS[table].startswith("id,") else f"{line}\n")
+    def add(self, model: type[Model], /, **values: Any) -> int:
+        """Returns its id. The log's are given by the database, since a trigger writes some, too."""
+        id = self.next_ids[model]
+        row = self.defaults[model] | values | ({} if model is AuditEntry else {"id": id})
+        self.waiting[model].setdefault(tuple(row), []).append(row.values())
+        self.next_ids[model] += 1
+        self.counts[model] += 1
         return id
 
-    def flush(self) -> None:
+    def write(self) -> None:
         with connection.cursor() as cursor:
-            for table, columns in COLUMNS.items():
-                if lines := self.lines[table]:
-                    with cursor.copy(f"COPY {table} ({columns}) FROM STDIN") as copy:
-                        copy.write("".join(lines))
-                    lines.clear()
+            for model, kinds in self.waiting.items():
+                for columns, rows in kinds.items():
+                    with cursor.copy(f"COPY {model._meta.db_table} ({', '.join(columns)}) FROM STDIN") as copy:
+                        for row in rows:
+                            copy.write_row(tuple(row))
+                kinds.clear()
 
-    def set_sequences(self) -> None:
+    def finish(self) -> None:
+        """All are written: ids go on behind them, and PostgreSQL knows how many there are."""
         with connection.cursor() as cursor:
-            for table in (table for table, columns in COLUMNS.items() if columns.startswith("id,")):
-                cursor.execute(
-                    f"SELECT setval(pg_get_serial_sequence('{table}', 'id'), greatest(max(id), 1)) FROM {table}"  # noqa: S608 – our own names and constants, no input
-                )
+            for statement in connection.ops.sequence_reset_sql(no_style(), MODELS):
+                cursor.execute(statement)
+            cursor.execute(f"ANALYZE {', '.join(model._meta.db_table for model in MODELS)}")
 
 
 def roll_up() -> datetime | None:
@@ -214,9 +203,7 @@ class LawBroken(Exception):
 
 
 def prove() -> None:
-    """All rows of the past are there: tell PostgreSQL how many, and look whether every law holds. Raises LawBroken."""
-    with connection.cursor() as cursor:
-        cursor.execute(f"ANALYZE {', '.join(COLUMNS)}")
+    """All rows of the past are there: look whether every law holds. Raises LawBroken."""
     roll_ups.rebuild()  # what was rolled up before has a past now
     broken = [finding for finding in verification.verify() if finding.violations]
     if broken:
@@ -257,16 +244,18 @@ class History:
         self.transactions = transactions
         self.end = timezone.now() - timedelta(minutes=10)
         self.start = self.end - timedelta(days=months * DAYS_IN_MONTH)
-        self.tables = Tables.locked()
+        self.rows = Rows()
         self.settings = system_settings.get_system_settings()
         self.packages = list(TokenPricing.objects.filter(is_active=True).order_by("tokens")[: len(PACKAGE_SHARES)])
-        superadmin = User.objects.filter(role=User.Role.SUPERADMIN).order_by("pk").first()
-        first_id = self.tables.next_id("accounts_user")
-        ids = [first_id + number for number, each in enumerate(cast) if each.role == User.Role.SUPERADMIN]
-        self.superadmin_id = superadmin.pk if superadmin else ids[0] if ids else first_id + users
+        superadmins = User.objects.filter(role=User.Role.SUPERADMIN).order_by("pk")
+        superadmin_ids = list(superadmins.values_list("pk", flat=True))
         self.people = self._people(users, cast)
-        if superadmin is None and not ids:
-            self._write_user("Superadmin", f"superadmin-{self.superadmin_id}@example.com", "superadmin", self.start)
+        superadmin_ids += [
+            person.owner["user_id"]
+            for person, each in zip(self.people, cast, strict=False)
+            if each.role == User.Role.SUPERADMIN
+        ]
+        self.superadmin_id = (superadmin_ids or [self._user("Superadmin", "", "superadmin", self.start)[0]])[0]
         self.patterns = self._patterns(min(10_000, transactions))
         # (when, number to break ties, person, what): refunds, disputes and grants that are to come.
         self.agenda: list[tuple[datetime, int, Person, Event]] = []
@@ -284,60 +273,48 @@ class History:
         # More sign up the longer it exists.
         joined = sorted(self.start + timedelta(seconds=span * self.random.random() ** 0.6) for _ in range(users))
         joined[: len(cast)] = [self.start] * len(cast)
-        people = []
-        self.addresses: list[str] = []
-        for number, joined_at in enumerate(joined):
-            role = cast[number] if number < len(cast) else None
-            pays = self.random.random() < 0.3 or role is not None
-            person = Person(
-                number=number,
-                joined_at=joined_at,
-                weight=role.weight if role else self.random.lognormvariate(0.8 if pays else 0, 1.1),
-                pays=pays,
-                auto_recharges=pays and self.random.random() < 0.25 and not role,
-                currency=role.currency if role else self.random.choices(("usd", "eur", "gbp"), (60, 28, 12))[0],
-                package=self.random.choices(self.packages, PACKAGE_SHARES[: len(self.packages)])[0],
-                last_at=joined_at,
-                stays=role is not None,
-            )
-            first, last = self.random.choice(FIRST_NAMES), self.random.choice(LAST_NAMES)
-            user_id = self.tables.next_id("accounts_user")
-            name, email = f"{first} {last}", f"{first}.{last}.{user_id}@example.com".lower()
-            if role:
-                name, email, person.package = role.name, role.email, self.packages[:2][-1]
-                self._write_user(name, email, role.role, joined_at, role.password)
-            else:
-                self._write_user(name, email, "user", joined_at)
-            self.addresses.append(email)
-            workspace_id = self.tables.add(
-                "accounts_workspace", f"{user_id}\t{name.partition(' ')[0]}'s workspace\t{joined_at}"
-            )
-            account_id = self.tables.next_id("billing_tokenaccount")
-            has_card = pays and (role is None or role.weight > 0)
-            card = CARD if has_card else "\t"
-            package = (
-                f"{person.package.pk}\t{self._price_cents(person)}\t{person.package.tokens}"
-                if person.auto_recharges
-                else f"{NULL}\t{NULL}\t{NULL}"
-            )
-            customer = f"cus_demo{account_id}\t{email}\t{name}" if has_card and self.has_payments else f"{NULL}\t\t"
-            self.tables.add(
-                "billing_tokenaccount",
-                f"{user_id}\t{workspace_id}\t{person.currency}\t{customer}\t{person.auto_recharges}\t5000\t{package}"
-                f"\t{card}\t{joined_at}",
-            )
-            people.append(person)
-        return people
+        return [self._person(at, cast[place] if place < len(cast) else None) for place, at in enumerate(joined)]
 
-    def _write_user(self, name: str, email: str, role: str, at: datetime, password: str = UNUSABLE) -> None:
-        self.tables.add("accounts_user", f"{password}\t{email}\t{name}\t{role}\ttrue\t\t{at}")
+    def _person(self, joined_at: datetime, role: Cast | None) -> Person:
+        pays = self.random.random() < 0.3 or role is not None
+        weight = self.random.lognormvariate(0.8 if pays else 0, 1.1)
+        auto_recharges = pays and self.random.random() < 0.25 and not role
+        currency = self.random.choices(("usd", "eur", "gbp"), (60, 28, 12))[0]
+        package = self.random.choices(self.packages, PACKAGE_SHARES[: len(self.packages)])[0]
+        name = f"{self.random.choice(FIRST_NAMES)} {self.random.choice(LAST_NAMES)}"
+        if role:
+            name, weight, currency, package = role.name, role.weight, role.currency, self.packages[:2][-1]
+            user_id, email = self._user(name, role.email, role.role, joined_at, role.password)
+        else:
+            user_id, email = self._user(name, "", "user", joined_at)
+        title = f"{name.partition(' ')[0]}'s workspace"
+        workspace_id = self.rows.add(Workspace, owner_id=user_id, name=title, created_at=joined_at)
+        account_id = self.rows.next_ids[TokenAccount]
+        owner = {"account_id": account_id, "user_id": user_id, "workspace_id": workspace_id}
+        person = Person(
+            owner, email, joined_at, weight, pays, auto_recharges, currency, package, last_at=joined_at,
+            stays=role is not None,
+        )  # fmt: skip
+        settings: dict[str, Any] = CARD if pays and weight else {}
+        if settings and self.has_payments:
+            settings = settings | {
+                "stripe_customer_id": f"cus_demo{account_id}", "stripe_email": email, "stripe_name": name
+            }  # fmt: skip
+        if auto_recharges:
+            settings = settings | {
+                "auto_recharge_enabled": True, "auto_recharge_package_id": package.pk,
+                "auto_recharge_price_cents": self._price_cents(person), "auto_recharge_package_tokens": package.tokens,
+            }  # fmt: skip
+        self.rows.add(
+            TokenAccount, user_id=user_id, workspace_id=workspace_id, currency=currency, created_at=joined_at,
+            auto_recharge_threshold_tokens=5_000, **settings,
+        )  # fmt: skip
+        return person
 
-    def _ids(self, person: Person) -> str:
-        ids = self.tables.first_ids
-        return (
-            f"{ids['billing_tokenaccount'] + person.number}\t{ids['accounts_user'] + person.number}"
-            f"\t{ids['accounts_workspace'] + person.number}"
-        )
+    def _user(self, name: str, email: str, role: str, at: datetime, password: str = UNUSABLE) -> tuple[int, str]:
+        id = self.rows.next_ids[User]
+        email = email or f"{name.replace(' ', '.')}.{id}@example.com".lower()
+        return self.rows.add(User, password=password, email=email, name=name, role=role, date_joined=at), email
 
     # --- Operations ---
 
@@ -359,73 +336,64 @@ class History:
         size = self.size * self.random.lognormvariate(0, 0.6)
         outcome = self.random.random()
         status = "expired" if outcome < 0.003 else "failed" if outcome < 0.033 else "succeeded"
-        if planned:
-            status = "succeeded"
-        cached = int(typical_input * size * 0.5) if operation == "chat" else 0
         output = int(typical_output * size) + 1
         pools = TokenPools(
             input_tokens=int(typical_input * size) + 1,
-            cached_input_tokens=cached,
+            cached_input_tokens=int(typical_input * size * 0.5) if operation == "chat" else 0,
             output_tokens=output,
             reasoning_tokens=output // 4 if self.random.random() < 0.3 else 0,
         )
         images = self.random.choice((1, 1, 2, 4)) if operation == "image" else 0
         if planned:
-            images = planned.images
+            status, images = "succeeded", planned.images
             pools = TokenPools(input_tokens=planned.input_tokens, output_tokens=planned.output_tokens)
+        charge: dict[str, Any]
         if images:
-            cost_each = catalogue.image_cost_tokens(price, self.settings, size="1024x1024", quality="")
-            cost, charge = cost_each * images, f"fixed\t{NULL}\t{cost_each}"
+            cost_each = catalogue.image_cost_tokens(price, self.settings, size=SIZE, quality="")
+            cost = quote = cost_each * images
+            charge = {"charge_type": "fixed", "fixed_cost_tokens": cost_each}
         else:
             multiplier = catalogue.multiplier(price, self.settings)
-            billable = calculate_llm_billable_tokens(
+            cost = calculate_llm_billable_tokens(
                 pools.actual_tokens - pools.output_tokens, pools.output_tokens, multiplier
-            )
-            cost, charge = billable.billable_tokens, f"multiplier\t{multiplier}\t{NULL}"
-        quote = cost if images else int(cost * self.random.uniform(1.05, 2.5)) + 1
-        if not images and self.random.random() < 0.01:
-            quote = max(1, cost * 8 // 10)  # the provider used more than anybody thought
+            ).billable_tokens
+            charge = {"charge_type": "multiplier", "multiplier": multiplier}
+            quote = int(cost * self.random.uniform(1.05, 2.5)) + 1
+            if self.random.random() < 0.01:
+                quote = max(1, cost * 8 // 10)  # the provider used more than anybody thought
         is_reserved = status != "succeeded" or self.random.random() < 0.97
-        if not is_reserved:
-            quote = cost
-        billed = min(cost, quote) if status == "succeeded" else 0
-        unbilled = cost - billed if status == "succeeded" else 0
-        usd_microusd = catalogue.provider_cost_microusd(
-            price, pools, image_count=images, image_size="1024x1024" if images else "", image_quality=""
+        billed = (min(cost, quote) if is_reserved else cost) if status == "succeeded" else 0
+        cost_microusd = catalogue.provider_cost_microusd(
+            price, pools, image_count=images, image_size=SIZE if images else "", image_quality=""
         )
         if status != "succeeded":
-            pools, usd_microusd = TokenPools(), 0
+            pools, cost_microusd = TokenPools(), 0
         milliseconds = int(1_000 * self.random.lognormvariate(1.4 if operation in SLOW_OPERATIONS else 0.9, 0.5))
         error = {"failed": "The provider is overloaded.", "expired": "The operation did not finish in time."}
-        columns = (
-            status, operation, price.provider, price.model, pools.input_tokens, pools.cached_input_tokens, 0,
-            pools.output_tokens, pools.reasoning_tokens, images, "1024x1024" if images else "", "",
-            pools.actual_tokens, billed, quote if is_reserved else NULL, unbilled, charge, usd_microusd,
-            error.get(status, ""), milliseconds if status != "expired" else NULL,
-        )  # fmt: skip
-        label = TokenUsage.OperationType(operation).label
-        return Pattern(
-            columns="\t".join(map(str, columns)),
-            billable_tokens=billed,
-            needed_tokens=max(quote, billed),
-            is_reserved=is_reserved,
-            duration=timedelta(milliseconds=milliseconds),
-            description=f"{label} · {price.model}",
-        )
+        columns = {
+            "status": status, "operation_type": operation, "provider": price.provider, "model": price.model,
+            "input_tokens": pools.input_tokens, "cached_input_tokens": pools.cached_input_tokens,
+            "output_tokens": pools.output_tokens, "reasoning_tokens": pools.reasoning_tokens, "image_count": images,
+            "image_size": SIZE if images else "", "actual_tokens": pools.actual_tokens, "billable_tokens": billed,
+            "reserved_tokens": quote if is_reserved else None, "provider_cost_microusd": cost_microusd,
+            "unbilled_tokens": cost - billed if status == "succeeded" else 0,
+            "error_message": error.get(status, ""), "duration_ms": None if status == "expired" else milliseconds,
+        }  # fmt: skip
+        description = f"{TokenUsage.OperationType(operation).label} · {price.model}"
+        duration = timedelta(milliseconds=milliseconds)
+        return Pattern(columns | charge, description, billed, max(quote, billed), duration)
 
     def make(self) -> Iterator[int]:
         """Let it all happen. Yields how many ledger entries there are, now and then."""
-        self.tables.flush()
+        self.rows.write()
         joining = iter(self.people)
         newcomer = next(joining, None)
         working: list[Person] = []
         days = self._days()
-        masses = self._masses(days)
-        for day, share in zip(days, masses, strict=True):
+        for day, share in zip(days, self._masses(days), strict=True):
             working = [person for person in working if person.weight > 0]
-            moments = self._moments(day, math.ceil(share * self._missing()))
             weights = list(accumulate(person.weight for person in working))
-            for moment in moments:
+            for moment in self._moments(day, math.ceil(share * self._missing())):
                 while newcomer and newcomer.joined_at <= moment:
                     self._welcome(newcomer)
                     working.append(newcomer)
@@ -434,21 +402,21 @@ class History:
                 self._do_what_is_due(moment)
                 if working:
                     self._work(working, weights, moment)
-                if len(self.tables.lines["billing_tokenusage"]) >= CHUNK:
-                    self.tables.flush()
-                    yield self.tables.counts["billing_tokentransaction"]
+                if sum(map(len, self.rows.waiting[TokenUsage].values())) >= CHUNK:
+                    self.rows.write()
+                    yield self.rows.counts[TokenTransaction]
                 if not self._missing():
                     break
         while newcomer:
             self._welcome(newcomer)
             newcomer = next(joining, None)
         self._do_what_is_due(self.end)
-        self.tables.flush()
+        self.rows.write()
         self._write_accounts()
         if self.settings.welcome_bonus_tokens:
-            welcome.remember(self.addresses)
-        self.tables.set_sequences()
-        yield self.tables.counts["billing_tokentransaction"]
+            welcome.remember([person.email for person in self.people])
+        self.rows.finish()
+        yield self.rows.counts[TokenTransaction]
 
     def _do_what_is_due(self, moment: datetime) -> None:
         while self.agenda and self.agenda[0][0] <= moment:
@@ -457,8 +425,8 @@ class History:
 
     def _missing(self) -> int:
         """Debits that the rest of the time has to bring."""
-        waiting = len(self.people) - self.tables.counts["billing_tokentransaction"]
-        return max(0, self.transactions - max(waiting, 0) - self.tables.counts["billing_tokentransaction"])
+        made = self.rows.counts[TokenTransaction]
+        return max(0, self.transactions - max(len(self.people) - made, 0) - made)
 
     def _days(self) -> list[datetime]:
         first = roll_ups.day_of(self.start)
@@ -500,14 +468,16 @@ class History:
     def _operate(self, person: Person, pattern: Pattern, moment: datetime) -> tuple[int, datetime, datetime]:
         """Write it. Returns its number, and when it began and ended."""
         at = max(moment, person.last_at + timedelta(milliseconds=1))
-        ids, begun_at = self._ids(person), at - pattern.duration
-        expires_at = begun_at + timedelta(minutes=10) if pattern.is_reserved else NULL
-        usage_id = self.tables.next_id("billing_tokenusage")
-        self.tables.add(
-            "billing_tokenusage", f"{ids}\t{begun_at}\t{at}\t{expires_at}\tdemo-{usage_id}\t{pattern.columns}"
-        )
+        begun_at = at - pattern.duration
+        is_reserved = pattern.columns["reserved_tokens"] is not None
+        usage_id = self.rows.add(
+            TokenUsage, **person.owner, **pattern.columns, created_at=begun_at, completed_at=at,
+            idempotency_key=f"demo-{self.rows.next_ids[TokenUsage]}",
+            expires_at=begun_at + timedelta(minutes=10) if is_reserved else None,
+        )  # fmt: skip
         if pattern.billable_tokens:
-            self._post(person, "usage", -pattern.billable_tokens, at, usage_id=usage_id, text=pattern.description)
+            text = pattern.description
+            self._post(person, "usage", -pattern.billable_tokens, at, description=text, usage_id=usage_id)
         if person.auto_recharges and person.balance < 5_000:
             self._buy(person, at + timedelta(seconds=3), is_auto=True)
         return usage_id, begun_at, at
@@ -527,12 +497,12 @@ class History:
     # --- Money ---
 
     def _welcome(self, person: Person) -> None:
-        if bonus_tokens := self.settings.welcome_bonus_tokens:
-            self._post(person, "bonus", bonus_tokens, person.joined_at, key=WELCOME_BONUS_KEY, text="Welcome bonus")
+        if tokens := self.settings.welcome_bonus_tokens:
+            at, key = person.joined_at, WELCOME_BONUS_KEY
+            self._post(person, "bonus", tokens, at, description="Welcome bonus", idempotency_key=key)
         # Of the cast everybody who works is given something once.
         if self.random.random() < self.grant_share or (person.stays and person.weight):
-            at = person.joined_at + timedelta(days=self.random.uniform(1, 60))
-            self._plan(at, person, self._grant)
+            self._plan(person.joined_at + timedelta(days=self.random.uniform(1, 60)), person, self._grant)
 
     def _plan(self, at: datetime, person: Person, event: Event) -> None:
         if at < self.end:
@@ -541,149 +511,123 @@ class History:
 
     def _grant(self, person: Person, at: datetime) -> None:
         """What billing/staff/grants.py writes when a superadmin gives or takes tokens: request, entry and audit log."""
-        account_id, user_id, _ = self._ids(person).split("\t")
-        if int(user_id) == self.superadmin_id:  # nobody gives tokens to themselves
+        admin_id, user_id = self.superadmin_id, person.owner["user_id"]
+        if user_id == admin_id:  # nobody gives tokens to themselves
             return
-        tokens = self.random.choice((5_000, 10_000, 25_000))
-        is_deduction = person.balance > tokens and self.random.random() < 0.1
-        kind, reason = (
-            ("deduction", "Granted by mistake") if is_deduction else ("grant", self.random.choice(GRANT_REASONS))
-        )
-        request_id, admin_id, before = self.tables.next_id("billing_grantrequest"), self.superadmin_id, person.balance
-        past = {
-            "grant_request_id": request_id, "admin_role": "superadmin", "admin_limit_tokens": 0,
-            "requested_by_id": admin_id, "first_approved_by_id": None,
-        }  # fmt: skip
+        tokens, before, at = self.random.choice((5_000, 10_000, 25_000)), person.balance, max(at, person.last_at)
+        kind, reason = "grant", self.random.choice(GRANT_REASONS)
+        if before > tokens and self.random.random() < 0.1:
+            kind, reason = "deduction", "Granted by mistake"
+        request_id = self.rows.next_ids[GrantRequest]
         entry_id = self._post(
-            person, f"admin_{kind}", -tokens if is_deduction else tokens, at, admin_id=admin_id, text=reason,
-            key=f"grant-request-{request_id}", metadata=past,
+            person, f"admin_{kind}", tokens if kind == "grant" else -tokens, at, admin_id=admin_id, description=reason,
+            idempotency_key=f"grant-request-{request_id}", metadata=Jsonb({
+                "grant_request_id": request_id, "admin_role": "superadmin", "admin_limit_tokens": 0,
+                "requested_by_id": admin_id, "first_approved_by_id": None,
+            }),
         )  # fmt: skip
-        self.tables.add(
-            "billing_grantrequest",
-            f"{kind}\t{account_id}\t{user_id}\t{tokens}\t{reason}\t{admin_id}\tsuperadmin\tdemo-{request_id}\t0\tfalse"
-            f"\tdone\t{admin_id}\t{person.last_at}\t{entry_id}\t{person.last_at}",
-        )
-        balances = "\t".join(json.dumps({"balance_tokens": tokens}) for tokens in (before, person.balance))
-        self.tables.add(
-            "accounts_auditentry",
-            f"{person.last_at}\t{admin_id}\tsuperadmin\t{kind}\t{kind.title()} of {tokens:,} tokens carried out"
-            f"\t{reason}\t{user_id}\tgrant_request\t{request_id}\t{balances}",
-        )
+        self.rows.add(
+            GrantRequest, kind=kind, account_id=person.owner["account_id"], user_id=user_id, tokens=tokens,
+            reason=reason, requested_by_id=admin_id, requested_by_role="superadmin", request_key=f"demo-{request_id}",
+            admin_limit_tokens=0, needs_two=False, state="done", decided_by_id=admin_id, decided_at=at,
+            transaction_id=entry_id, created_at=at,
+        )  # fmt: skip
+        self.rows.add(
+            AuditEntry, created_at=at, actor_id=admin_id, actor_role="superadmin", action=kind, reason=reason,
+            summary=f"{kind.title()} of {tokens:,} tokens carried out", subject_id=user_id, object_type="grant_request",
+            object_id=str(request_id), before=Jsonb({"balance_tokens": before}),
+            after=Jsonb({"balance_tokens": person.balance}),
+        )  # fmt: skip
 
     def _price_cents(self, person: Person) -> int:
-        package = person.package
-        return package.price_cents(person.currency) or round(package.price_usd_cents * PER_USD[person.currency])
+        package, currency = person.package, person.currency
+        return package.price_cents(currency) or round(package.price_usd_cents * PER_USD[currency])
 
-    def _purchase(
-        self, person: Person, at: datetime, *, kind: str, state: str, failure: str = "", discount_cents: int = 0
-    ) -> int:
-        id = self.tables.next_id("billing_purchase")
-        package, price_cents = person.package, self._price_cents(person)
-        is_paid = state == "paid"
-        charged = price_cents - discount_cents if is_paid else NULL
-        method = f"card\t{CARD}" if is_paid else "\t\t"
-        self.receipts += is_paid  # numbered without gaps
-        session = f"cs_demo_{id}" if kind == "checkout" else NULL
-        intent = f"pi_demo_{id}" if is_paid and self.has_payments else NULL
-        code, message = ("card_declined", "Your card was declined.") if failure else ("", "")
-        expires_at = at + timedelta(hours=24) if kind == "checkout" else NULL
-        return self.tables.add(
-            "billing_purchase",
-            f"{self._ids(person)}\t{kind}\t{state}\t{package.pk}\t{package.name}\t{package.tokens}\t{price_cents}"
-            f"\t{person.currency}\t{discount_cents}\t{charged}\t{session}\t{intent}\t{code}\t{message}"
-            f"\t{at - timedelta(seconds=60 if kind == 'checkout' else 1)}\t{expires_at}"
-            f"\t{at if is_paid else NULL}\t{at + timedelta(seconds=2) if is_paid else NULL}"
-            f"\t{self.receipts if is_paid else NULL}\t{method}\t\t\t",
-        )
+    def _purchase(self, person: Person, at: datetime, *, kind: str, state: str, **fields: Any) -> int:
+        is_checkout, package = kind == "checkout", person.package
+        return self.rows.add(
+            Purchase, **person.owner, kind=kind, state=state, package_id=package.pk, package_name=package.name,
+            tokens=package.tokens, amount_cents=self._price_cents(person), currency=person.currency,
+            stripe_session_id=f"cs_demo_{self.rows.next_ids[Purchase]}" if is_checkout else None,
+            created_at=at - timedelta(seconds=60 if is_checkout else 1),
+            expires_at=at + timedelta(hours=24) if is_checkout else None, **fields,
+        )  # fmt: skip
+
+    def _decline(self, person: Person, at: datetime, *, kind: str) -> None:
+        failure = {"failure_code": "card_declined", "message": "Your card was declined."}
+        self._purchase(person, at, kind=kind, state="failed", **failure)
 
     def _fail_to_buy(self, person: Person, at: datetime) -> None:
-        is_abandoned = self.random.random() < 0.5 and at < self.end - timedelta(days=2)
-        self._purchase(
-            person, at, kind="checkout", state="expired" if is_abandoned else "failed",
-            failure="" if is_abandoned else "card_declined",
-        )  # fmt: skip
+        if self.random.random() < 0.5 and at < self.end - timedelta(days=2):
+            self._purchase(person, at, kind="checkout", state="expired")
+        else:
+            self._decline(person, at, kind="checkout")
 
     def _buy(self, person: Person, at: datetime, *, is_auto: bool) -> None:
         at = max(at, person.last_at + timedelta(milliseconds=1))
+        kind = "auto_recharge" if is_auto else "checkout"
         if is_auto and self.random.random() < 0.05:
-            self._purchase(person, at, kind="auto_recharge", state="failed", failure="card_declined")
+            self._decline(person, at, kind=kind)
             at += timedelta(seconds=2)
         price_cents = self._price_cents(person)
-        has_discount = not is_auto and self.random.random() < 0.06
-        discount_cents = price_cents // 5 if has_discount else 0
-        kind = "auto_recharge" if is_auto else "checkout"
-        purchase_id = self._purchase(person, at, kind=kind, state="paid", discount_cents=discount_cents)
-        revenue_cents, tokens = price_cents - discount_cents, person.package.tokens
-        intent = f"pi_demo_{purchase_id}" if self.has_payments else NULL
-        self._post(
-            person, "auto_recharge" if is_auto else "purchase", tokens, at, purchase_id=purchase_id, intent=intent,
-            paid_cents=revenue_cents, key=f"purchase-{purchase_id}", text=f"{person.package.name} package",
+        discount_cents = price_cents // 5 if not is_auto and self.random.random() < 0.06 else 0
+        paid_cents = price_cents - discount_cents
+        self.receipts += 1  # numbered without gaps
+        intent = f"pi_demo_{self.rows.next_ids[Purchase]}" if self.has_payments else None
+        purchase_id = self._purchase(
+            person, at, kind=kind, state="paid", discount_cents=discount_cents, charged_cents=paid_cents, paid_at=at,
+            checked_at=at + timedelta(seconds=2), receipt_number=self.receipts, payment_method_type="card",
+            stripe_payment_intent_id=intent, **CARD,
         )  # fmt: skip
-        seconds = self.random.lognormvariate(-1, 1)
-        event_id = self.tables.next_id("billing_stripeevent")
-        event_type = "payment_intent.succeeded" if is_auto else "checkout.session.completed"
-        self.tables.add(
-            "billing_stripeevent",
-            f"evt_demo_{event_id}\t{event_type}\t2026-10-28\tfalse\t{{}}\tprocessed\t\t1\t{at}"
-            f"\t{at + timedelta(seconds=seconds)}",
-        )
+        tokens = person.package.tokens
+        payment = {"purchase_id": purchase_id, "stripe_payment_intent_id": intent}
+        self._post(
+            person, kind if is_auto else "purchase", tokens, at, **payment, paid_cents=paid_cents,
+            idempotency_key=f"purchase-{purchase_id}", description=f"{person.package.name} package",
+        )  # fmt: skip
+        self.rows.add(
+            StripeEvent, type="payment_intent.succeeded" if is_auto else "checkout.session.completed", livemode=False,
+            event_id=f"evt_demo_{self.rows.next_ids[StripeEvent]}", api_version="2026-10-28", payload=Jsonb({}),
+            state="processed", received_at=at,
+            processed_at=at + timedelta(seconds=self.random.lognormvariate(-1, 1)),
+        )  # fmt: skip
         self.sales += 1
         cycle, place = divmod(self.sales, self.reversed_every)
         if place == self.reversed_every // 2 and self.has_payments:
             kind, is_whole = (("refund", False), ("refund", True), ("dispute", True))[cycle % 3]
-            paid = (purchase_id, tokens, revenue_cents, kind, is_whole)
-            days = self.random.uniform(0.1, 20)
-            self._plan(at + timedelta(days=days), person, lambda person, at: self._give_back(person, at, *paid))
+            cents = paid_cents if is_whole else paid_cents // 2
+            later, due_tokens = at + timedelta(days=self.random.uniform(0.1, 20)), tokens * cents // paid_cents
+            taken: dict[str, Any] = {"payment": payment, "kind": kind, "cents": cents, "due_tokens": due_tokens}
+            self._plan(later, person, partial(self._give_back, **taken))
 
     def _give_back(
-        self, person: Person, at: datetime, purchase_id: int, tokens: int, paid_cents: int, kind: str, is_whole: bool
+        self, person: Person, at: datetime, *, payment: dict[str, Any], kind: str, cents: int, due_tokens: int
     ) -> None:
         """What billing/payments/refunds.py posts for a refund or a lost dispute. A debt ends what they buy."""
-        cents = paid_cents if is_whole else paid_cents // 2
-        due_tokens = tokens * cents // paid_cents
-        intent = f"pi_demo_{purchase_id}"
-        id = self.tables.next_id("billing_paymentreversal")
-        status, prefix = ("succeeded", "re") if kind == "refund" else ("lost", "du")
-        self.tables.add(
-            "billing_paymentreversal",
-            f"{kind}\t{prefix}_demo_{id}\t{intent}\t{purchase_id}\t{cents}\t{person.currency}\t{status}"
-            f"\t{'' if kind == 'refund' else 'fraudulent'}\t{NULL if kind == 'refund' else cents}\t{at}\t{at}",
-        )
+        is_refund = kind == "refund"
+        self.rows.add(
+            PaymentReversal, **payment, kind=kind, amount_cents=cents, currency=person.currency,
+            stripe_id=f"{'re' if is_refund else 'du'}_demo_{self.rows.next_ids[PaymentReversal]}",
+            status="succeeded" if is_refund else "lost", reason="" if is_refund else "fraudulent",
+            withdrawn_cents=None if is_refund else cents, created_at=at, updated_at=at,
+        )  # fmt: skip
         self._post(
-            person, "refund", -due_tokens, at, purchase_id=purchase_id, intent=intent, paid_cents=-cents,
-            key=f"purchase-{purchase_id}-reversal-1", text=f"{kind.title()} of {person.package.name}",
+            person, "refund", -due_tokens, at, **payment, paid_cents=-cents,
+            idempotency_key=f"purchase-{payment['purchase_id']}-reversal-1",
+            description=f"{kind.title()} of {person.package.name}",
         )  # fmt: skip
         if person.balance < 0:
             person.weight = 0
 
-    def _post(
-        self,
-        person: Person,
-        type: str,
-        tokens: int,
-        at: datetime,
-        *,
-        text: str,
-        usage_id: int | str = NULL,
-        purchase_id: int | str = NULL,
-        admin_id: int | str = NULL,
-        paid_cents: int | str = NULL,
-        intent: str = NULL,
-        key: str = NULL,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> int:
+    def _post(self, person: Person, type: str, tokens: int, at: datetime, **fields: Any) -> int:
         """The ledger row that billing/ledger/ would have written (law 2). Returns its id."""
-        at = max(at, person.last_at)
         before, person.balance = person.balance, person.balance + tokens
-        person.sequence += 1
-        person.last_at = at
-        currency = "" if paid_cents == NULL else person.currency
-        return self.tables.add(
-            "billing_tokentransaction",
-            f"{self._ids(person)}\t{person.sequence}\t{type}\t{tokens}\t{before}\t{person.balance}\t{usage_id}"
-            f"\t{purchase_id}\t{admin_id}\t{paid_cents}\t{currency}\t{intent}\t{key}\t{text}"
-            f"\t{json.dumps(metadata or {})}\t{at}",
-        )
+        person.sequence, person.last_at = person.sequence + 1, max(at, person.last_at)
+        return self.rows.add(
+            TokenTransaction, **person.owner, sequence=person.sequence, type=type, amount=tokens, balance_before=before,
+            balance_after=person.balance, currency=person.currency if "paid_cents" in fields else "",
+            created_at=person.last_at, **fields,
+        )  # fmt: skip
 
     def _write_accounts(self) -> None:
         """The accounts as their entries leave them; one in 500 was blocked."""
@@ -710,5 +654,5 @@ class History:
                           auto_recharge_enabled = auto_recharge_enabled AND outcome.status = 'active'
                               AND outcome.balance >= auto_recharge_threshold_tokens
                      FROM outcome WHERE outcome.account_id = account.id""",
-                {"first": self.tables.first_ids["billing_tokenaccount"]},
+                {"first": self.people[0].owner["account_id"]},
             )

@@ -7,10 +7,11 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import transaction
 from tqdm import tqdm
 
+from accounts.models import User
 from billing import catalogue
 from billing.catalogue import packages, system_settings
 from billing.demo import DEMO_PEOPLE
-from billing.models import TokenTransaction
+from billing.models import Purchase, TokenTransaction, TokenUsage
 
 OPERATIONS_PER_USER = 50
 
@@ -51,10 +52,10 @@ class Command(BaseCommand):
                     bar.update(made - bar.n)
             invented_past.prove()
         reached = invented_past.roll_up()
-        made_rows = history.tables.counts
+        made_rows = history.rows.counts
         self.stdout.write(
-            f"{made_rows['accounts_user']:,} people, {made_rows['billing_tokenusage']:,} operations, "
-            f"{made_rows['billing_purchase']:,} purchases, {made_rows['billing_tokentransaction']:,} ledger entries."
+            f"{made_rows[User]:,} people, {made_rows[TokenUsage]:,} operations, {made_rows[Purchase]:,} purchases, "
+            f"{made_rows[TokenTransaction]:,} ledger entries."
         )
         if reached:
             self.stdout.write(f"Roll-ups until {reached:%Y-%m-%d %H:%M} UTC.")

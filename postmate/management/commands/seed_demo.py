@@ -8,7 +8,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from accounts.models import User
 from billing import ledger
 from billing.demo import DEMO_NAMES, DEMO_PASSWORD, DEMO_PEOPLE
-from billing.models import TokenTransaction
+from billing.models import Purchase, TokenTransaction, TokenUsage
 
 
 class Command(BaseCommand):
@@ -27,10 +27,10 @@ class Command(BaseCommand):
             from postmate.local.demo import make_past  # needs what is installed for development alone
 
             began = time.monotonic()
-            counts = make_past(stripe_data=stripe_data).tables.counts
+            counts = make_past(stripe_data=stripe_data).rows.counts
             self.stdout.write(
-                f"  A year of {counts['accounts_user']} people: {counts['billing_tokenusage']:,} operations, "
-                f"{counts['billing_purchase']} purchases; {time.monotonic() - began:.1f} s"
+                f"  A year of {counts[User]} people: {counts[TokenUsage]:,} operations, {counts[Purchase]} purchases; "
+                f"{time.monotonic() - began:.1f} s"
             )
         for email, role in DEMO_PEOPLE.items():
             user = User.objects.filter(email=email).first()
