@@ -74,7 +74,6 @@ class ContentAdmin(ReadOnlyAdmin):
 class ProjectAdmin(ContentAdmin):
     author_id = "workspace.owner_id"
     list_display = ("id", "workspace", "created_at")
-    list_select_related = ("workspace",)
     search_fields = ("workspace__owner__email",)
 
 
@@ -82,7 +81,6 @@ class ProjectAdmin(ContentAdmin):
 class ContentPieceAdmin(ContentAdmin):
     list_display = ("id", "author", "state", "updated_at")
     list_filter = ("state",)
-    list_select_related = ("author",)
     search_fields = ("author__email",)
 
 
@@ -97,7 +95,6 @@ class ContentVersionAdmin(ContentAdmin):
 @admin.register(Chat)
 class ChatAdmin(ContentAdmin):
     list_display = ("id", "author", "updated_at")
-    list_select_related = ("author",)
     search_fields = ("author__email",)
 
 
@@ -113,7 +110,6 @@ class ChatTurnAdmin(ContentAdmin):
 class ImagePromptAdmin(ContentAdmin):
     list_display = ("id", "author", "state", "usage_id", "created_at")
     list_filter = ("state", "style")
-    list_select_related = ("author",)
     search_fields = ("author__email", "usage_id__exact")
 
 
@@ -147,6 +143,5 @@ class GeneratedImageInline(admin.TabularInline):
 class ImageBatchAdmin(ContentAdmin):
     list_display = ("id", "author", "size", "quality", "count", "state", "usage_id", "created_at")
     list_filter = ("state", "size", "style")
-    list_select_related = ("author",)
     search_fields = ("author__email", "usage_id__exact")
     inlines = (GeneratedImageInline,)

@@ -69,7 +69,6 @@ class TokenAccountAdmin(ReadOnlyAdmin):
         "created_at",
     )
     list_filter = ("status", "bonus_withheld", "auto_recharge_enabled", "currency")
-    list_select_related = ("workspace", "user")
     search_fields = ("user__email", "workspace__name", "stripe_customer_id__exact")
 
 
@@ -88,7 +87,6 @@ class TokenTransactionAdmin(ReadOnlyAdmin):
         "description",
     )
     list_filter = ("type",)
-    list_select_related = ("workspace", "user")
     search_fields = ("user__email", "stripe_payment_intent_id__exact", "idempotency_key__exact")
     ordering = ("-id",)
 
@@ -108,7 +106,6 @@ class TokenUsageAdmin(ReadOnlyAdmin):
         "unbilled_tokens",
     )
     list_filter = ("status", "operation_type", "provider", "is_estimated")
-    list_select_related = ("workspace", "user")
     search_fields = ("user__email", "model__exact", "idempotency_key__exact")
     date_hierarchy = "created_at"
     ordering = ("-id",)
@@ -116,19 +113,8 @@ class TokenUsageAdmin(ReadOnlyAdmin):
 
 @admin.register(Purchase)
 class PurchaseAdmin(ReadOnlyAdmin):
-    list_display = (
-        "id",
-        "created_at",
-        "user",
-        "kind",
-        "package_name",
-        "tokens",
-        "price_display",
-        "state",
-        "paid_at",
-    )
+    list_display = ("id", "created_at", "user", "kind", "package_name", "tokens", "price_display", "state", "paid_at")
     list_filter = ("state", "kind", "currency")
-    list_select_related = ("user",)
     search_fields = ("user__email", "stripe_session_id__exact", "stripe_payment_intent_id__exact")
     date_hierarchy = "created_at"
     ordering = ("-id",)
@@ -141,7 +127,6 @@ class PurchaseAdmin(ReadOnlyAdmin):
 class PaymentReversalAdmin(ReadOnlyAdmin):
     list_display = ("stripe_id", "kind", "amount_display", "status", "purchase", "requested_by", "created_at")
     list_filter = ("kind", "status")
-    list_select_related = ("purchase", "requested_by")
     search_fields = ("stripe_id__exact", "stripe_payment_intent_id__exact")
     date_hierarchy = "created_at"
     ordering = ("-id",)
@@ -215,7 +200,6 @@ class EmailStateFilter(admin.SimpleListFilter):
 class NotificationAdmin(ReadOnlyAdmin):
     list_display = ("created_at", "user", "kind", "title", "read_at", "email_state", "email_attempts", "email_error")
     list_filter = (EmailStateFilter, "kind")
-    list_select_related = ("user",)
     search_fields = ("user__email", "title")
     ordering = ("-id",)
 
@@ -226,7 +210,6 @@ class NotificationPreferenceAdmin(ReadOnlyAdmin):
 
     list_display = ("user", "kind", "wants_email")
     list_filter = ("wants_email", "kind")
-    list_select_related = ("user",)
     search_fields = ("user__email",)
     ordering = ("-id",)
 
@@ -263,7 +246,6 @@ class RollUpAdmin(ReadOnlyAdmin):
 class SettingChangeAdmin(ReadOnlyAdmin):
     list_display = ("changed_at", "field", "old_value", "new_value", "changed_by")
     list_filter = ("field",)
-    list_select_related = ("changed_by",)
     date_hierarchy = "changed_at"
 
 
@@ -271,7 +253,6 @@ class SettingChangeAdmin(ReadOnlyAdmin):
 class ModelPriceChangeAdmin(ReadOnlyAdmin):
     list_display = ("changed_at", "price", "field", "old_value", "new_value", "changed_by", "source")
     list_filter = ("source", "price")
-    list_select_related = ("price", "changed_by")
     search_fields = ("price__model", "field")
     date_hierarchy = "changed_at"
 
@@ -433,7 +414,6 @@ class GrantRequestAdmin(ReadOnlyAdmin):
 class BulkJobAdmin(ReadOnlyAdmin):
     list_display = ("id", "created_at", "kind", "state", "tokens", "reason", "requested_by", "finished_at")
     list_filter = ("state", "kind")
-    list_select_related = ("requested_by",)
     search_fields = ("requested_by__email",)
 
 

@@ -1,20 +1,18 @@
 """What people and programs are told while the database is away: 503 and to try again, never a 500 or a stack trace."""
 
 import sys
-from collections.abc import Awaitable, Callable
-from typing import Any, cast
+from typing import Any
 
-from asgiref.sync import iscoroutinefunction
 from django.core.signals import got_request_exception
 from django.dispatch import receiver
 from django.http import HttpRequest, HttpResponse
 from django.template.loader import render_to_string
-from django.utils.decorators import sync_and_async_middleware
 from django.utils.safestring import SafeString
 from django.views.debug import ExceptionReporter
 
 from billing.api.problems import unavailable_problem
 from kit.database import DATABASE_AWAY
+from postmate.web.middleware import middleware
 
 
 class _NoReport(ExceptionReporter):
@@ -34,22 +32,6 @@ def _note_outage(request: HttpRequest | None = None, **kwargs: Any) -> None:
         request.exception_reporter_class = _NoReport
 
 
-@sync_and_async_middleware
-def outage_middleware(get_response: Callable[[HttpRequest], Any]) -> Callable[[HttpRequest], Any]:
-    """Answers 503 in place of the 500 of a request that lost the database, or got no connection to it."""
-    if iscoroutinefunction(get_response):
-
-        async def answer_async(request: HttpRequest) -> HttpResponse:
-            return _or_unavailable(request, await cast(Awaitable[HttpResponse], get_response(request)))
-
-        return answer_async
-
-    def answer(request: HttpRequest) -> HttpResponse:
-        return _or_unavailable(request, get_response(request))
-
-    return answer
-
-
 def _or_unavailable(request: HttpRequest, response: HttpResponse) -> HttpResponse:
     if not getattr(request, "met_outage", False):
         return response
@@ -63,3 +45,7 @@ def _or_unavailable(request: HttpRequest, response: HttpResponse) -> HttpRespons
     answer["Retry-After"] = "1"
     answer["Cache-Control"] = "no-store"
     return answer
+
+
+# Answers 503 in place of the 500 of a request that lost the database, or got no connection to it.
+outage_middleware = middleware(after=_or_unavailable)
