@@ -102,6 +102,7 @@ class _TextRun:
     is_asked: bool = False  # the request has gone to the provider
     is_call_under_way: bool = True
     ended_calls: list[TokenPools] = field(default_factory=list)
+    vain_calls: list[TokenPools] = field(default_factory=list)  # extensions that brought nothing: our cost alone
     is_estimated: bool = False
     stopped_by: StoppedBy = "reader"  # until it is known better
     failure: Exception | None = None
@@ -115,7 +116,7 @@ class _TextRun:
 
     @property
     def counted(self) -> TokenPools:
-        """By the calls that ended."""
+        """By the calls that ended and brought something."""
         return sum(self.ended_calls, TokenPools())
 
     @property
@@ -145,15 +146,24 @@ class _TextRun:
                 self.thought_counted_to = len(self.thought)
 
     def end_call(self, end: TextEnd) -> None:
-        """Note what the whole call used. An answer with nothing to read counts as empty and fails the operation."""
-        call = self._count_call(has_ended=True)
-        self.ended_calls.append(call.pools)
-        self.is_estimated |= call.is_estimated
-        self.is_call_under_way = False
+        """Note what the whole call used. A first one with nothing to read counts as empty and fails the operation."""
         self.stopped_by = _STOPPED_BY[end.finish_reason]
-        if not any(character.isprintable() and not character.isspace() for character in self.text):
-            self.written.clear()
+        self._note_call(has_ended=True)
+        if not self.text:
             self.fail(self._why_nothing(end)(self.quote.price.get_provider_display()))
+
+    def _note_call(self, *, has_ended: bool, error: Exception | None = None) -> None:
+        """The call under way is over. Its user pays for it when there is something to read of it (law 9)."""
+        call, has_read = self._count_call(has_ended=has_ended), has_ended or self._has_read(error)
+        self.is_call_under_way = False
+        written = self._text_from(self.call_begins_at)
+        if any(character.isprintable() and not character.isspace() for character in written):
+            self.ended_calls.append(call.pools)
+            self.is_estimated |= call.is_estimated or not has_ended
+            return
+        del self.written[self.call_begins_at :]
+        if has_read:
+            self.vain_calls.append(call.pools)
 
     def _why_nothing(self, end: TextEnd) -> type[ProviderError]:
         if end.finish_reason == "length":
@@ -188,13 +198,14 @@ class _TextRun:
         )
 
     def fail(self, error: Exception) -> None:
-        """A first call that fails fails the operation (law 9); a later one only ends it."""
-        if self.call_begins_at == 0:
+        """A first call that fails fails the operation (law 9); what breaks later only ends it."""
+        if not self.ended_calls:
             self.failure = error
             return
         note_failure("An operation could not go on", self.log_ids, error)
-        self.is_call_under_way = False
-        self.stopped_by = "provider"
+        if self.is_call_under_way:
+            self._note_call(has_ended=False, error=error)
+            self.stopped_by = "provider"
 
     def close(self, keep: KeepText) -> Posting:
         """Keep the text and charge for it, or give the hold back, in one transaction."""
@@ -220,14 +231,19 @@ class _TextRun:
         """The reader has, before a word."""
         return self.failure is None and not text and self.is_asked
 
-    def _paid_calls(self, text: str) -> list[TokenPools]:
+    def _has_read(self, error: Exception | None) -> bool:
+        """Whether the provider has read what the call under way asks, which `error` has ended, or None, its reader."""
+        has_begun = self.said or self.thought or len(self.written) > self.call_begins_at
+        was_slow = isinstance(error, ProviderTimedOut)  # to answer, not to read
+        return bool(has_begun or was_slow or (error is None and self.is_asked))
+
+    def _paid_calls(self) -> list[TokenPools]:
         """What each call used that we have to pay for, whether or not the user does."""
-        was_slow = isinstance(self.failure, ProviderTimedOut)  # to answer, not to read
-        has_read = self.said or text or self.thought or not self.is_call_under_way or self._has_left(text) or was_slow
-        return self.calls if has_read else []
+        calls = self.calls if self._has_read(self.failure) else self.ended_calls
+        return [*calls, *self.vain_calls]
 
     def _keep_too_late(self, keep_text: Callable[[], None], text: str) -> Posting:
-        calls = self._paid_calls(text)
+        calls = self._paid_calls()
         pools = sum(calls, TokenPools())
         return keep_too_late(
             self.usage_id,
@@ -240,8 +256,8 @@ class _TextRun:
 
     def _settle_or_release(self, text: str) -> Posting:
         # What failed we may have to pay for all the same; the user does not (law 9). Who leaves does: it has been read.
-        has_left, calls = self._has_left(text), self._paid_calls(text)
-        provider_cost_microusd = catalogue.provider_cost_microusd(self.quote.price, *calls)
+        has_left = self._has_left(text)
+        provider_cost_microusd = catalogue.provider_cost_microusd(self.quote.price, *self._paid_calls())
         if self.failure is not None or not (text or has_left):
             return ledger.release_usage(
                 usage_id=self.usage_id,
@@ -251,7 +267,7 @@ class _TextRun:
             )
         return ledger.settle_usage(
             usage_id=self.usage_id,
-            pools=sum(calls, TokenPools()),
+            pools=sum(self.calls, TokenPools()),
             is_estimated=self.is_estimated or self.is_call_under_way,
             provider_cost_microusd=provider_cost_microusd,
             duration_ms=self.duration_ms,

@@ -102,9 +102,12 @@ class Call:
 
     @property
     def fault(self) -> str:
-        """The fault that the prompt asks for, or ''."""
+        """The fault that the prompt asks for, or ''. A recording that was asked for before goes on being played."""
         match = FAULT_MARKER.search(self.prompt)
-        return match[1] if match else ""
+        if match:
+            return match[1]
+        earlier = (it[1] for turn in reversed(self.turns) for it in FAULT_MARKER.finditer(turn.text))
+        return next((fault for fault in earlier if fault.startswith(RECORDED)), "")
 
     @property
     def input_tokens(self) -> int:

@@ -29,6 +29,7 @@ from billing.models import ModelPrice, Notification, RollUp, TokenAccount, Token
 from billing.pricing import TokenPools, ceil_multiply
 from billing.upkeep.verification import verify
 from kit.database import in_thread
+from tests.conftest import MakeUser
 from tests.standins.ai_server import AiServer, running_ai_standin
 
 MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5", "google": "gemini-3.8-flash"}
@@ -240,6 +241,81 @@ def test_an_answer_that_shows_nothing_is_none(alice: User, server: AiServer) -> 
     assert TokenAccount.objects.get(user=alice).balance == 10_000
     with pytest.raises(operations.LeftTooOften):
         write(server, alice, "openai", "", key="nothing-more")
+
+
+FAULT = {"error": {"message": "…", "type": "server_error"}}
+
+
+def openai_end(reason: str, *count: int) -> str:
+    end = {"choices": [{"index": 0, "delta": {}, "finish_reason": reason}], "usage": None}
+    counts = {"prompt_tokens": count[0], "completion_tokens": count[1]} if count else {}
+    return sse(end, {"choices": [], "usage": counts})
+
+
+def test_an_extension_is_paid_for_when_it_brought_something(
+    make_user: MakeUser, no_thinking: None, server: AiServer
+) -> None:
+    """Law 9, row 53: a second call that breaks off keeps its words, their price and their cost; one that brings none
+    costs its user nothing, and us what it read and thought."""
+    begun = sse(openai_delta(content=FORTY_WORDS))
+    beginning = begun + openai_end("length", 70, 140)
+    ours = "ours"
+    table: list[tuple[str, str, tuple[Any, Any], bool, bool, str]] = [
+        # what the second call plays, how that ends, what it used, whether its user and we pay, why the text ends
+        (sse(openai_delta(content=TEXT)), "cut", (ours, TEXT), True, True, "provider"),
+        (sse(openai_delta(content=TEXT), FAULT), "end", (ours, TEXT), True, True, "provider"),
+        (openai_chunk(400, 44) + sse(FAULT), "end", (400, 44), True, True, "provider"),
+        (begun + openai_end("stop", 400, 44), "end", (400, 44), True, True, ""),
+        (sse(FAULT), "end", (0, 0), False, False, "provider"),
+        (sse(openai_delta(reasoning_content=TEXT)), "cut", (ours, TEXT), False, True, "provider"),
+        (openai_end("length", 400, 300), "end", (400, 300), False, True, "length"),
+        (sse(openai_delta(content="\n\0")) + openai_end("length", 400, 300), "end", (400, 300), False, True, "length"),
+        (openai_end("stop", 400, 300), "end", (400, 300), False, True, ""),
+        (openai_end("content_filter", 400, 300), "end", (400, 300), False, True, "provider"),
+    ]
+    for number, (body, then, used, user_pays, we_pay, stopped_by) in enumerate(table):
+        user = make_user(f"nora{number}", tokens=450)
+        marker = server.play("extended", beginning)
+        request = DraftRequest("Tea", f"Tea. {marker}", "Letters", "openai", MODELS["openai"], "neutral", "medium")
+        items: list[Any] = []
+
+        async def read(
+            user: User = user,
+            request: DraftRequest = request,
+            items: list[Any] = items,
+            body: str = body,
+            then: str = then,
+        ) -> None:
+            draft = operations.generate_draft(user_id=user.pk, request=request, idempotency_key="key-of-test")
+            async with aclosing(draft):
+                async for item in draft:
+                    items.append(item)
+                    if sum(isinstance(each, TextDelta) for each in items) == 1 and isinstance(item, TextDelta):
+                        await in_thread(top_up)(user)
+                        await in_thread(server.play)("extended", body, then=then)
+
+        asyncio.run(read())
+        usage, piece = TokenUsage.objects.filter(user=user).latest("id"), ContentPiece.objects.get(author=user)
+        prompt = request.ask(user.pk).prompt.continued(FORTY_WORDS)
+        read_tokens = our_count(usage, prompt.text) if used[0] == ours else used[0]
+        written_tokens = our_count(usage, used[1]) if isinstance(used[1], str) else used[1]
+        paid, cost = (70, 140), 7.0 + 70
+        if user_pays:
+            paid = (70 + read_tokens, 140 + written_tokens)
+        if we_pay:
+            cost = (70 + read_tokens) / 10 + (140 + written_tokens) / 2
+        assert (usage.status, usage.input_tokens, usage.output_tokens) == ("succeeded", *paid), number
+        assert usage.billable_tokens == min(ceil_multiply(sum(paid), Decimal("1.5")), usage.reserved_tokens or 0)
+        assert usage.billable_tokens == 20_450 - TokenAccount.objects.get(user=user).balance
+        assert usage.provider_cost_microusd == pytest.approx(cost, abs=1), number
+        assert (items[-1].stopped_by, usage.is_estimated) == (stopped_by, user_pays and stopped_by == "provider"), (
+            number
+        )
+        assert piece.body.startswith(FORTY_WORDS.strip())
+
+
+def top_up(user: User) -> None:
+    ledger.add_tokens(user_id=user.pk, tokens=20_000, type="bonus", description="Test", idempotency_key="top-up")
 
 
 def anthropic_delta(type: str, **delta: Any) -> dict[str, Any]:
