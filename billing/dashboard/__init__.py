@@ -1,5 +1,5 @@
 """The pages of admins, /admin/tokens/."""
 
-from billing.dashboard import accounts, bulk, figures, finance, payments
+from billing.dashboard import accounts, audit_log, bulk, figures, finance, grants, payments, settings
 
-__all__ = ["accounts", "bulk", "figures", "finance", "payments"]
+__all__ = ["accounts", "audit_log", "bulk", "figures", "finance", "grants", "payments", "settings"]

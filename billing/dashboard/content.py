@@ -6,7 +6,7 @@ from datetime import datetime
 from decimal import Decimal
 
 from billing import pricing
-from billing.figures import business
+from billing.figures import sums
 from billing.history.exports import Cell
 from billing.usage.charts import Chart, Table, percent
 from billing.usage.stats import BucketName
@@ -104,7 +104,7 @@ def change_text(now: int, before: int, unit: Unit) -> str:
         return "as before"
     if unit is PERCENT or before <= 0 or now < 0:
         return f"{unit.text(before)} before"
-    permille = abs(business.change_permille(now, before) or 0)
+    permille = abs(sums.change_permille(now, before) or 0)
     if permille >= MAX_CHANGE_PERMILLE:
         return f"{unit.text(before)} before"
     if not permille:

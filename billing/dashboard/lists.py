@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from django.db.models import Q, QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from django.shortcuts import get_object_or_404, redirect
 
+from billing.models import TokenAccount
 from kit.text import read_id
+
+ROWS_PER_PAGE = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,3 +80,18 @@ def _url(request: HttpRequest, changes: Mapping[str, str]) -> str:
         if value:
             query[name] = value
     return f"{request.path}?{query.urlencode()}" if query else request.path
+
+
+def account_or_404(user_id: int | None, account_id: int | None = None) -> TokenAccount:
+    """A person's account by their id, or a team's by its own: each has one address."""
+    found = TokenAccount.objects.select_related("user", "workspace", "auto_recharge_package")
+    if account_id is not None:
+        return get_object_or_404(found, pk=account_id, user=None)
+    return get_object_or_404(found, user_id=user_id or 0)
+
+
+def to_account(account: TokenAccount) -> HttpResponse:
+    """To the page of an account."""
+    if account.user_id is None:
+        return redirect("dashboard:team-account", account.pk)
+    return redirect("dashboard:account", account.user_id)

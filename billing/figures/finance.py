@@ -21,8 +21,7 @@ from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 from django.conf import settings
 from django.db.models import Min
 
-from billing.figures import business
-from billing.figures.business import LiabilityDoesNotBalance, LiabilityRow
+from billing.figures.liability import LiabilityDoesNotBalance, LiabilityRow, liability_entries, liability_roll_forward
 from billing.history.exports import Cell, csv_lines
 from billing.models import PaymentReversal, TokenAccount, TokenTransaction
 from kit import database
@@ -122,7 +121,7 @@ def _remove_abandoned() -> None:
 
 
 def _write(file: BinaryIO, day: date, since: datetime, until: datetime) -> None:
-    [liability] = business.liability_roll_forward(edges=[since, until])
+    [liability] = liability_roll_forward(edges=[since, until])
     tokens: dict[str, int] = defaultdict(int)
     with ZipFile(file, "w", ZIP_DEFLATED) as archive:
         for name, rows in (
@@ -175,7 +174,7 @@ def _ledger(since: datetime, until: datetime, tokens: dict[str, int]) -> Iterato
         "Entry", "Account", "User", "Number in account", "Counted at", "Written at", "Type", "Tokens",
         "Balance before", "Balance after", "Paid", "Currency", "Operation", "Purchase", "Admin", "Description",
     ]  # fmt: skip
-    entries = business.liability_entries(since=since, until=until).order_by("pk")
+    entries = liability_entries(since=since, until=until).order_by("pk")
     rows: Iterable[tuple[Any, ...]] = entries.values_list(
         "pk", "account_id", "user_id", "sequence", "booked_at", "created_at", "type", "amount",
         "balance_before", "balance_after", "paid_cents", "currency", "usage_id", "purchase_id", "admin_id",

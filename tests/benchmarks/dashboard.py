@@ -22,7 +22,7 @@ from django.conf import settings
 from django.core.management import call_command
 from django.utils import timezone
 
-from billing.figures import business, roll_ups
+from billing.figures import business, customers, liability, roll_ups
 from billing.models import LedgerHour, UsageDay, UsageHour
 from billing.staff import accounts
 from kit import periods
@@ -76,9 +76,9 @@ def measure_span(label: str, since: datetime, until: datetime) -> None:
     measure(label + "models", partial(business.get_model_usage_stats, **span))
     for bucket in business.trend_buckets(**span):
         measure(f"{label}operations by {bucket}", partial(business.get_operation_stats, **span, bucket=bucket))
-    measure(label + "cohorts", partial(business.get_cohorts, **span))
-    measure(label + "packages", partial(business.get_package_sales, **span))
-    measure(label + "liability", partial(business.liability_roll_forward, edges=[since, until]))
+    measure(label + "cohorts", partial(customers.get_cohorts, **span))
+    measure(label + "packages", partial(customers.get_package_sales, **span))
+    measure(label + "liability", partial(liability.liability_roll_forward, edges=[since, until]))
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from django.utils import timezone
 
 from accounts.models import AuditEntry, User
 from billing.dashboard.content import COUNT, MILLISECONDS, PERCENT, USD_MICROS, Amount, Figure, cents_of, change_text
-from billing.dashboard.figures import SECTIONS
-from billing.figures import business
+from billing.dashboard.sections import SECTIONS
+from billing.figures import business, sums
 from billing.models import LedgerHour, TokenAccount
 from kit import periods
 from tests.billing.test_rollups import invent_history, roll_up_until
@@ -110,7 +110,7 @@ def test_system_section_says_what_was_calculated(history: None, admin: Client) -
 def test_models_and_operations_add_up(history: None, admin: Client) -> None:
     today = timezone.localdate()
     since, until = periods.midnight(today - timedelta(days=29)), periods.midnight(today + timedelta(days=1))
-    total = business.sum_usage(edges=[since, until])[0, ()]
+    total = sums.sum_usage(edges=[since, until])[0, ()]
     models = rows(admin, "models")
     head = models.index(next(row for row in models if row and row[0] == "Model"))
     assert sum(int(row[1]) for row in models[head + 1 :]) == total.operations

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from billing import ledger
-from billing.figures import business
-from billing.figures.business import LedgerSums, LiabilityDoesNotBalance, UsageSums
+from billing.figures import business, customers, liability
+from billing.figures.liability import LiabilityDoesNotBalance
+from billing.figures.sums import BEGINNING, LedgerSums, UsageSums, change_permille, sum_ledger, sum_usage
 from billing.models import (
     PaymentReversal,
     Purchase,
@@ -85,10 +86,10 @@ def test_sums_are_those_of_the_raw_rows(
     edges = sorted(history + moment for moment in moments)
     if days:  # where whole days of the roll-up are read
         edges = sorted({midnight(edge.date()) for edge in edges} | {edges[-1] + timedelta(days=1)})
-    usage = business.sum_usage(edges=edges)
-    by_model = business.sum_usage(edges=edges, by="model")
-    by_operation = business.sum_usage(edges=edges, by="operation")
-    entries = business.sum_ledger(edges=edges)
+    usage = sum_usage(edges=edges)
+    by_model = sum_usage(edges=edges, by="model")
+    by_operation = sum_usage(edges=edges, by="operation")
+    entries = sum_ledger(edges=edges)
     for number, (since, until) in enumerate(pairwise(edges)):
         assert usage.get((number, ()), UsageSums()) == plain_usage(since, until)
         for (_, (type,)), sums in ((key, value) for key, value in by_operation.items() if key[0] == number):
@@ -142,7 +143,7 @@ def test_system_figures(history: datetime) -> None:
     since, until = history + timedelta(days=20), timezone.now()
     found = business.get_token_stats(since=since, until=until)
     entries = plain_ledger(since, until)
-    ever = plain_ledger(business.BEGINNING, until)
+    ever = plain_ledger(BEGINNING, until)
     assert found.usage == plain_usage(since, until)
     sold_in = {currency for type, currency in entries if type in TokenTransaction.CREDITS_FOR_MONEY}
     assert {each.currency for each in found.revenue} == sold_in > {"usd"}
@@ -191,13 +192,13 @@ def test_liability_rolls_forward_to_the_token(history: datetime, rolled: timedel
     """opening + sold + granted − used − refunded − deducted = closing, and the rows listed for it come to the same."""
     roll_up_until(history + rolled)
     edges = sorted(history + moment for moment in moments)
-    rows = business.liability_roll_forward(edges=edges)
+    rows = liability.liability_roll_forward(edges=edges)
     for row in rows:
         changes = row.sold_tokens + row.granted_tokens - row.used_tokens - row.refunded_tokens - row.deducted_tokens
         assert row.opening_tokens + changes == row.closing_tokens
-        before = plain_ledger(business.BEGINNING, row.since).values()
+        before = plain_ledger(BEGINNING, row.since).values()
         assert row.opening_tokens == sum(sums.tokens for sums in before)
-        entries = business.liability_entries(since=row.since, until=row.until)
+        entries = liability.liability_entries(since=row.since, until=row.until)
         assert sum(entry.amount for entry in entries) == changes
         assert all(row.since <= entry.booked_at < row.until for entry in entries)
     assert [row.opening_tokens for row in rows[1:]] == [row.closing_tokens for row in rows[:-1]]
@@ -205,7 +206,7 @@ def test_liability_rolls_forward_to_the_token(history: datetime, rolled: timedel
 
 def test_liability_of_all_time_is_what_the_accounts_hold(history: datetime) -> None:
     roll_up_until(timezone.now())
-    [row] = business.liability_roll_forward(edges=[business.BEGINNING, timezone.now() + timedelta(days=1)])
+    [row] = liability.liability_roll_forward(edges=[BEGINNING, timezone.now() + timedelta(days=1)])
     assert row.opening_tokens == 0
     assert row.closing_tokens == sum(TokenAccount.objects.values_list("balance", flat=True))
 
@@ -214,12 +215,12 @@ def test_liability_that_does_not_balance_is_no_figure(history: datetime) -> None
     """A balance that its entries do not explain, or a roll-up that says something else than they do."""
     roll_up_until(timezone.now())
     edges = [history, timezone.now()]
-    business.liability_roll_forward(edges=edges)
+    liability.liability_roll_forward(edges=edges)
     account = TokenAccount.objects.filter(balance__gt=1).first()
     assert account is not None
     TokenAccount.objects.filter(pk=account.pk).update(balance=F("balance") + 1)
     with pytest.raises(LiabilityDoesNotBalance):
-        business.liability_roll_forward(edges=edges)
+        liability.liability_roll_forward(edges=edges)
 
 
 def test_cohorts(history: datetime) -> None:
@@ -227,7 +228,7 @@ def test_cohorts(history: datetime) -> None:
     zone = ZoneInfo("Europe/Berlin")
     until = midnight(timezone.now().astimezone(zone).date() + timedelta(days=1), zone)
     since = midnight(add_months(until.date(), -2), zone)
-    found = business.get_cohorts(since=since, until=until)
+    found = customers.get_cohorts(since=since, until=until)
     assert len(found) >= 2
     for cohort in found:
         accounts = TokenAccount.objects.filter(created_at__gte=cohort.since, created_at__lt=cohort.until)
@@ -254,7 +255,7 @@ def test_cohorts(history: datetime) -> None:
 
 def test_packages(history: datetime) -> None:
     since, until = history + timedelta(days=10), timezone.now()
-    found = business.get_package_sales(since=since, until=until)
+    found = customers.get_package_sales(since=since, until=until)
     assert {each.package_name for each in found} <= set(TokenPricing.objects.values_list("name", flat=True))
     for each in found:
         sales = Purchase.objects.filter(
@@ -315,10 +316,10 @@ def test_an_empty_database_has_figures_too() -> None:
     assert found.usage.success_permille is None
     assert business.get_model_usage_stats(since=span["since"], until=span["until"]) == []
     assert business.get_operation_stats(since=span["since"], until=span["until"]).totals == {}
-    assert business.get_cohorts(since=span["since"], until=span["until"]) == []
-    assert business.get_package_sales(**span) == []
+    assert customers.get_cohorts(since=span["since"], until=span["until"]) == []
+    assert customers.get_package_sales(**span) == []
     assert business.get_live_stats().average_balance_tokens is None
-    [row] = business.liability_roll_forward(edges=list(span.values()))
+    [row] = liability.liability_roll_forward(edges=list(span.values()))
     assert row.closing_tokens == 0
 
 
@@ -326,7 +327,7 @@ def test_an_empty_database_has_figures_too() -> None:
     ("now", "before", "change"), [(150, 100, 500), (50, 100, -500), (1, 3, -666), (5, 0, None), (-50, -100, 500)]
 )
 def test_change_in_thousandths(now: int, before: int, change: int | None) -> None:
-    assert business.change_permille(now, before) == change
+    assert change_permille(now, before) == change
 
 
 def test_refunds_and_disputes_of_a_span(history: datetime) -> None:

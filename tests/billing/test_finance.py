@@ -26,8 +26,8 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import AuditEntry, User
 from billing import tasks
-from billing.figures import business, finance
-from billing.figures.business import LiabilityDoesNotBalance
+from billing.figures import finance, sums
+from billing.figures.liability import LiabilityDoesNotBalance, liability_entries
 from billing.models import LedgerHour, PaymentReversal, Purchase, TokenAccount, TokenTransaction, TokenUsage
 from kit.periods import midnight
 from tests.billing.test_initialize_accounts import DEADLINE_SECONDS, database_url, is_somebody_waiting_for_a_lock
@@ -127,7 +127,7 @@ def test_days_of_a_random_history_balance(yesterday: date, seed: int) -> None:
         refunded += sum(Decimal(row["Money"]) for row in found["refunds"])
         sold_for += sum(Decimal(row["Revenue"]) for row in found["purchases"])
     end = midnight(yesterday + DAY, UTC)
-    booked = business.liability_entries(since=business.BEGINNING, until=end)
+    booked = liability_entries(since=sums.BEGINNING, until=end)
     assert seen == {str(pk) for pk in booked.values_list("pk", flat=True)}
     assert closing == booked.aggregate(tokens=Sum("amount"))["tokens"]
     money = {row["type"]: row["cents"] for row in booked.values("type").annotate(cents=Sum("paid_cents"))}

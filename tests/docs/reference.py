@@ -23,7 +23,8 @@ ROOMS = {
     "History": [f"billing/history/{name}.py" for name in ("__init__", "exports", "statements", "receipts")],
     "What admins do": [f"billing/staff/{name}.py" for name in ("grants", "accounts", "bulk")],
     "What the business reads": [f"billing/figures/{name}.py" for name in
-                                ("business", "roll_ups", "finance", "settings_preview")],
+                                ("business", "customers", "liability", "sums", "roll_ups", "finance",
+                                 "settings_preview")],
     "Upkeep": ["billing/upkeep/verification.py", "billing/upkeep/laws.py", "billing/upkeep/retention.py"],
     "AI operations": [f"ai_ops/{name}.py" for name in
                       ("operations", "pieces", "metering/quotes", "metering/text", "metering/images")],

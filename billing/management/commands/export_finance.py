@@ -5,7 +5,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils import timezone
 
 from billing.figures import finance
-from billing.figures.business import LiabilityDoesNotBalance
+from billing.figures.liability import LiabilityDoesNotBalance
 
 
 class Command(BaseCommand):
