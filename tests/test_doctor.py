@@ -28,6 +28,7 @@ from billing.models import ModelPrice, StripeEvent, TokenAccount, TokenPricing, 
 from billing.payments import gateway
 from kit import redis_client
 from postmate.ops import doctor
+from postmate.ops.doctor import database, processes
 from postmate.web import metrics
 from tests.environment import free_port
 from tests.servers import PROJECT, Server, StripeStandIn, running_worker
@@ -42,7 +43,7 @@ def installation(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, web: Server, ai: Server, stripe: StripeStandIn, susan: User
 ) -> Iterator[None]:
     """All that `make run` starts, but for the worker: nobody needs to wait for one where it is not asked for."""
-    monkeypatch.setattr(doctor, "WORKER_SECONDS", 0.1)
+    monkeypatch.setattr(processes, "WORKER_SECONDS", 0.1)
     settings.DEBUG = True  # tests run without it, and on stand-ins
     metrics.note_beat()
     gateway._client.cache_clear()
@@ -86,11 +87,11 @@ def test_a_healthy_installation_has_no_problem(monkeypatch: pytest.MonkeyPatch) 
     ending = ModelPrice.objects.filter(model__in=("gemini-2.5-pro", "gemini-2.5-flash"))
     assert ending.update(retired_on=timezone.now().date() + timedelta(days=9)) == 2
     with running_worker():
-        monkeypatch.setattr(doctor, "WORKER_SECONDS", 1)
+        monkeypatch.setattr(processes, "WORKER_SECONDS", 1)
         deadline = timezone.now() + timedelta(seconds=60)
-        while next(doctor.worker_lives()).level != "ok":
+        while next(processes.worker_lives()).level != "ok":
             assert timezone.now() < deadline
-        monkeypatch.setattr(doctor, "WORKER_SECONDS", 6)
+        monkeypatch.setattr(processes, "WORKER_SECONDS", 6)
         lines, exit_code = examine()
     assert (problems(lines), exit_code) == ({}, 0)
     assert lines["Worker"][0]["level"] == "ok"
@@ -309,11 +310,11 @@ def test_mail_is_sent_only_where_it_is_asked_for(settings: Settings) -> None:
 
 
 def test_servers_that_are_too_old_are_named_by_their_own_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "OLDEST_POSTGRESQL", 99)
-    monkeypatch.setattr(doctor, "OLDEST_REDIS", (99, 0))
+    monkeypatch.setattr(database, "OLDEST_POSTGRESQL", 99)
+    monkeypatch.setattr(processes, "OLDEST_REDIS", (99, 0))
     facts = redis_client.client().info()
     name = f"Valkey {facts['valkey_version']}" if "valkey_version" in facts else f"Redis {facts['redis_version']}"
-    for check, words in ((doctor.database_answers, "PostgreSQL "), (doctor.redis_answers, f"{name} is too old")):
+    for check, words in ((database.database_answers, "PostgreSQL "), (processes.redis_answers, f"{name} is too old")):
         [outcome] = check()
         assert outcome.level == "problem"
         assert words in outcome.message

@@ -6,7 +6,7 @@ from typing import Any
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from postmate.ops import doctor
-from postmate.ops.doctor import Level, Line
+from postmate.ops.doctor.findings import Level, Line
 
 
 class Command(BaseCommand):
