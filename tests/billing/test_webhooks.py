@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 from uuid import uuid4
@@ -10,6 +11,7 @@ from uuid import uuid4
 import pytest
 from django.conf import settings as project_settings
 from django.test import Client
+from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
@@ -100,6 +102,26 @@ def test_nothing_to_pay(stripe: StripeStandIn, completed: dict[str, Any], alice:
     for _ in range(3):
         assert deliver(changed(completed, free)).status_code == 200
     assert [tokens for tokens, _ in credits_of(alice)] == [STARTER_TOKENS]
+
+
+def test_the_payment_of_a_checkout_leaves_auto_recharge_alone(
+    stripe: StripeStandIn, paid: Purchase, alice: User
+) -> None:
+    """3, 34: its page lets the buyer try again whatever became of a try; auto-recharge waits for what it waited for."""
+    waits = {
+        "auto_recharge_failures": 2,
+        "auto_recharge_retry_at": timezone.now() + timedelta(hours=5),
+        "auto_recharge_last_outcome": "The card was declined.",
+    }
+    TokenAccount.objects.filter(user=alice).update(**waits)
+    succeeded = event_of(stripe, SUCCEEDED)
+    for status in ("requires_payment_method", "requires_action", "processing", "canceled"):
+        tried = changed(succeeded, {"status": status, "amount_received": 0}, type="payment_intent.payment_failed")
+        assert deliver(tried).status_code == 200
+        assert (state_of(tried), purchase_state(paid), credits_of(alice)) == ("processed", "open", [])
+    assert deliver(succeeded).status_code == 200
+    assert credits_of(alice) == ONE_STARTER
+    assert TokenAccount.objects.values(*waits).get(user=alice) == waits
 
 
 def test_expired_then_paid(completed: dict[str, Any], paid: Purchase, alice: User) -> None:
