@@ -1,10 +1,7 @@
 """The Studio."""
 
-import asyncio
 import dataclasses
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 from uuid import uuid4
@@ -17,7 +14,6 @@ from django.db.models import Count
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
-from django.template.loader import render_to_string
 from django.views.decorators.cache import cache_control
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
@@ -37,7 +33,7 @@ from ai_ops.forms import (
     SelectionForm,
     SendingForm,
 )
-from ai_ops.metering import STOP_NOTES, Finished, Quote, StoppedBy
+from ai_ops.metering import STOP_NOTES, Quote
 from ai_ops.models import (
     Chat,
     ContentPiece,
@@ -48,9 +44,10 @@ from ai_ops.models import (
     Project,
     ResultState,
 )
-from ai_ops.operations import Event, Events, Replayed, Result, Started
+from ai_ops.operations import Event, Events, Replayed, Started
 from ai_ops.pieces import OperationError
-from ai_ops.providers import ProviderError, TextDelta
+from ai_ops.providers import ProviderError
+from ai_ops.streams import outcome_of, stream, why_stopped
 from billing import catalogue
 from billing.catalogue import CatalogueError, system_settings
 from billing.ledger import IdempotencyConflict, InsufficientTokens, LedgerError
@@ -61,7 +58,6 @@ from kit.text import read_id
 
 REFUSALS = (LedgerError, CatalogueError, OperationError)
 PAGE_SIZE = 24
-KEEP_ALIVE_SECONDS = 20  # below the idle time-outs of usual proxies
 
 
 # --- Pages ------------------------------------------------------------------------------------------------------------
@@ -421,7 +417,7 @@ async def operate(request: SignedInRequest, name: str) -> HttpResponse | Streami
         return await _refuse(request, operation, form, wants_stream, error.message, error.http_status)
     if wants_stream:
         return StreamingHttpResponse(
-            _stream(first, events),
+            stream(first, events),
             content_type="text/event-stream",
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
         )
@@ -445,7 +441,7 @@ def outcome(request: SignedInRequest) -> JsonResponse:
     if usage.status == TokenUsage.Status.RESERVED:
         return JsonResponse({"state": "running"})
     result = operations.find_result(usage)
-    return JsonResponse({"state": "ended"} | _outcome(usage, result, _stopped_by(usage)))
+    return JsonResponse({"state": "ended"} | outcome_of(usage, result, why_stopped(usage)))
 
 
 async def _refuse(
@@ -473,107 +469,3 @@ async def _run_to_the_end(
     if first.result is None:
         return redirect("studio:home")
     return redirect(first.result)
-
-
-# --- Streams ----------------------------------------------------------------------------------------------------------
-
-
-async def _stream(first: Started | Replayed, events: AsyncGenerator[Event, None]) -> AsyncIterator[str]:
-    items = _with_silences(events)
-    async with aclosing(events), aclosing(items):
-        try:
-            yield await in_thread(_first_event)(first)
-            async for item in items:
-                if item is None:
-                    yield ": still here\n\n"
-                elif isinstance(item, TextDelta):
-                    yield _event("text", text=item.text)
-                elif isinstance(item, Finished):
-                    usage = await in_thread(TokenUsage.objects.get)(pk=item.usage_id)
-                    yield await in_thread(_done_event)(usage, first.result, item.stopped_by)
-        except ProviderError as error:
-            yield await in_thread(_failed_event)(error.message, first)
-
-
-async def _with_silences(events: Events) -> AsyncGenerator[Event | None, None]:
-    """The events, and None whenever there was none for KEEP_ALIVE_SECONDS. Close it to stop the operation."""
-    while True:
-        item = asyncio.ensure_future(anext(events, None))
-        try:
-            while not (await asyncio.wait({item}, timeout=KEEP_ALIVE_SECONDS))[0]:
-                yield None
-        except BaseException:
-            # The reader left: so does what waits for the provider, once it has charged for what was written.
-            item.cancel()
-            await asyncio.wait({item})
-            raise
-        event = item.result()
-        if event is None:
-            return
-        yield event
-
-
-def _first_event(first: Started | Replayed) -> str:
-    if isinstance(first, Replayed):
-        return _replayed_events(first)
-    return _event(
-        "started",
-        usage_id=first.usage_id,
-        result_url=first.result.get_absolute_url(),
-        held_tokens=first.held_tokens,
-    )
-
-
-def _done_event(usage: TokenUsage, result: Result | None, stopped_by: StoppedBy) -> str:
-    return _event("done", stopped_by=stopped_by, **_outcome(usage, result, stopped_by))
-
-
-def _outcome(usage: TokenUsage, result: Result | None, stopped_by: StoppedBy) -> dict[str, Any]:
-    """What a script is told of an operation that has ended."""
-    return {
-        "billable_tokens": usage.billable_tokens,
-        "result_url": result.get_absolute_url() if result else "",
-        "html": _result(usage, result, stopped_by),
-    }
-
-
-def _failed_event(message: str, first: Started | Replayed) -> str:
-    usage_id = first.usage.pk if isinstance(first, Replayed) else first.usage_id
-    return _event("failed", message=message, html=_result(TokenUsage.objects.get(pk=usage_id), first.result))
-
-
-def _replayed_events(item: Replayed) -> str:
-    """What a form that was sent twice is answered: the outcome of the first time, or that it is still running."""
-    usage, result = item.usage, item.result
-    if usage.status == TokenUsage.Status.RESERVED:
-        return _event("failed", message="This is already under way. Reload the page in a moment to see the result.")
-    text = _event("text", text=operations.text_of(result)) if operations.text_of(result) else ""
-    if usage.status == TokenUsage.Status.SUCCEEDED:
-        return text + _done_event(usage, result, _stopped_by(usage))
-    return text + _failed_event(usage.error_message, item)
-
-
-def _stopped_by(usage: TokenUsage) -> StoppedBy:
-    """What ended the text early, as its row says it."""
-    return next((by for by, note in STOP_NOTES.items() if note == usage.error_message), "")
-
-
-def _event(name: str, **data: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
-
-
-def _result(usage: TokenUsage, result: Result | None, stopped_by: StoppedBy = "") -> str:
-    """What became of the operation, for the page that it was started from."""
-    if result is None:
-        return ""
-    result.refresh_from_db()
-    context = {
-        "usage": usage,
-        "result": result,
-        "stopped_by": stopped_by,
-        "version": result.versions.filter(usage_id=usage.pk).first() if isinstance(result, ContentPiece) else None,
-        "images": list(result.images.all()) if isinstance(result, ImageBatch) else [],
-        "has_text": bool(operations.text_of(result)),
-        "is_cut_short": result.state == ResultState.CUT_SHORT,
-    }
-    return render_to_string("ai_ops/_operation_result.html", context)

@@ -20,7 +20,7 @@ from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from ai_ops import counting, metering, operations, prompts, views
+from ai_ops import counting, metering, operations, prompts, streams
 from ai_ops.metering import Finished
 from ai_ops.models import ContentPiece, ImageBatch, Project
 from ai_ops.operations import LEFT_AT_MOST, LEFT_WITHIN, Started
@@ -339,7 +339,7 @@ def test_reader_hears_that_the_operation_is_still_there(
     alice: User, ai: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A proxy ends what is silent for a minute. Who leaves in the middle of the silence has stopped the provider."""
-    monkeypatch.setattr(views, "KEEP_ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr(streams, "KEEP_ALIVE_SECONDS", 0.1)
     client = AsyncClient()
     client.force_login(alice)
     form = Writer.form(title="Silent", topic="Tea. [[fault:stall]]")
