@@ -28,7 +28,7 @@ from accounts import api_keys
 from accounts.models import ApiKey, User
 from billing.payments.webhooks import HANDLERS
 from postmate.celery import app
-from postmate.ops.doctor import OLDER_NAMES
+from postmate.ops.doctor.outside import OLDER_NAMES
 from tests.docs.pages import PROJECT, Command, blocks, commands, pages
 from tests.environment import BILLING_SECRET
 from tests.servers import Server, StripeStandIn

@@ -14,7 +14,7 @@ from django.utils import timezone
 from playwright.sync_api import Page, expect
 
 from accounts.models import AuditEntry, User
-from billing.dashboard import figures
+from billing.dashboard import sections
 from billing.figures import finance
 from tests.audit.axe import find_violations
 from tests.billing.test_rollups import invent_history, roll_up_until
@@ -22,7 +22,7 @@ from tests.conftest import MakeUser
 from tests.journeys.conftest import PHONE, OpenContext, shoot, sign_in
 from tests.journeys.test_usage import IS_PAINTED
 
-SECTIONS = [section.title for section in figures.SECTIONS.values()]
+SECTIONS = [section.title for section in sections.SECTIONS.values()]
 
 
 @pytest.fixture
