@@ -15,17 +15,17 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, cast
 from uuid import uuid4
 
 import structlog
-from asgiref.sync import iscoroutinefunction
 from django.conf import settings
-from django.utils.decorators import sync_and_async_middleware
 from structlog.types import EventDict, Processor
+
+from postmate.web.middleware import middleware
 
 if TYPE_CHECKING:
     from django.http import HttpRequest, HttpResponse
@@ -133,29 +133,7 @@ class LibraryFilter(logging.Filter):
 _request: ContextVar["HttpRequest | None"] = ContextVar("logged_request", default=None)
 
 
-@sync_and_async_middleware
-def request_middleware(get_response: Callable[["HttpRequest"], Any]) -> Callable[["HttpRequest"], Any]:
-    """Gives a request its id, which its lines, its audit entries, its tasks and its answer carry; writes its line, and
-    counts it.
-
-    It stands first. A stream's line is written when it begins; what is logged while it runs has the request's fields.
-    """
-    if iscoroutinefunction(get_response):
-
-        async def answer_async(request: "HttpRequest") -> "HttpResponse":
-            began = _begin(request)
-            return _end(request, await cast(Awaitable["HttpResponse"], get_response(request)), began)
-
-        return answer_async
-
-    def answer(request: "HttpRequest") -> "HttpResponse":
-        began = _begin(request)
-        return _end(request, cast("HttpResponse", get_response(request)), began)
-
-    return answer
-
-
-def _begin(request: "HttpRequest") -> float:
+def _begin(request: "HttpRequest") -> None:
     from kit.addresses import address_of  # settings read this file before there are apps
 
     named = request.headers.get(REQUEST_ID_HEADER, "")
@@ -165,13 +143,13 @@ def _begin(request: "HttpRequest") -> float:
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=request_id, ip=address_of(request))
     _request.set(request)
-    return time.perf_counter()
+    request.began = time.perf_counter()  # type: ignore[attr-defined]
 
 
-def _end(request: "HttpRequest", response: "HttpResponse", began: float) -> "HttpResponse":
+def _end(request: "HttpRequest", response: "HttpResponse") -> "HttpResponse":
     from kit import counters
 
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - request.began  # type: ignore[attr-defined]
     response[REQUEST_ID_HEADER] = request.request_id  # type: ignore[attr-defined]
     match = request.resolver_match
     route = match.route if match else None
@@ -203,6 +181,11 @@ def _end(request: "HttpRequest", response: "HttpResponse", began: float) -> "Htt
         structlog.contextvars.clear_contextvars()
         _request.set(None)
     return response
+
+
+# Gives a request its id, which its lines, its audit entries, its tasks and its answer carry; writes its line, and
+# counts it. It stands first. A stream's line is written when it begins; what is logged while it runs has its fields.
+request_middleware = middleware(before=_begin, after=_end)
 
 
 def add_user(_: Any, __: str, event: EventDict) -> EventDict:
