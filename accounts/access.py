@@ -124,7 +124,7 @@ def hand_over(user: User, *, proven: EmailAddress) -> None:
     api_keys.revoke_all(user_id=user.pk)
     audit.write(
         action=audit.Action.PERSON_CHANGED,
-        summary="Handed over to who proved the address: password, sessions, keys and second factors of before ended",
+        summary="Handed over to whoever proved the address: earlier password, sessions, keys and second factors ended",
         actor=None,
         subject_id=user.pk,
     )

@@ -79,7 +79,7 @@ def approve(*, request_id: int, by: User | None) -> ChangeRequest:
     with transaction.atomic():
         request = _lock_open(request_id)
         if roles.find_superadmin(request.requested_by_id) is None:  # else it is one person's word
-            raise ChangeNotDecided("Who asked for this is no superadmin any more: another one has to ask for it.")
+            raise ChangeNotDecided("Whoever asked for this is no longer a superadmin: another one has to ask for it.")
         _close(request, State.DONE, decider)
         _write(request, "approved", actor=decider)
         _carry_out[request.kind][1](request)
