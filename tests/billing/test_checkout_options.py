@@ -90,8 +90,11 @@ def test_nobody_pays_more_for_less(
 
 
 def test_more_money_never_buys_fewer_tokens(seeded: None) -> None:
-    """Also from one cent to the next, across every package."""
-    bought = [checkout.terms_of_amount(cents).tokens for cents in range(500, 60_000, 7)]
+    """Also from one cent to the next, where a package begins to be reached."""
+    prices = TokenPricing.objects.values_list("price_usd_cents", flat=True)
+    around = {cents for price in prices for cents in range(price - 20, price + 20)}
+    amounts = sorted(around.union(range(500, 60_000, 97)))
+    bought = [checkout.terms_of_amount(cents).tokens for cents in amounts]
     assert bought == sorted(bought)
     for package in TokenPricing.objects.all():
         for more_cents in (0, 1, 100):
