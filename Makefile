@@ -38,7 +38,7 @@ stop: ## End `make run` and `make run-production` from another terminal
 	@$(BIN)/python -m postmate.local.running
 
 test: installed-dev ## Run all tests against real PostgreSQL, Redis and Chromium
-	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(if $(CI),$(RERUN))
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder $(if $(CI),$(RERUN))
 
 test-dates: installed-dev ## Run the tests that know dates on other days, a leap day among them (needs cc; DATES=… TESTS=…)
 	@$(BIN)/python -m tests.dates $(TESTS) $(if $(DATES),--dates $(DATES))

@@ -1,5 +1,6 @@
 """The cast of people and the servers that tests share."""
 
+import gc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -42,6 +43,14 @@ BEGUN_FIRST = ("tests/faults", "tests/production", "tests/test_permissions.py", 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files begin first, so that no process is alone with one at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(BEGUN_FIRST))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays, so the garbage collector need not look at it again for each new page:
+    a twentieth of the work."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 # Files that run in one process, one after the other, since what they share takes half a minute to start.
