@@ -71,6 +71,8 @@ class TokenAccount(models.Model):
     stripe_payment_method_id = models.CharField(max_length=255, blank=True, db_default="")
     card_brand = models.CharField(max_length=30, blank=True, db_default="")
     card_last4 = models.CharField(max_length=4, blank=True, db_default="")
+    # The same for the same number, under whatever id it is saved; empty: kept by an earlier release.
+    card_fingerprint = models.CharField(max_length=64, blank=True, db_default="")
 
     auto_recharge_enabled = models.BooleanField(db_default=False)
     auto_recharge_threshold_tokens = models.BigIntegerField(db_default=1_000)

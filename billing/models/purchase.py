@@ -61,12 +61,19 @@ class Purchase(models.Model):
     payment_method_type = models.CharField(max_length=50, blank=True, default="", db_default="")
     card_brand = models.CharField(max_length=30, blank=True, default="", db_default="")
     card_last4 = models.CharField(max_length=4, blank=True, default="", db_default="")
+    # The number's, whatever id it was saved under. A distrusted one is charged by itself for nobody.
+    card_fingerprint = models.CharField(max_length=64, blank=True, default="", db_default="")
+    is_card_distrusted = models.BooleanField(
+        "its bank or a dispute says that the card's owner knows nothing of it", default=False, db_default=False
+    )
     # A series without gaps, in the order of the credits.
     receipt_number = models.BigIntegerField(unique=True, null=True, blank=True)
 
     # Its idempotency keys at Stripe: whose row it is, and how often they were given up for new ones.
     installation = models.CharField(max_length=20, blank=True, default="", db_default="")
     stripe_tries = models.SmallIntegerField(default=0, db_default=0)
+    # What its payment page was made with, a snapshot as the price is; empty: an earlier release did not keep it.
+    checkout_options = models.JSONField(null=True, blank=True)
 
     checkout_key = models.CharField("key of the form that asked for it", max_length=200, null=True, blank=True)
     stripe_session_id = models.CharField(max_length=255, unique=True, null=True, blank=True)
@@ -86,6 +93,9 @@ class Purchase(models.Model):
         indexes = [
             models.Index(fields=["state", "created_at"], name="purchase_by_state_and_time"),
             models.Index(fields=["user", "created_at"], name="purchase_by_user_and_time"),
+            models.Index(
+                fields=["card_fingerprint"], condition=Q(is_card_distrusted=True), name="purchase_distrusted_cards"
+            ),
         ]
         constraints = [
             models.CheckConstraint(condition=Q(tokens__gt=0, amount_cents__gt=0), name="purchase_amounts_positive"),
@@ -154,6 +164,14 @@ class Purchase(models.Model):
         return self.amount_cents if self.charged_cents is None else self.charged_cents
 
     @property
+    def amount_may_differ(self) -> bool:
+        """Whether what its payment takes may differ from the price, by tax or a promotion code: then only its session
+        tells. Asked of what its page was made with, not of today's settings."""
+        if self.kind != self.Kind.CHECKOUT:
+            return False
+        return self.checkout_options is None or bool({"automatic_tax", "promotion_codes"} & {*self.checkout_options})
+
+    @property
     def returned_display(self) -> str:
         """What became of its money since, in a word or two, for its buyer; empty while all of it is with us."""
         gone = [each for each in self.reversals.all() if each.takes_money]
@@ -175,6 +193,11 @@ class Purchase(models.Model):
         return self.is_pending or (
             self.state == self.State.EXPIRED and self.expires_at is not None and self.expires_at > database.now()
         )
+
+    @classmethod
+    def which_page_is_left(cls) -> Q:
+        """Given up here, but not closed at Stripe, as far as we know: it can be paid until it is, or until its end."""
+        return Q(state=cls.State.EXPIRED, expires_at__gt=database.now())
 
     def money(self, cents: int) -> str:
         """An amount in the purchase's currency, for people."""

@@ -33,6 +33,7 @@ class PaymentReversal(models.Model):
     REQUEST_PREFIX = "requested-"
     # What is over, as far as anybody knows. Stripe may open it again: then it is asked how it stands now.
     FINAL_STATUSES = ("failed", "canceled", "won", "lost", "warning_closed", "prevented")
+    DECIDED_STATUSES = ("won", "lost")  # of a dispute; the money may move later
 
     kind = models.CharField(max_length=10, choices=Kind)
     stripe_id = models.CharField(max_length=255, unique=True)

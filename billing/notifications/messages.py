@@ -13,6 +13,7 @@ from billing.models import (
     PaymentReversal,
     Purchase,
     TokenAccount,
+    TokenTransaction,
 )
 from billing.models.notification import NotificationKind as Kind
 from billing.notifications.inbox import Facts, notify
@@ -295,7 +296,7 @@ def dispute_opened(reversal: PaymentReversal, *, tokens: int) -> None:
     _tell(
         reversal.purchase.account,
         kind=Kind.DISPUTE_OPENED,
-        key=f"{reversal.pk}-{reversal.status}",
+        key=f"{reversal.pk}-{reversal.status}-{_postings_of(reversal.purchase)}",
         title=f"Your payment of {amount} is disputed",
         body=(
             f"Your bank told us that this payment is disputed. Until it has decided, {taken} and auto-recharge is off. "
@@ -307,22 +308,31 @@ def dispute_opened(reversal: PaymentReversal, *, tokens: int) -> None:
     )
 
 
-def dispute_closed(reversal: PaymentReversal, *, tokens: int) -> None:
-    """The bank has decided. `tokens` were given back; 0 when the money stays with the buyer."""
+def dispute_moved(reversal: PaymentReversal, *, tokens: int) -> None:
+    """The bank has decided, or money came back, which may be long after. `tokens` were given back; the rest of the
+    payment's money is with the buyer, or on its way."""
     if reversal.purchase is None:
         return
     amount, balance_tokens = _amount_of(reversal), _balance_of(reversal.purchase)
-    if reversal.takes_money:
-        outcome = f"The bank returned {amount} to you. The tokens of that payment stay taken back."
-    elif tokens:
-        outcome = f"The payment of {amount} stands. {token_words(tokens)} are back in your balance."
+    is_decided = reversal.status in PaymentReversal.DECIDED_STATUSES
+    given_back = f"{token_words(tokens)} are back in your balance" if tokens else "your balance stays as it is"
+    if not reversal.takes_money and is_decided:
+        outcome = f"The payment of {amount} stands, and {given_back}."
+    elif not is_decided:
+        outcome = f"Money of it came back to us, and {given_back}."
+    elif reversal.status == "won":
+        outcome = f"The payment of {amount} stands, but {reversal.taken_display} of it have not come back to us yet. "
+        outcome += f"Their tokens follow when they have; now {given_back}."
+    elif reversal.taken_cents < reversal.amount_cents:
+        outcome = f"The bank returned {reversal.taken_display} of {amount} to you, and {given_back}. "
+        outcome += "The tokens of what it returned stay taken back."
     else:
-        outcome = f"The payment of {amount} stands, and your balance stays as it is."
+        outcome = f"The bank returned {amount} to you. The tokens of that payment stay taken back."
     _tell(
         reversal.purchase.account,
         kind=Kind.DISPUTE_CLOSED,
-        key=f"{reversal.pk}-{reversal.status}",
-        title=f"The dispute about {amount} is closed",
+        key=f"{reversal.pk}-{reversal.status}-{reversal.taken_cents}-{_postings_of(reversal.purchase)}",
+        title=f"The dispute about {amount} is closed" if is_decided else f"The dispute about {amount} has moved",
         body=outcome + _debt_sentence(balance_tokens),
         link=_tokens_page("transactions"),
         action="See the payment",
@@ -399,6 +409,11 @@ def _card_of(account: TokenAccount) -> str:
 
 def _amount_of(reversal: PaymentReversal) -> str:
     return display_price(reversal.amount_cents, reversal.currency)
+
+
+def _postings_of(purchase: Purchase) -> int:
+    """How often tokens were taken back or given back for it: another round of a dispute is told anew."""
+    return TokenTransaction.objects.filter(purchase=purchase, type=TokenTransaction.Type.REFUND).count()
 
 
 def _balance_of(purchase: Purchase) -> int:

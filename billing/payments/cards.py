@@ -1,19 +1,19 @@
-"""The saved card: kept after a Checkout, looked up at Stripe, distrusted when its bank warns."""
+"""The saved card: kept after a Checkout, looked up at Stripe. Which one is distrusted, `customers.py` knows."""
 
 from datetime import datetime, timedelta
 
 import structlog
 from django.db import transaction
-from django.db.models import Exists, F, OuterRef, Q
+from django.db.models import F, Q
 
 from billing import ledger
 from billing.models import Purchase, TokenAccount
 from billing.notifications import messages
 from billing.payments import customers, gateway
-from billing.payments.gateway import GatewayError, GatewayMissing
+from billing.payments.gateway import GatewayError, GatewayMissing, GatewayRefused
 from billing.payments.objects import PaymentIntent, SavedCard
 from billing.payments.purchases import WEBHOOK_GRACE
-from billing.payments.recharge_settings import forget_declines, switch_off
+from billing.payments.recharge_settings import forget_declines
 from kit import database
 from kit.database import repeated_after_conflicts
 from kit.on_commit import enqueue_on_commit
@@ -41,13 +41,15 @@ def remember_card(*, purchase_id: int) -> None:
 def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
     with transaction.atomic():
         # Its row first: whoever anonymises the account meanwhile clears it before this, or after it.
-        Purchase.objects.select_for_update().get(pk=purchase.pk)
+        purchase = Purchase.objects.select_for_update().get(pk=purchase.pk)
         is_anonymised = TokenAccount.objects.filter(
             pk=purchase.account_id, status_reason=TokenAccount.ANONYMISED
         ).exists()
         Purchase.objects.filter(pk=purchase.pk).update(
             checked_at=database.now(),
             payment_method_type=payment.payment_method_type,
+            # Of a card that is not trusted it stays: nobody is to charge it again.
+            card_fingerprint="" if is_anonymised and not purchase.is_card_distrusted else payment.card_fingerprint,
             **dict.fromkeys(("receipt_url", "card_brand", "card_last4"), "")
             if is_anonymised
             else {
@@ -56,6 +58,10 @@ def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
                 "card_last4": payment.card_last4,
             },
         )
+        if purchase.is_card_distrusted:
+            customers.drop_distrusted(
+                account_id=purchase.account_id, fingerprint=payment.card_fingerprint, key=str(purchase.pk)
+            )
         bought_again = Purchase.objects.filter(
             account=purchase.account_id, kind=Purchase.Kind.CHECKOUT, paid_at__gt=purchase.paid_at
         )
@@ -69,33 +75,43 @@ def _keep_details(purchase: Purchase, payment: PaymentIntent) -> None:
             and is_theirs.exists()
             and not bought_again.exists()
         ):
-            card = SavedCard(payment.payment_method_id, payment.card_brand, payment.card_last4)
+            card = SavedCard(
+                payment.payment_method_id, payment.card_brand, payment.card_last4, payment.card_fingerprint
+            )
             _keep_card(purchase.account_id, card)
 
 
-def _keep_card(account_id: int, card: SavedCard) -> tuple[str, TokenAccount]:
-    """Store the card, unless its owner is nobody by now or its bank has warned of it. Another one than before starts
-    without the declines of the one before. Returns the id of the one before, and the account as it is now.
+def _keep_card(account_id: int, *cards: SavedCard) -> tuple[str, TokenAccount] | None:
+    """Store the first of the cards that nobody distrusts, unless its owner is nobody by now. Another one than before
+    starts without the declines of the one before. Returns the id of the one before, and the account as it is now; None
+    where no card can be trusted.
 
     In the caller's transaction, with the account locked first: a warning that came meanwhile is seen by what follows.
     """
     was = TokenAccount.objects.select_for_update().get(pk=account_id).stripe_payment_method_id
-    is_distrusted = Purchase.objects.filter(account=OuterRef("pk"), metadata__distrusted_card=card.payment_method_id)
-    accounts = TokenAccount.objects.filter(~Exists(is_distrusted), pk=account_id).exclude(
-        status_reason=TokenAccount.ANONYMISED
-    )
-    forget_declines(accounts.exclude(stripe_payment_method_id=card.payment_method_id))
-    accounts.update(stripe_payment_method_id=card.payment_method_id, card_brand=card.brand, card_last4=card.last4)
-    return was, TokenAccount.objects.get(pk=account_id)
+    accounts = TokenAccount.objects.filter(pk=account_id)
+    for card in cards:
+        if accounts.filter(customers.is_distrusted(card.fingerprint, card.payment_method_id)).exists():
+            continue
+        accounts = accounts.exclude(status_reason=TokenAccount.ANONYMISED)
+        forget_declines(accounts.exclude(stripe_payment_method_id=card.payment_method_id))
+        accounts.update(
+            stripe_payment_method_id=card.payment_method_id,
+            card_brand=card.brand,
+            card_last4=card.last4,
+            card_fingerprint=card.fingerprint,
+        )
+        return was, TokenAccount.objects.get(pk=account_id)
+    return None
 
 
 def sweep_details(now: datetime, *, limit: int) -> None:
     """Fetch the receipts and cards whose task was lost: `checked_at` tells whether Stripe was asked since."""
     missing = Purchase.objects.filter(
         Q(checked_at=None) | Q(checked_at__lt=F("paid_at")),
+        Q(created_at__gt=now - DETAILS_WITHIN) | Q(is_card_distrusted=True),
         state=State.PAID,
         stripe_payment_intent_id__isnull=False,
-        created_at__gt=now - DETAILS_WITHIN,
         paid_at__lt=now - WEBHOOK_GRACE,
     )
     for purchase_id in missing.values_list("pk", flat=True)[:limit]:
@@ -109,26 +125,26 @@ def sweep_details(now: datetime, *, limit: int) -> None:
 def refresh_card(*, user_id: int | None = None, account_id: int | None = None) -> None:
     """Ask Stripe which card the customer has now: after their visit to its page, or when a charge was refused.
 
-    Without a card, auto-recharge is switched off with a notice. Stripe out of reach is no error: what we know stays.
+    Without one that can be trusted, auto-recharge is switched off with a notice. Stripe out of reach is no error: what
+    we know stays.
     """
     account = TokenAccount.objects.get(**ledger.Party(user_id, account_id).of_account)
     if not account.stripe_customer_id:
         return
     try:
-        card = gateway.retrieve_saved_card(account.stripe_customer_id, preferred_id=account.stripe_payment_method_id)
+        cards = gateway.list_saved_cards(account.stripe_customer_id, preferred_id=account.stripe_payment_method_id)
     except GatewayMissing:
         customers.forget_customer(customer_id=account.stripe_customer_id)
         return
     except GatewayError as error:
         logger.warning("A card could not be looked up", account_id=account.pk, error=error.__cause__ or error)
         return
-    if card is None:
+    with transaction.atomic():
+        kept = _keep_card(account.pk, *cards)
+        if kept is not None and kept[0] not in ("", kept[1].stripe_payment_method_id):
+            messages.saved_card_changed(kept[1], key=database.now().isoformat())
+    if kept is None:
         customers.forget_card(payment_method_id=account.stripe_payment_method_id)
-    else:
-        with transaction.atomic():
-            was, account = _keep_card(account.pk, card)
-            if was not in ("", account.stripe_payment_method_id):
-                messages.saved_card_changed(account, key=database.now().isoformat())
 
 
 def open_card_page(*, user_id: int | None = None, account_id: int | None = None, return_url: str) -> str:
@@ -144,31 +160,15 @@ def open_card_page(*, user_id: int | None = None, account_id: int | None = None,
     except GatewayMissing:
         customers.forget_customer(customer_id=account.stripe_customer_id)
         return ""
-
-
-def distrust_card(purchase: Purchase, payment_method_id: str, *, key: str) -> bool:
-    """A bank says that the card's owner knows nothing of a locked purchase: nothing is charged by itself any more, and
-    the card is not kept for it, whoever switches it on again. In the caller's transaction; `key` names the warning.
-
-    Returns whether that is news: told again, it does not touch another card that its owner has charged since.
-    """
-    if "distrusted_card" in purchase.metadata:
-        return False
-    TokenAccount.objects.select_for_update().get(pk=purchase.account_id)  # whoever keeps the card now is done, or waits
-    purchase.metadata = {**purchase.metadata, "distrusted_card": payment_method_id}
-    purchase.save(update_fields=["metadata"])
-    reason = "Your bank reported a payment as made without your consent."
-    switch_off(account_id=purchase.account_id, reason=reason, key=key)
-    TokenAccount.objects.filter(pk=purchase.account_id, stripe_payment_method_id=payment_method_id).exclude(
-        stripe_payment_method_id=""
-    ).update(stripe_payment_method_id="", card_brand="", card_last4="")
-    return True
+    except GatewayRefused as error:  # the operator has not set the page up at Stripe
+        logger.error("Stripe's page for cards was refused", account_id=account.pk, error=error.__cause__ or error)
+        raise
 
 
 def update_card(card: SavedCard) -> None:
     """The bank has sent its owner a new card under the same contract: only what is shown of it changes."""
     TokenAccount.objects.filter(stripe_payment_method_id=card.payment_method_id).update(
-        card_brand=card.brand, card_last4=card.last4
+        card_brand=card.brand, card_last4=card.last4, card_fingerprint=card.fingerprint
     )
 
 

@@ -19,7 +19,14 @@ from billing.catalogue import packages, system_settings
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.models.fields import Currency
 from billing.payments import customers, gateway
-from billing.payments.purchases import RETRY_WITHIN, PurchaseError, close_checkout, log_ids, require_may_buy
+from billing.payments.purchases import (
+    RETRY_WITHIN,
+    PurchaseError,
+    close_checkout,
+    log_ids,
+    refresh_from_stripe,
+    require_may_buy,
+)
 from billing.pricing import display_price, tokens_for_cents
 from kit import database
 from kit.database import repeated_after_conflicts
@@ -125,6 +132,11 @@ def create_checkout_session(
     require_may_buy(account)
     account = update_currency(account_id=account.pk, currency=terms.currency)
     purchase, replaced = _open_purchase(account, buyer_id, terms, checkout_key)
+    if purchase.state == State.OPEN:
+        # Its page may be paid, closed, or of another mode by now. Stripe out of reach: the page is there all the same.
+        purchase = refresh_from_stripe(purchase)
+        if purchase.state == State.EXPIRED or (purchase.state == State.PAID and purchase.checkout_key != checkout_key):
+            purchase, replaced = _open_purchase(account, buyer_id, terms, checkout_key)
     for each in replaced:
         try:
             close_checkout(each)
@@ -154,7 +166,7 @@ def why_currency_is_fixed(account: TokenAccount) -> str:
     if account.lifetime_spent_cents or paid.exists():
         return "It was fixed by your first payment: what you spent and auto-recharge's limit are counted in it."
     # One that was given up here is still paid on its page, should Stripe not have heard that it is to be closed.
-    is_open = Q(state__in=Purchase.PENDING_STATES) | Q(state=State.EXPIRED, expires_at__gt=database.now())
+    is_open = Q(state__in=Purchase.PENDING_STATES) | Purchase.which_page_is_left()
     if Purchase.objects.filter(is_open, account=account).exists():
         return "A payment page of yours is open. Once it is paid or closed, within a day, this is settled."
     return ""
@@ -235,6 +247,7 @@ def _open_purchase(
                     currency=terms.currency,
                     stripe_price_id=terms.stripe_price_id,
                     installation=installation,
+                    checkout_options=gateway.checkout_options(),
                     # A form that is sent again after its purchase has ended begins a new one.
                     checkout_key=None if sent_before.exists() else checkout_key,
                 )
@@ -304,6 +317,8 @@ def _try_to_open_session(purchase: Purchase) -> None:
         amount_cents=purchase.amount_cents,
         currency=purchase.currency,
         stripe_price_id=purchase.stripe_price_id,
+        installation=purchase.installation,
+        options=gateway.checkout_options() if purchase.checkout_options is None else purchase.checkout_options,
         # Each line of the key's parameters is a snapshot, so that a retry sends the same and gets the same session.
         success_url=f"{settings.SITE_URL}{reverse('tokens:success', args=[purchase.pk])}",
         cancel_url=f"{settings.SITE_URL}{reverse('tokens:cancelled', args=[purchase.pk])}",

@@ -5,14 +5,17 @@ from typing import Any
 
 import structlog
 from django.db import transaction
-from django.db.models import F, Q, QuerySet
+from django.db.models import Exists, F, OuterRef, Q, QuerySet
+from django.db.models.fields.json import KT
 
 from billing import ledger
 from billing.models import Installation, Purchase, TokenAccount
 from billing.models.installation import stripe_key
 from billing.payments import gateway
+from billing.payments.objects import PaymentIntent
 from billing.payments.recharge_settings import switch_off
 from kit.database import repeated_after_conflicts
+from kit.on_commit import enqueue_on_commit
 
 logger = structlog.get_logger(__name__)
 
@@ -88,14 +91,18 @@ def _note_told(account_id: int, customer_id: str, email: str, name: str) -> None
 def tell_changes(*, account_id: int) -> bool:
     """Tell Stripe the e-mail address and name that the account's owner has now. Returns whether it knows them.
 
-    Calls Stripe. Of two calls at once nobody knows which one Stripe has taken last: then it counts as untold, and the
-    sweep tells it anew.
+    Calls Stripe. Until it has confirmed, it counts as untold: an answer that is lost, or a crash, may have changed it
+    there. Of two calls at once nobody knows which one Stripe has taken last: the sweep tells it anew.
     """
     account = TokenAccount.objects.select_related("user", "workspace").get(pk=account_id)
     customer_id, email, name = account.stripe_customer_id, account.receipts_email, account.name
+    same_customer = TokenAccount.objects.filter(pk=account_id, stripe_customer_id=customer_id).exclude(
+        status_reason=TokenAccount.ANONYMISED
+    )
     is_told = (account.stripe_email, account.stripe_name) == (email, name)
     if not customer_id or is_told or account.status_reason == TokenAccount.ANONYMISED:
         return True
+    same_customer.update(stripe_email="", stripe_name="")
     try:
         try:
             gateway.update_customer(customer_id, email=email, name=name)
@@ -110,9 +117,7 @@ def tell_changes(*, account_id: int) -> bool:
     except gateway.GatewayError as error:
         logger.warning("Stripe was not told yet", account_id=account_id, error=error.__cause__ or error)
         return False
-    same_customer = TokenAccount.objects.filter(pk=account_id, stripe_customer_id=customer_id)
-    unchanged = same_customer.filter(stripe_email=account.stripe_email, stripe_name=account.stripe_name)
-    if unchanged.update(stripe_email=email, stripe_name=name):
+    if same_customer.filter(stripe_email="", stripe_name="").update(stripe_email=email, stripe_name=name):
         return True
     same_customer.update(stripe_email="", stripe_name="")
     return False
@@ -158,9 +163,66 @@ def _forget(accounts: QuerySet[TokenAccount], *, cause: str, **changes: Any) -> 
         if account is None:
             return
         TokenAccount.objects.filter(pk=account.pk).update(
-            stripe_payment_method_id="", card_brand="", card_last4="", **changes
+            stripe_payment_method_id="", card_brand="", card_last4="", card_fingerprint="", **changes
         )
         switch_off(account_id=account.pk, reason="The saved card was removed.", key=cause)
+
+
+# --- A card that is not trusted -------------------------------------------------------------------------------------
+
+
+def is_distrusted(fingerprint: str | OuterRef, payment_method_id: str | OuterRef) -> Q:
+    """Whether a card's bank, or a dispute, said that its owner knew nothing of a payment: under any id at Stripe, with
+    whatever account it is saved. In a query over accounts, with `OuterRef`s for their columns."""
+    distrusted = Purchase.objects.filter(is_card_distrusted=True)
+    by_number = distrusted.filter(card_fingerprint=fingerprint).exclude(card_fingerprint="")
+    by_id = distrusted.alias(card=KT("metadata__distrusted_card")).filter(
+        account=OuterRef("pk"), card=payment_method_id
+    )
+    return Q(Exists(by_number)) | Q(Exists(by_id))
+
+
+def distrust_card(purchase: Purchase, *, key: str, payment: PaymentIntent | None = None) -> bool:
+    """The card's owner knows nothing of a locked purchase: nothing is charged by itself any more, and the card is kept
+    for nobody, whoever saves its number anew. In the caller's transaction; `key` names the warning or the dispute.
+    Which card it was `payment` tells, where Stripe was asked; else the row does, or a worker asks.
+
+    Returns whether that is news: told again, it does not touch another card that its owner has charged since.
+    """
+    if purchase.is_card_distrusted:
+        return False
+    payment_method_id = payment.payment_method_id if payment else purchase.metadata.get("payment_method_id", "")
+    purchase.is_card_distrusted = True
+    purchase.metadata = {**purchase.metadata, "distrusted_card": payment_method_id}
+    if payment is not None and payment.card_fingerprint:
+        purchase.card_fingerprint = payment.card_fingerprint
+    if not purchase.card_fingerprint:
+        purchase.checked_at = None  # the sweep asks, should the task be lost
+        enqueue_on_commit("billing.tasks.remember_card", purchase.pk)
+    purchase.save(update_fields=["is_card_distrusted", "metadata", "card_fingerprint", "checked_at"])
+    account = TokenAccount.objects.select_for_update().get(pk=purchase.account_id)  # whoever keeps a card now waits
+    switch_off(account_id=account.pk, reason="Your bank reported a payment as made without your consent.", key=key)
+    drop_distrusted(account_id=account.pk, fingerprint=purchase.card_fingerprint, key=key)
+    if account.stripe_payment_method_id and not account.card_fingerprint:  # kept by an earlier release
+        enqueue_on_commit("billing.tasks.refresh_card", None, account.pk)
+    return True
+
+
+def drop_distrusted(*, account_id: int, fingerprint: str, key: str) -> None:
+    """Forget a distrusted card wherever it is kept, in the caller's transaction. One that is kept a moment later is
+    never charged: whoever opens an attempt looks again."""
+    same_number = Q(card_fingerprint=fingerprint) & ~Q(card_fingerprint="")
+    keeping = TokenAccount.objects.filter(
+        Q(pk=account_id) | same_number,
+        is_distrusted(OuterRef("card_fingerprint"), OuterRef("stripe_payment_method_id")),
+    ).exclude(stripe_payment_method_id="")
+    for account in keeping.select_for_update().order_by("pk"):
+        switch_off(
+            account_id=account.pk, reason="The saved card's bank reported a payment as made without consent.", key=key
+        )
+        TokenAccount.objects.filter(pk=account.pk).update(
+            stripe_payment_method_id="", card_brand="", card_last4="", card_fingerprint=""
+        )
 
 
 # --- When the person goes -------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Long, since all that is asked of Stripe stands here, a few lines for each call; 
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import stripe
 from django.conf import settings
+from stripe.params import PaymentIntentRetrieveParams
 from stripe.params.checkout import SessionCreateParams, SessionCreateParamsLineItem
 
 from billing.payments.objects import (
@@ -240,11 +241,14 @@ def create_checkout_session(
     amount_cents: int,
     currency: str,
     stripe_price_id: str,
+    installation: str,
+    options: Sequence[str],
     success_url: str,
     cancel_url: str,
     idempotency_key: str,
 ) -> CheckoutSession:
-    """Open a Checkout page for one purchase. The card is kept for auto-recharge. Raises GatewayError."""
+    """Open a Checkout page for one purchase, with its `checkout_options`. The card is kept for auto-recharge. Raises
+    GatewayError."""
     line_item: SessionCreateParamsLineItem = {"quantity": 1}
     if stripe_price_id:
         line_item["price"] = stripe_price_id
@@ -254,7 +258,7 @@ def create_checkout_session(
             "unit_amount": amount_cents,
             "product_data": {"name": product_name},
         }
-    metadata = {"purchase_id": str(purchase_id)}
+    metadata = {"purchase_id": str(purchase_id), "installation": installation}
     parameters: SessionCreateParams = {
         "mode": "payment",
         "customer": customer_id,
@@ -267,20 +271,25 @@ def create_checkout_session(
         "payment_intent_data": {"setup_future_usage": "off_session", "metadata": metadata},
         "custom_text": {"submit": {"message": CARD_CONSENT}},
     }
-    if settings.STRIPE_AUTOMATIC_TAX:
+    if "automatic_tax" in options:
         parameters["automatic_tax"] = {"enabled": True}
         parameters["customer_update"] = {"address": "auto"}
-    if settings.STRIPE_PROMOTION_CODES:
+    if "promotion_codes" in options:
         parameters["allow_promotion_codes"] = True
-    if settings.STRIPE_INVOICES:
+    if "invoices" in options:
         parameters["invoice_creation"] = {"enabled": True}
     session = _call(lambda: _client().v1.checkout.sessions.create(parameters, {"idempotency_key": idempotency_key}))
     return read_checkout_session(session.to_dict())
 
 
-def amounts_may_differ() -> bool:
-    """Whether what a Checkout payment takes may differ from the price: by tax, or by a promotion code."""
-    return bool(settings.STRIPE_AUTOMATIC_TAX or settings.STRIPE_PROMOTION_CODES)
+def checkout_options() -> list[str]:
+    """What a payment page that is made now has beside the price, by the settings."""
+    wanted = {
+        "automatic_tax": settings.STRIPE_AUTOMATIC_TAX,
+        "promotion_codes": settings.STRIPE_PROMOTION_CODES,
+        "invoices": settings.STRIPE_INVOICES,
+    }
+    return [option for option, is_wanted in wanted.items() if is_wanted]
 
 
 def retrieve_checkout_session(session_id: str) -> CheckoutSession:
@@ -293,19 +302,19 @@ def expire_checkout_session(session_id: str) -> None:
     _call(lambda: _client().v1.checkout.sessions.expire(session_id))
 
 
+_PAYMENT_DETAILS: PaymentIntentRetrieveParams = {"expand": ["payment_method", "latest_charge"]}
+
+
 def retrieve_payment_intent(payment_intent_id: str) -> PaymentIntent:
     """Ask Stripe how a payment stands, with its card and receipt. Raises GatewayError."""
-    payment_intent = _call(
-        lambda: _client().v1.payment_intents.retrieve(
-            payment_intent_id, {"expand": ["payment_method", "latest_charge"]}
-        )
-    )
+    payment_intent = _call(lambda: _client().v1.payment_intents.retrieve(payment_intent_id, _PAYMENT_DETAILS))
     return read_payment_intent(payment_intent.to_dict())
 
 
 def charge_saved_card(
     *,
     purchase_id: int,
+    installation: str,
     customer_id: str,
     payment_method_id: str,
     amount_cents: int,
@@ -332,7 +341,7 @@ def charge_saved_card(
                 "allowed_payment_method_types": ["card"],
                 "automatic_payment_methods": {"enabled": True, "allow_redirects": "never"},
                 "description": description,
-                "metadata": {"purchase_id": str(purchase_id)},
+                "metadata": {"purchase_id": str(purchase_id), "installation": installation},
             },
             {"idempotency_key": idempotency_key},
         )
@@ -396,9 +405,9 @@ def create_portal_session(*, customer_id: str, return_url: str) -> str:
     ).url
 
 
-def retrieve_saved_card(customer_id: str, *, preferred_id: str) -> SavedCard | None:
-    """The card to charge while its owner is away: the customer's default one, else `preferred_id` if they still have
-    it, else their newest. None when they have none. Raises GatewayMissing when they are gone, GatewayError."""
+def list_saved_cards(customer_id: str, *, preferred_id: str) -> list[SavedCard]:
+    """The customer's cards, first the one to charge while its owner is away: their default one, else `preferred_id` if
+    they still have it, else their newest. Raises GatewayMissing when they are gone, GatewayError."""
     customer = _call(lambda: _client().v1.customers.retrieve(customer_id)).to_dict()
     if customer.get("deleted"):
         raise GatewayMissing("Stripe refused this.", parameter="id")
@@ -409,8 +418,8 @@ def retrieve_saved_card(customer_id: str, *, preferred_id: str) -> SavedCard | N
             read_saved_card,
         )
     )
-    by_id = {card.payment_method_id: card for card in cards}
-    return by_id.get(default_id or "") or by_id.get(preferred_id) or (cards[0] if cards else None)
+    ranks = {preferred_id: 1, default_id: 0}
+    return sorted(cards, key=lambda card: ranks.get(card.payment_method_id, 2))
 
 
 def has_card(customer_id: str, payment_method_id: str) -> bool:
@@ -538,7 +547,7 @@ def _with_warned_payment(warning: Mapping[str, Any]) -> Mapping[str, Any]:
     payment_intent_id = id_of(_with_payment(warning).get("payment_intent"))
     if not payment_intent_id:
         return warning
-    payment = _call(lambda: _client().v1.payment_intents.retrieve(payment_intent_id)).to_dict()
+    payment = _call(lambda: _client().v1.payment_intents.retrieve(payment_intent_id, _PAYMENT_DETAILS)).to_dict()
     return {**warning, "payment_intent": payment}
 
 

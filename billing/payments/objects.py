@@ -39,6 +39,7 @@ class CheckoutSession:
     amount_subtotal_cents: int
     currency: str
     expires_at: datetime | None
+    installation: str = ""  # whose purchase; empty before payments named it
     # What the buyer pays in the end, after both.
     amount_total_cents: int | None = None
     discount_cents: int = 0  # by promotion codes
@@ -57,12 +58,14 @@ class PaymentIntent:
     amount_received_cents: int
     currency: str
     purchase_id: str  # as our metadata says; whoever edits metadata at Stripe can change it
+    installation: str = ""  # whose purchase; empty before payments named it
     payment_method_id: str = ""
     action_url: str = ""  # where the card's owner confirms, when the bank wants that
     # Only where the payment was retrieved with its details:
     payment_method_type: str = ""  # card, link, us_bank_account …
     card_brand: str = ""
     card_last4: str = ""
+    card_fingerprint: str = ""
     is_card_saved: bool = False  # it may be charged later, while its owner is away
     receipt_url: str = ""
     # Why the last try to pay failed:
@@ -94,6 +97,7 @@ class SavedCard:
     payment_method_id: str
     brand: str
     last4: str
+    fingerprint: str = ""  # the number's: the same under whatever id it is saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +178,7 @@ def read_checkout_session(session: Mapping[str, Any]) -> CheckoutSession:
         amount_subtotal_cents=session["amount_subtotal"],
         currency=session["currency"],
         expires_at=datetime.fromtimestamp(expires_at, UTC) if expires_at else None,
+        installation=str(inner(session, "metadata").get("installation", "")),
         amount_total_cents=session.get("amount_total"),
         discount_cents=inner(session, "total_details").get("amount_discount") or 0,
         tax_cents=inner(session, "total_details").get("amount_tax") or 0,
@@ -183,18 +188,25 @@ def read_checkout_session(session: Mapping[str, Any]) -> CheckoutSession:
 def read_payment_intent(payment_intent: Mapping[str, Any]) -> PaymentIntent:
     """From the API's or an event's JSON. Raises KeyError or TypeError on another shape."""
     failure = inner(payment_intent, "last_payment_error")
+    # The charge keeps it, whatever became of the payment method.
+    cards = [
+        inner(payment_intent, *path, "card")
+        for path in (("latest_charge", "payment_method_details"), ("payment_method",))
+    ]
     return PaymentIntent(
         id=payment_intent["id"],
         status=payment_intent["status"],
         customer_id=id_of(payment_intent.get("customer")) or "",
         amount_received_cents=payment_intent["amount_received"],
         currency=payment_intent["currency"],
-        purchase_id=str((payment_intent.get("metadata") or {}).get("purchase_id", "")),
+        purchase_id=str(inner(payment_intent, "metadata").get("purchase_id", "")),
+        installation=str(inner(payment_intent, "metadata").get("installation", "")),
         payment_method_id=id_of(payment_intent.get("payment_method")) or "",
         action_url=inner(payment_intent, "next_action", "redirect_to_url").get("url") or "",
         payment_method_type=inner(payment_intent, "payment_method").get("type") or "",
         card_brand=inner(payment_intent, "payment_method", "card").get("brand") or "",
         card_last4=inner(payment_intent, "payment_method", "card").get("last4") or "",
+        card_fingerprint=next((card["fingerprint"] for card in cards if card.get("fingerprint")), ""),
         is_card_saved=bool(inner(payment_intent, "payment_method").get("customer")),
         receipt_url=inner(payment_intent, "latest_charge").get("receipt_url") or "",
         failure_code=failure.get("decline_code") or failure.get("code") or "",
@@ -205,7 +217,12 @@ def read_payment_intent(payment_intent: Mapping[str, Any]) -> PaymentIntent:
 def read_saved_card(payment_method: Mapping[str, Any]) -> SavedCard:
     """From the API's or an event's JSON. Raises KeyError on another shape."""
     card = inner(payment_method, "card")
-    return SavedCard(payment_method["id"], brand=card.get("brand") or "", last4=card.get("last4") or "")
+    return SavedCard(
+        payment_method["id"],
+        brand=card.get("brand") or "",
+        last4=card.get("last4") or "",
+        fingerprint=card.get("fingerprint") or "",
+    )
 
 
 def read_refund(refund: Mapping[str, Any]) -> Refund:

@@ -14,7 +14,7 @@ from django.db import transaction
 from django.db.models import Max, Q
 
 from billing import ledger
-from billing.models import Purchase, TokenAccount, TokenTransaction
+from billing.models import Installation, Purchase, TokenAccount, TokenTransaction
 from billing.notifications import messages
 from billing.payments import gateway, refunds
 from billing.payments.objects import AskAgain, Asked, CheckoutSession, PaymentIntent
@@ -134,7 +134,7 @@ def apply_payment(purchase: Purchase, payment: PaymentIntent, *, asked: Asked | 
     event, the success page or the sweeper. Until then the page lets the buyer try again: nothing fails here.
     """
     is_news = asked is None or not is_settled(purchase)
-    if is_news and payment.status == "succeeded" and not gateway.amounts_may_differ():
+    if is_news and payment.status == "succeeded" and not purchase.amount_may_differ:
         credit(
             purchase,
             amount_cents=payment.amount_received_cents,
@@ -161,7 +161,8 @@ def refresh_from_stripe(purchase: Purchase) -> Purchase:
 
 
 def sweep_purchases(*, limit: int = 200) -> int:
-    """Finish the purchases whose webhook never came, by asking Stripe. Returns how many came to an end."""
+    """Finish the purchases whose webhook never came, by asking Stripe, and close the pages of those that were given up
+    here while Stripe could not be told. Returns how many came to an end."""
     now = database.now()
     Purchase.objects.filter(
         state=State.CREATED,
@@ -171,7 +172,7 @@ def sweep_purchases(*, limit: int = 200) -> int:
     ).update(state=State.EXPIRED, message="The payment page could not be opened.")
     waiting = Purchase.objects.filter(
         Q(checked_at=None) | Q(checked_at__lt=now - ASK_AGAIN_AFTER),
-        state__in=Purchase.PENDING_STATES,
+        Q(state__in=Purchase.PENDING_STATES) | Purchase.which_page_is_left(),
         stripe_session_id__isnull=False,
         created_at__lt=now - WEBHOOK_GRACE,
     ).order_by("checked_at", "id")
@@ -179,7 +180,10 @@ def sweep_purchases(*, limit: int = 200) -> int:
     for purchase in waiting[:limit]:
         Purchase.objects.filter(pk=purchase.pk).update(checked_at=now)
         try:
-            ended += not _ask_stripe(str(purchase.stripe_session_id)).is_pending
+            if purchase.state == State.EXPIRED:
+                ended += not close_checkout(purchase).may_be_paid
+            else:
+                ended += not _ask_stripe(str(purchase.stripe_session_id)).is_pending
         except (gateway.GatewayError, PurchaseError) as error:
             logger.warning("A purchase was not finished", **log_ids(purchase), error=error.__cause__ or error)
     return ended
@@ -207,8 +211,9 @@ def _close_unknown(session_id: str) -> Purchase:
     """A payment page that Stripe does not know, say of the other mode: nobody pays on it."""
     with transaction.atomic():
         purchase = Purchase.objects.select_for_update().get(stripe_session_id=session_id)
-        if purchase.is_pending:
-            set_state(purchase, State.EXPIRED, "The payment page is not there any more.")
+        if purchase.may_be_paid:
+            if purchase.is_pending:
+                set_state(purchase, State.EXPIRED, "The payment page is not there any more.")
             purchase.expires_at = database.now()
             purchase.save(update_fields=["expires_at"])
     return purchase
@@ -225,6 +230,8 @@ def require_asked(purchase: Purchase, stripe_id: str, asked: Asked | None) -> No
 def lock_purchase_behind(payment_intent: PaymentIntent) -> Purchase:
     """Our purchase that a payment is for, also before we know its id, locked. Raises PurchaseNotFound."""
     by_intent = Purchase.objects.filter(stripe_payment_intent_id=payment_intent.id).values_list("pk").first()
+    if not by_intent:
+        _require_ours(payment_intent.installation)
     purchase = _lock(by_intent[0] if by_intent else payment_intent.purchase_id)
     if not by_intent:
         # Metadata can be edited at Stripe. It only helps to find our row; customer and amount must be the row's.
@@ -236,6 +243,8 @@ def _locked_purchase_of(session: CheckoutSession) -> Purchase:
     """Our purchase behind a session, locked. By the session's id; by our reference only while we do not know the id
     yet (Stripe answered, and we crashed before storing it)."""
     known = Purchase.objects.filter(stripe_session_id=session.id).values_list("pk").first()
+    if not known:
+        _require_ours(session.installation)
     purchase = _lock(known[0] if known else session.client_reference_id)
     if purchase.stripe_session_id is None:
         # Another product on our Stripe account may count its orders, too, and reach the same number.
@@ -245,6 +254,12 @@ def _locked_purchase_of(session: CheckoutSession) -> Purchase:
     if purchase.stripe_session_id != session.id:
         raise PurchaseNotFound(f"Session {session.id} is not the one of purchase {purchase.pk}.")
     return purchase
+
+
+def _require_ours(installation: str) -> None:
+    """Raises NotOurPayment. Payments of before they named it name none."""
+    if installation and not Installation.objects.filter(name=installation).exists():
+        raise NotOurPayment(f"It is of another installation, {installation!r}.")
 
 
 def _lock(purchase_id: int | str) -> Purchase:

@@ -19,7 +19,7 @@ from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
 from billing import ledger
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.notifications import messages
-from billing.payments import gateway, purchases
+from billing.payments import customers, gateway, purchases
 from billing.payments.cards import refresh_card, sweep_details
 from billing.payments.gateway import (
     CardDeclined,
@@ -87,6 +87,7 @@ def _due_accounts(now: datetime) -> QuerySet[TokenAccount]:
     )
     return TokenAccount.objects.filter(
         ~Exists(under_way),
+        ~customers.is_distrusted(OuterRef("card_fingerprint"), OuterRef("stripe_payment_method_id")),
         TokenAccount.MAY_BUY,
         Q(auto_recharge_retry_at=None) | Q(auto_recharge_retry_at__lte=now),
         auto_recharge_enabled=True,
@@ -195,6 +196,7 @@ def _charge(purchase: Purchase) -> None:
     try:
         payment = gateway.charge_saved_card(
             purchase_id=purchase.pk,
+            installation=purchase.installation,
             customer_id=purchase.metadata["customer_id"],
             payment_method_id=purchase.metadata["payment_method_id"],
             amount_cents=purchase.amount_cents,

@@ -17,7 +17,7 @@ from django.utils import timezone
 from accounts import audit
 from accounts.models import User
 from billing.models import Drift, PaymentReversal, Purchase, TokenAccount
-from billing.payments import cards, gateway, purchases, refunds, webhooks
+from billing.payments import customers, gateway, purchases, refunds, webhooks
 from billing.payments.objects import Dispute, PaymentIntent, Refund
 from billing.pricing import display_price
 from kit.text import read_id
@@ -140,7 +140,7 @@ class _Walk:
             try:
                 with transaction.atomic():
                     purchase = purchases.lock_purchase_behind(warning.payment)
-                    is_news = cards.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
+                    is_news = customers.distrust_card(purchase, payment=warning.payment, key=warning.id)
             except purchases.PurchaseNotFound:
                 continue  # another product's
             if is_news:
@@ -189,7 +189,7 @@ class _Walk:
         """A payment that succeeded and was not credited: the event was lost."""
         amount = display_price(payment.amount_received_cents, payment.currency)
         try:
-            if purchase.kind == Purchase.Kind.CHECKOUT and gateway.amounts_may_differ() and purchase.stripe_session_id:
+            if purchase.amount_may_differ and purchase.stripe_session_id:
                 purchases.apply_checkout_session(gateway.retrieve_checkout_session(purchase.stripe_session_id))
             else:
                 webhooks.apply_payment_intent(payment)

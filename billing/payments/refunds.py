@@ -19,7 +19,7 @@ from django.db.models import Count, Sum
 from billing import ledger
 from billing.models import PaymentReversal, Purchase, TokenTransaction
 from billing.notifications import messages
-from billing.payments import gateway
+from billing.payments import customers, gateway
 from billing.payments.objects import AskAgain, Asked, Dispute, Held, Refund
 from billing.payments.recharge_settings import switch_off
 from kit.database import repeated_after_conflicts
@@ -51,6 +51,8 @@ RANKS = {
 }
 ASK_TRIES = 4  # while others change the same row
 
+# Reasons of a dispute that say: the card's owner knows nothing of the payment.
+WITHOUT_CONSENT = ("fraudulent", "unrecognized", "debit_not_authorized")
 # Whoever takes money back is not charged again by itself.
 SWITCHES_OFF = {Kind.REFUND: "A payment of yours was refunded.", Kind.DISPUTE: "A payment of yours is disputed."}
 
@@ -245,7 +247,7 @@ def _contradicts(reversal: PaymentReversal, picture: Refund | Dispute) -> bool:
 
 def _advance(reversal: PaymentReversal, picture: Refund | Dispute, *, is_current: bool) -> bool:
     """Bring our row up to the picture, unless it is older than what we know. Returns whether anything changed."""
-    before = _held(reversal)
+    before = (_held(reversal), reversal.reason)
     ranks = RANKS[Kind(reversal.kind)]
     bookings = picture.bookings if isinstance(picture, Dispute) else 0
     is_earlier = ranks.get(picture.status, 0) < ranks.get(reversal.status, -1)
@@ -255,7 +257,9 @@ def _advance(reversal: PaymentReversal, picture: Refund | Dispute, *, is_current
     if is_current or not (is_older or says_less):
         reversal.status, reversal.amount_cents, reversal.withdrawn_cents = _seen(picture)
         reversal.currency, reversal.bookings = picture.currency, bookings
-    return before != _held(reversal)
+        if isinstance(picture, Dispute):  # a refund's is ours
+            reversal.reason = picture.reason[:500]
+    return before != (_held(reversal), reversal.reason)
 
 
 # --- What follows for the balance -----------------------------------------------------------------------------------
@@ -269,6 +273,8 @@ def _settle(purchase: Purchase, reversal: PaymentReversal, *, was_taking: bool) 
         # It stays off, also when the money comes back to us.
         reason = SWITCHES_OFF[Kind(reversal.kind)]
         switch_off(account_id=purchase.account_id, reason=reason, key=reversal.stripe_id)
+    if reversal.kind == Kind.DISPUTE and reversal.takes_money and reversal.reason in WITHOUT_CONSENT:
+        customers.distrust_card(purchase, key=reversal.stripe_id)
     if reversal.kind == Kind.REFUND:
         if is_new:
             messages.refund_applied(reversal, tokens=-change_tokens)
@@ -277,8 +283,9 @@ def _settle(purchase: Purchase, reversal: PaymentReversal, *, was_taking: bool) 
         return
     if is_new:
         messages.dispute_opened(reversal, tokens=-change_tokens)
-    if reversal.status in ("won", "lost") and (was_taking or is_new):
-        messages.dispute_closed(reversal, tokens=max(change_tokens, 0))
+    is_decided = reversal.status in PaymentReversal.DECIDED_STATUSES
+    if (is_decided and (was_taking or is_new)) or change_tokens > 0:
+        messages.dispute_moved(reversal, tokens=max(change_tokens, 0))
 
 
 def _settle_reversals(purchase: Purchase, cause: PaymentReversal) -> int:

@@ -98,7 +98,7 @@ def _on_fraud_warning(event: Event) -> None:
     paid_what = "a payment"
     if warning.payment is not None:
         purchase = purchases.lock_purchase_behind(warning.payment)
-        cards.distrust_card(purchase, warning.payment.payment_method_id, key=warning.id)
+        customers.distrust_card(purchase, payment=warning.payment, key=warning.id)
         paid_what = f"{purchase.price_display} of purchase {purchase.pk}"
     raise NeedsPerson(
         f"The card's bank warns of fraud ({warning.fraud_type or 'no reason given'}) in {paid_what}. "

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import structlog
+from django.db.models import Q
 from django.utils import timezone
 
 from accounts.models import User
@@ -91,12 +92,15 @@ def list_tables(user: User) -> dict[str, tuple[tuple[str, ...], Iterator[Row]]]:
 
 
 def close_open_checkouts(*, user_id: int) -> None:
-    """Close the payment pages that nobody has paid on, at Stripe and here, so that none is paid later.
+    """Close the payment pages that nobody has paid on, at Stripe and here, so that none is paid later: also those that
+    were given up here when Stripe could not be told.
 
     Calls Stripe: never inside a transaction (law 7). Raises NotNow when one may have been paid, or cannot be closed.
     """
     open_ones = Purchase.objects.filter(
-        account__user_id=user_id, kind=Purchase.Kind.CHECKOUT, state__in=Purchase.UNPAID_STATES
+        Q(state__in=Purchase.UNPAID_STATES) | Purchase.which_page_is_left(),
+        account__user_id=user_id,
+        kind=Purchase.Kind.CHECKOUT,
     )
     for purchase in open_ones:
         if purchase.stripe_session_id is None:
@@ -136,7 +140,8 @@ def anonymize_account(account: TokenAccount) -> None:
     """
     if TokenUsage.objects.filter(account=account, status=TokenUsage.Status.RESERVED).exists():
         raise NotNow("An operation of yours is still running. Wait until it has ended, ten minutes at the most.")
-    if Purchase.objects.filter(account=account, state__in=(*Purchase.PENDING_STATES, State.REVIEW)).exists():
+    unsettled = Q(state__in=(*Purchase.PENDING_STATES, State.REVIEW)) | Purchase.which_page_is_left()
+    if Purchase.objects.filter(unsettled, account=account).exists():
         raise NotNow(
             "A payment of yours is under way. Wait until it has come through or failed; Tokens, History shows it."
         )
@@ -152,6 +157,7 @@ def anonymize_account(account: TokenAccount) -> None:
         stripe_name="",
         card_brand="",
         card_last4="",
+        card_fingerprint="",
         auto_recharge_enabled=False,
         auto_recharge_package=None,
         auto_recharge_price_cents=None,
@@ -165,6 +171,7 @@ def anonymize_account(account: TokenAccount) -> None:
     Purchase.objects.filter(account=account).update(
         checkout_url="", receipt_url="", message="", card_brand="", card_last4=""
     )
+    Purchase.objects.filter(account=account, is_card_distrusted=False).update(card_fingerprint="")
     Notification.objects.filter(user=account.user).delete()
     NotificationPreference.objects.filter(user=account.user).delete()
     enqueue_on_commit("billing.tasks.erase_customer", account.pk)

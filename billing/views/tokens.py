@@ -245,8 +245,19 @@ def card(request: SignedInRequest) -> HttpResponse:
         url = cards.open_card_page(
             account_id=payer.account_of(request).pk, return_url=f"{settings.SITE_URL}{reverse('tokens:card')}"
         )
+    except gateway.GatewayRefused:  # it will be each time
+        messages.error(
+            request,
+            "Stripe's page for your card is not available here. To change the card, buy a package with another one: it "
+            "takes this one's place. Until then, switching auto-recharge off keeps this one from being charged.",
+        )
+        return redirect(reverse("tokens:home") + "#packages")
     except gateway.GatewayError:
-        messages.error(request, "Stripe's page for your card could not be opened. Try again in a moment.")
+        messages.error(
+            request,
+            "Stripe's page for your card could not be opened. Try again in a moment, or buy a package with another "
+            "card: it takes this one's place.",
+        )
         return _to_recharge_panel()
     if not url:
         messages.info(request, recharge_settings.why_no_card(payer.account_of(request)))

@@ -14,17 +14,20 @@ from ai_ops import own_data
 from billing import tasks
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
 from billing.payments import cards, customers, gateway, purchases, recharge, reconcile
+from billing.upkeep import own_data as billing_data
 from tests.conftest import MakeUser, show_password
 from tests.payments import (
     ONE_STARTER,
     begin_checkout,
     buy,
+    changed,
     checkout_form,
     credits_of,
     deliver,
     event_of,
     events_of,
     purchase_state,
+    state_of,
 )
 from tests.servers import StripeStandIn
 
@@ -134,7 +137,7 @@ def test_a_forgotten_customer_has_no_card(bought: Purchase, buyer: Client, alice
         assert not account.auto_recharge_enabled
 
 
-def test_a_page_that_stripe_does_not_know(buyer: Client, alice: User) -> None:
+def test_a_page_that_stripe_does_not_know(stripe: StripeStandIn, buyer: Client, alice: User) -> None:
     """29: begun in the other mode: closed, not asked about for ever."""
     purchase = begin_checkout(buyer)
     Purchase.objects.filter(pk=purchase.pk).update(
@@ -142,7 +145,30 @@ def test_a_page_that_stripe_does_not_know(buyer: Client, alice: User) -> None:
     )
     assert purchases.sweep_purchases() == 1
     assert purchase_state(purchase) == "expired"
-    begin_checkout(buyer)
+    # The next click asks, and opens one that is there; Stripe out of reach, it leads to the page that we know.
+    lost = begin_checkout(buyer)
+    Purchase.objects.filter(pk=lost.pk).update(stripe_session_id="cs_live_2")
+    opened = begin_checkout(buyer)
+    assert (purchase_state(lost), opened.pk != lost.pk) == ("expired", True)
+    stripe.control("faults", kind="429", path_prefix="/v1/checkout", count=3)
+    assert begin_checkout(buyer).pk == opened.pk
+
+
+def test_a_sale_of_another_installation(stripe: StripeStandIn, bought: Purchase) -> None:
+    """17: on the same Stripe account, with a number that is also one of ours: passed over."""
+    theirs = {"metadata": {"purchase_id": str(bought.pk), "installation": "theirs"}, "customer": "cus_theirs"}
+    session = {"id": "cs_theirs", "payment_intent": "pi_theirs", "client_reference_id": str(bought.pk)}
+    events = [
+        changed(event_of(stripe, COMPLETED), theirs | session),
+        changed(event_of(stripe, "payment_intent.succeeded"), theirs | {"id": "pi_theirs"}),
+    ]
+    for event in events:
+        assert event["data"]["object"]["metadata"]["installation"] == "theirs"
+        assert deliver(event).status_code == 200
+        assert state_of(event) == "ignored"
+        ours = changed(event, {"metadata": {"purchase_id": str(bought.pk), "installation": Installation.read_name()}})
+        assert deliver(ours).status_code == 200
+        assert state_of(ours) == "aside"
 
 
 # --- Idempotency keys -----------------------------------------------------------------------------------------------
@@ -278,6 +304,29 @@ def test_none_is_left_of_who_goes(
     assert tasks.sweep_customers() == 0
 
 
+@pytest.mark.parametrize("is_swept", [True, False])
+def test_no_page_is_left_of_who_goes(stripe: StripeStandIn, buyer: Client, alice: User, *, is_swept: bool) -> None:
+    """28: one that was replaced while Stripe could not be told is closed by the sweep, or before its buyer goes."""
+    replaced = begin_checkout(buyer)
+    TokenPricing.objects.filter(name="Starter").update(tokens=151_000)
+    path = f"/v1/checkout/sessions/{replaced.stripe_session_id}/expire"
+    stripe.control("faults", kind="429", path_prefix=path, method="POST", count=3)
+    newer = begin_checkout(buyer)
+    assert purchase_state(replaced) == "expired"
+    if is_swept:
+        stripe.control("faults/clear")
+        Purchase.objects.update(created_at=timezone.now() - timedelta(minutes=5))
+        assert (purchases.sweep_purchases(), purchase_state(newer)) == (1, "open")
+    else:
+        stripe.control("faults", kind="429", path_prefix=path, method="POST", count=9)
+        with pytest.raises(billing_data.NotNow):
+            own_data.anonymize_user(user_id=alice.pk)
+        stripe.control("faults/clear")
+        own_data.anonymize_user(user_id=alice.pk)
+    assert gateway.retrieve_checkout_session(str(replaced.stripe_session_id)).status == "expired"
+    assert stripe.pay(replaced.checkout_url).status_code != 303
+
+
 def test_what_changes_here_is_told_to_stripe(
     stripe: StripeStandIn, bought: Purchase, alice: User, django_capture_on_commit_callbacks: Any
 ) -> None:
@@ -366,6 +415,21 @@ def test_the_address_that_is_last_here_is_last_at_stripe(
     assert at_stripe("one@example.com") == [account_of(alice).stripe_customer_id]
     assert tasks.tell_customers() == 1
     assert at_stripe("two@example.com") == [account_of(alice).stripe_customer_id]
+
+
+@pytest.mark.parametrize("fault", ["timeout_after", "500_after"])
+def test_an_address_whose_answer_was_lost(
+    stripe: StripeStandIn, bought: Purchase, alice: User, impatient: None, fault: str
+) -> None:
+    """28: Stripe has taken it all the same. Back at the address of before, Stripe is told that one."""
+    User.objects.filter(pk=alice.pk).update(email="wrong@example.com")
+    stripe.control("faults", kind=fault, path_prefix="/v1/customers", method="POST", count=3, seconds=2)
+    assert tasks.tell_customers() == 0
+    stripe.control("faults/clear")
+    assert at_stripe("wrong@example.com") == [account_of(alice).stripe_customer_id]
+    User.objects.filter(pk=alice.pk).update(email="alice@example.com")
+    assert (tasks.tell_customers(), tasks.tell_customers()) == (1, 0)
+    assert at_stripe() == [account_of(alice).stripe_customer_id]
 
 
 def test_an_address_that_stripe_does_not_take(stripe: StripeStandIn, buyer: Client, alice: User) -> None:

@@ -99,7 +99,7 @@ def tell_everything(user: User) -> None:
     messages.refund_failed(refund, tokens=150_000)
     messages.refund_refused(refused, reason=NASTY)
     messages.dispute_opened(dispute, tokens=150_000)
-    messages.dispute_closed(dispute, tokens=0)
+    messages.dispute_moved(dispute, tokens=0)
     messages.provider_refuses_us(provider=NASTY, model=NASTY, why=NASTY)
     weekly.weekly_summary(now=NOW)
 
@@ -218,14 +218,14 @@ def test_key_is_each_users_own(alice: User, bob: User) -> None:
             ["9 tokens are held back", "auto-recharge is off"],
         ),
         (
-            lambda user: messages.dispute_closed(
+            lambda user: messages.dispute_moved(
                 make_reversal(make_purchase(user), kind="dispute", status="won"), tokens=1_000
             ),
             "The dispute about $15.00 is closed",
-            ["The payment of $15.00 stands. 1,000 tokens are back in your balance."],
+            ["The payment of $15.00 stands, and 1,000 tokens are back in your balance."],
         ),
         (
-            lambda user: messages.dispute_closed(
+            lambda user: messages.dispute_moved(
                 make_reversal(make_purchase(user), kind="dispute", status="lost"), tokens=0
             ),
             "The dispute about $15.00 is closed",
@@ -256,7 +256,7 @@ def test_debt_is_named(make_user: MakeUser) -> None:
 
 
 def test_reversal_of_a_payment_we_do_not_know_tells_nobody(seeded: None) -> None:
-    for tell in (messages.refund_applied, messages.dispute_opened, messages.dispute_closed):
+    for tell in (messages.refund_applied, messages.dispute_opened, messages.dispute_moved):
         tell(make_reversal(None), tokens=0)
     assert not Notification.objects.exists()
 

@@ -1092,7 +1092,11 @@ def test_stripe_away_while_the_card_page_opens(prepare: Prepare, stripe: StripeS
     prepare(spend=False)
     stripe.control("faults", kind="429", path_prefix="/v1/billing_portal", count=1)
     answer = client.post(reverse("tokens:card"), follow=True)
-    assert "could not be opened" in answer.content.decode()
+    assert "could not be opened. Try again in a moment, or buy a package" in answer.content.decode()
+    # Refused, it is each time: the operator has not set the page up.
+    stripe.control("faults", kind="refused", path_prefix="/v1/billing_portal", count=1)
+    assert client.post(reverse("tokens:card"))["Location"] == "/tokens/#packages"
+    assert "buy a package with another one" in client.get("/tokens/").content.decode()
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,7 @@ from billing.models import (
     TokenPricing,
     TokenTransaction,
 )
-from billing.payments import cards, gateway, reconcile, refund_requests, webhooks
+from billing.payments import cards, gateway, recharge, reconcile, refund_requests, webhooks
 from billing.pricing import TokenPools
 from tests.conftest import MakeUser
 from tests.payments import (
@@ -400,6 +400,56 @@ def test_the_money_decides(
     assert TokenAccount.objects.get(user=alice).auto_recharge_enabled == (not taken_cents)
 
 
+@pytest.mark.parametrize(
+    ("moves", "told"),
+    [
+        (
+            [{"status": "won", "reinstate": 1_500}],
+            ["$15.00 of it have not come", "stands, and 150,000 tokens are back"],
+        ),
+        ([{"status": "lost"}], ["returned $15.00 to you. The tokens"]),
+        (
+            [{"status": "lost"}, {"status": "lost", "reinstate": 500}, {"status": "won", "reinstate": 1_000}],
+            [
+                "returned $15.00 to you. The tokens",
+                "returned $10.00 of $15.00 to you, and 50,000 tokens are back",
+                "stands, and 100,000 tokens are back",
+            ],
+        ),
+        (
+            [
+                {"status": "under_review", "reinstate": 1_500},
+                {"status": "needs_response", "withdraw": 1_500},
+                {"status": "won", "reinstate": 1_500},
+            ],
+            [
+                "Money of it came back to us, and 150,000",
+                "150,000 tokens are held back",
+                "$15.00 of it have not come",
+                "stands, and 150,000 tokens are back",
+            ],
+        ),
+    ],
+)
+def test_what_is_told_follows_the_money(
+    stripe: StripeStandIn, bought: Purchase, alice: User, moves: list[dict[str, Any]], told: list[str]
+) -> None:
+    """46: of a dispute that is decided by more than one booking, each is told, once; also those that come later."""
+    opened = dispute(stripe)
+    deliver_all(reversal_events(stripe))
+    known = len(reversal_events(stripe))
+    for move in moves:
+        stripe.control(f"disputes/{opened['id']}/move", **move)
+        events = reversal_events(stripe)[known:]
+        known += len(events)
+        deliver_all([*events, *(changed(event) for event in events)])
+    bodies = Notification.objects.filter(user=alice, kind__startswith="dispute").order_by("pk")
+    texts = list(bodies.values_list("body", flat=True))[1:]
+    assert len(texts) == len(told), texts
+    for text, words in zip(texts, told, strict=True):
+        assert words in text
+
+
 def test_an_older_event_of_the_same_state(stripe: StripeStandIn, bought: Purchase) -> None:
     """41, 46: it does not set an amount back, of a refund neither."""
     made, opened = refund(stripe, 300), dispute(stripe, amount=700)
@@ -666,6 +716,44 @@ def test_a_card_that_its_bank_warned_of(
     cards.refresh_card(user_id=alice.pk)
     account.refresh_from_db()
     assert account.card_last4 != "4444"
+
+
+@pytest.mark.parametrize("reason", ["", "fraudulent", "unrecognized", "product_not_received"])
+def test_the_number_of_a_card_that_is_not_trusted(
+    stripe: StripeStandIn, bought: Purchase, buyer: Client, alice: User, bob: User, reason: str
+) -> None:
+    """17: a warning, or a dispute of fraud, is about the number: saved anew, or by somebody else, it is not kept; one
+    that is kept all the same is not charged. A dispute about the goods says nothing of the card."""
+
+    def kept_after(purchase: Purchase) -> str:
+        deliver_all(events_of(stripe, COMPLETED))
+        tasks.remember_card(purchase.pk)
+        return TokenAccount.objects.get(pk=purchase.account_id).card_last4
+
+    assert kept_after(buy(stripe, buyer)) == "4242"  # under another id than `bought`'s
+    switch_auto_recharge_on(alice)
+    kept = TokenAccount.objects.filter(user=alice).values("stripe_payment_method_id", "card_fingerprint")[0]
+    payment = f"payments/{bought.stripe_payment_intent_id}"
+    stripe.control(f"{payment}/dispute", reason=reason, amount=100) if reason else stripe.control(f"{payment}/warn")
+    deliver_all(events_of(stripe, "charge.dispute.created" if reason else "radar.early_fraud_warning.created"))
+    tasks.remember_card(bought.pk)  # of the dispute's payment only Stripe knows the card: a worker asks
+    is_trusted = reason == "product_not_received"
+    account = TokenAccount.objects.get(user=alice)
+    assert (account.auto_recharge_enabled, account.card_last4) == (False, "4242" if is_trusted else "")
+    cards.refresh_card(user_id=alice.pk)
+    other = Client()
+    other.force_login(bob)
+    for client in (buyer, other):
+        assert kept_after(buy(stripe, client)) == ("4242" if is_trusted else "")
+    agreed = {"auto_recharge_price_cents": STARTER_CENTS, "auto_recharge_package_tokens": STARTER_TOKENS}
+    TokenAccount.objects.filter(user=alice).update(
+        **kept, **agreed, auto_recharge_threshold_tokens=10**9, auto_recharge_enabled=True
+    )
+    assert (recharge.trigger_auto_recharge(user_id=alice.pk) is not None) == is_trusted
+    # Another number is another card; Stripe still has the others, and prefers the oldest.
+    assert kept_after(buy(stripe, buyer, "5555555555554444")) == "4444"
+    cards.refresh_card(user_id=alice.pk)
+    assert TokenAccount.objects.get(user=alice).card_last4 == "4444"
 
 
 def test_a_warning_whose_event_was_lost(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:

@@ -19,7 +19,7 @@ from accounts.models import User
 from billing import ledger, tasks
 from billing.ledger import Party
 from billing.models import Purchase, TokenAccount, TokenPricing, TokenTransaction
-from billing.payments import cards, confirmation, recharge, recharge_settings
+from billing.payments import cards, confirmation, customers, recharge, recharge_settings
 from billing.pricing import TokenPools
 from tests.ai_ops.studio import until
 from tests.payments import STARTER_CENTS, STARTER_TOKENS, buy, deliver, event_of, verify_books
@@ -259,11 +259,11 @@ def test_a_transaction_is_never_open_while_stripe_is_asked(low: User) -> None:
 
 def warn_while_the_card_is_kept(user: User) -> str:
     """A bank's warning and a look at the same card at Stripe meet. Which card the account has then."""
-    account, purchase = TokenAccount.objects.get(user=user), Purchase.objects.get(user=user)
+    purchase = Purchase.objects.get(user=user)
     look = Thread(target=at_once, args=([lambda: cards.refresh_card(user_id=user.pk)],))
     with transaction.atomic():
         purchase = Purchase.objects.select_for_update().get(pk=purchase.pk)
-        assert cards.distrust_card(purchase, account.stripe_payment_method_id, key="warning")
+        assert customers.distrust_card(purchase, key="warning")
         look.start()
         until(lambda: waiting_for_a_lock() or not look.is_alive())
     look.join()
