@@ -1,4 +1,7 @@
-"""The tables in Django admin, for superadmins. What moved tokens or money can be read and nothing else."""
+"""The tables in Django admin, for superadmins. What moved tokens or money can be read and nothing else.
+
+Long, since each table has a class of its own, of a few lines.
+"""
 
 import json
 import re

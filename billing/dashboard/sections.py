@@ -1,4 +1,7 @@
-"""The sections of the figures: what each says of a span, as numbers, tables and drawings."""
+"""The sections of the figures: what each says of a span, as numbers, tables and drawings.
+
+Long, since all six are here, each a function and the tables that it is made of.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -200,9 +200,7 @@ def _open_purchase(
     Beside it the purchases that the new one replaces, whose pages are to be closed at Stripe.
     """
     now = database.now()
-    installation = (
-        Installation.read_name()
-    )  # made now, if at all: in a transaction its first buyer would hold up others
+    installation = Installation.read_name()  # made now, if at all: in a transaction it would hold up others
     is_usable = Q(state=State.CREATED, created_at__gt=now - RETRY_WITHIN) | Q(state=State.OPEN, expires_at__gt=now)
     same_price = Q(tokens=terms.tokens, amount_cents=terms.amount_cents, currency=terms.currency)
     open_ones = Purchase.objects.filter(

@@ -46,23 +46,26 @@ def start_confirmation(purchase: Purchase, *, return_url: str, confirm_key: str)
 
 def _confirm(purchase: Purchase, account: TokenAccount, return_url: str, confirm_key: str) -> PaymentIntent:
     """Confirm with the card that is saved now. One that Stripe does not have any more makes room for the one it has."""
-    for key in (confirm_key, f"{confirm_key}-2"):
-        payment_method_id = account.stripe_payment_method_id or purchase.metadata["payment_method_id"]
-        try:
-            return gateway.confirm_payment_intent(
-                str(purchase.stripe_payment_intent_id),
-                payment_method_id=payment_method_id,
-                return_url=return_url,
-                idempotency_key=purchase.stripe_key("confirm", key),
-            )
-        except GatewayMissing as error:
-            if error.parameter != "payment_method" or key != confirm_key:
-                raise
-            refresh_card(account_id=account.pk)
-            account.refresh_from_db()
-            if account.stripe_payment_method_id in ("", payment_method_id):
-                raise
-    raise AssertionError
+
+    def confirm(payment_method_id: str, key: str) -> PaymentIntent:
+        return gateway.confirm_payment_intent(
+            str(purchase.stripe_payment_intent_id),
+            payment_method_id=payment_method_id,
+            return_url=return_url,
+            idempotency_key=purchase.stripe_key("confirm", key),
+        )
+
+    tried_id = account.stripe_payment_method_id or purchase.metadata["payment_method_id"]
+    try:
+        return confirm(tried_id, confirm_key)
+    except GatewayMissing as error:
+        if error.parameter != "payment_method":
+            raise
+        refresh_card(account_id=account.pk)
+        account.refresh_from_db()
+        if account.stripe_payment_method_id in ("", tried_id):
+            raise
+    return confirm(account.stripe_payment_method_id, f"{confirm_key}-2")
 
 
 def refresh_from_stripe(purchase: Purchase) -> Purchase:

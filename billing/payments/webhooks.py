@@ -207,15 +207,13 @@ def _handle_asking(row: StripeEvent, event: Event) -> StripeEvent:
         if event.type not in WITHOUT_VERSION:
             event = gateway.in_our_version(event)
         event = _completed(event)
-        for tries_left in reversed(range(ASK_TRIES)):
+        for _ in range(ASK_TRIES):
             try:
                 return _handle_once(row, event)
             except AskAgain as question:
-                if not tries_left:
-                    raise
                 event = _completed(gateway.as_it_stands(event))
                 event = replace(event, asked={**event.asked, question.stripe_id: question.held})
-        raise AssertionError
+        return _handle_once(row, event)
     except GatewayRefused as error:
         # It will say so each time: what a person can do about it is no use of Stripe's retries.
         name = f"{event.object.get('object', 'object')} {event.object.get('id', '')}".strip()

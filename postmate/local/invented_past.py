@@ -2,7 +2,7 @@
 
 The ledger writes the present: at the database's clock, a statement for each entry. A past is written with COPY, in
 the order of time, and is kept only when `verify_ledger` finds every law kept by it: until then nothing is committed.
-For development databases alone.
+For development databases alone. Long, since its people, what they do and the rows of it are read together.
 """
 
 # ruff: noqa: S311, SIM905  (random numbers that are no secrets; names read better in a line)

@@ -5,7 +5,8 @@ embedded servers and the stand-ins take the place of what has no URL and no key;
 page says so. A process that ends is started again. SIGUSR1 (`make restart-production`) puts new ones in the place of
 all, one at a time, each ready before the next goes, so that nobody notices.
 
-Supervised by ourselves: general supervisors know nothing of "ready".
+Supervised by ourselves: general supervisors know nothing of "ready". Long, since the processes and their supervisor are
+read together.
 """
 
 import os
