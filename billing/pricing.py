@@ -53,6 +53,11 @@ class TokenPools:
     def actual_tokens(self) -> int:
         return self.input_tokens + self.cached_input_tokens + self.cache_write_tokens + self.output_tokens
 
+    @property
+    def picture_tokens(self) -> int:
+        """Of the output of an image model: what is neither thought, written nor spoken."""
+        return self.output_tokens - self.reasoning_tokens - self.text_output_tokens - self.audio_output_tokens
+
     def __add__(self, other: "TokenPools") -> "TokenPools":
         """The pools of two calls that one operation made."""
         return TokenPools(**{name: getattr(self, name) + getattr(other, name) for name in self.__slots__})

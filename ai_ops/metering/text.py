@@ -97,6 +97,7 @@ class _TextRun:
     call_begins_at: int = 0  # in `written`
     said: Said | None = None  # by the provider, of the call under way
     output_counted_to: int = 0  # in `written`: how far it had come when the provider last counted its output
+    has_count_fallen: bool = False  # a running total of the output was followed by a smaller one
     thought: list[str] = field(default_factory=list)  # by the call under way, as far as the provider tells
     thought_counted_to: int = 0  # in `thought`, likewise
     is_asked: bool = False  # the request has gone to the provider
@@ -140,8 +141,10 @@ class _TextRun:
         if delta.thought:
             self.thought.append(delta.thought)
         if delta.said:
+            has_fallen = self.output_counted_to > self.call_begins_at and delta.said.is_below(self.said)
             self.said = self.said.updated(delta.said) if self.said else delta.said
             if delta.said.has_output:
+                self.has_count_fallen |= has_fallen
                 self.output_counted_to = len(self.written)
                 self.thought_counted_to = len(self.thought)
 
@@ -178,6 +181,7 @@ class _TextRun:
         )
         self.call_begins_at = self.output_counted_to = len(self.written)
         self.said = None
+        self.has_count_fallen = False
         self.thought = []
         self.thought_counted_to = 0
         self.is_call_under_way = True
@@ -188,13 +192,19 @@ class _TextRun:
             self.said,
             prompt_tokens=count_tokens(self.quote.operation, self.prompt.text),
             text_tokens=count_tokens(self.quote.operation, self._text_from(self.call_begins_at)),
-            later_text_tokens=count_tokens(self.quote.operation, self._text_from(self.output_counted_to)),
+            # Of totals that contradict one another the last of a whole answer is right; of one that was cut, none is.
+            later_text_tokens=count_tokens(
+                self.quote.operation,
+                self._text_from(
+                    self.call_begins_at if self.has_count_fallen and not has_ended else self.output_counted_to
+                ),
+            ),
             # A count at the end is of the thoughts, too.
             thought_tokens=0
             if has_ended and self.thought_counted_to == len(self.thought)
             else count_tokens(self.quote.operation, storable("".join(self.thought))),
-            # The catalogue may be behind by some, but not by so much.
-            most_tokens=2 * (self.quote.price.max_input_tokens + self.quote.price.max_output_tokens),
+            most_read_tokens=self.quote.price.max_input_tokens,
+            most_written_tokens=self.output_limit_tokens,
         )
 
     def fail(self, error: Exception) -> None:

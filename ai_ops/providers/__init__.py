@@ -225,14 +225,6 @@ def image_file(data: bytes | None) -> Image | None:
     return None
 
 
-def of_images(usage: TokenPools | None) -> TokenPools | None:
-    """`usage` of a call that brought images, None when it counts none of them: then they cost their price, and not
-    nothing or what words cost."""
-    if usage is None or usage.output_tokens == usage.reasoning_tokens + usage.text_output_tokens:
-        return None
-    return usage
-
-
 @dataclass(frozen=True, slots=True)
 class KnownError:
     """A line of a provider's table of errors: who can mend what comes with one of `words`, said like `says`.

@@ -11,8 +11,13 @@ from billing.pricing import MAX_POOL_TOKENS, TokenPools
 
 # No tokenizer makes so many times fewer tokens than we count: a number below that is of one piece of a stream, or a
 # default. What was asked is judged more mildly, for a server may count less of it, as without our system prompt.
-TIMES_TOO_FEW_WRITTEN = 8
+TIMES_TOO_FEW_WRITTEN = 3
 TIMES_TOO_FEW_READ = 32
+# Nor so many times more; of what was asked, a server may read much that we do not know of, as instructions of its own.
+TIMES_TOO_MANY_WRITTEN = 2
+TIMES_TOO_MANY_READ = 32
+UNKNOWN_READ_TOKENS = 16_384
+MOST_IMAGE_TOKENS = 32_768  # an image, with all that is thought and said about it
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +44,39 @@ class Said:
     is_reasoning_in_output: bool = True
 
     def updated(self, later: "Said") -> "Said":
-        """With what the provider said `later`. Counts of a stream are running totals, which never fall: the highest
-        stands, and neither silence nor nonsense takes back a number that was said before."""
-        heard = {name: new for name in COUNTS if (new := getattr(later, name)) is not None}
+        """With what the provider said `later`, which replaces an estimate of before.
+
+        Pools of what was read that exclude one another are replaced together, zeros and all, for those of two
+        statements do not add up; a statement without a word on the cache, where an earlier one had, replaces
+        nothing. Else neither silence, zero nor nonsense takes back a number.
+        """
         return replace(
-            self,
-            **{name: new for name, new in heard.items() if (_count(new) or 0) >= (_count(getattr(self, name)) or 0)},
+            self, **self._half(later, READ, is_whole=not self.is_cache_in_input), **self._half(later, WRITTEN)
         )
+
+    def _half(self, later: "Said", names: tuple[str, ...], *, is_whole: bool = False) -> dict[str, Any]:
+        heard = {name: new for name in names if (new := getattr(later, name)) is not None}
+        known = {name for name in names if _count(getattr(self, name))}
+        says_something = any(_count(new) for new in heard.values()) and _count(heard.get(names[0])) is not None
+        is_silent = is_whole and not known.isdisjoint(CACHES) and heard.keys().isdisjoint(CACHES)
+        if says_something and not is_silent:
+            zero = 0 if is_whole else 1
+            return {n: new for n, new in heard.items() if n not in known or (_count(new) or -zero) >= zero}
+        return {name: new for name, new in heard.items() if name not in known}
 
     @property
     def has_output(self) -> bool:
         return bool(_count(self.output))
 
+    def is_below(self, earlier: "Said | None") -> bool:
+        """Whether this counts less output than was counted `earlier`."""
+        return earlier is not None and (_count(self.output) or 0) < (_count(earlier.output) or 0)
+
 
 COUNTS = tuple(field.name for field in fields(Said) if not field.name.startswith("is_"))
+CACHES = ("cached_input", "cache_write", "cache_write_5m", "cache_write_1h")
+READ = ("input", "tool_input", *CACHES, "image_input", "audio_input")
+WRITTEN = ("output", "reasoning", "text_output", "audio_output", "total")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +94,36 @@ def count_call(
     text_tokens: int,
     later_text_tokens: int = 0,
     thought_tokens: int = 0,
-    most_tokens: int = MAX_POOL_TOKENS,
+    most_read_tokens: int = MAX_POOL_TOKENS,
+    most_written_tokens: int = MAX_POOL_TOKENS,
 ) -> Counted:
     """What a call used, by the provider's word as far as it can be true and by our own count where it cannot.
 
     `prompt_tokens` and `text_tokens` are our own counts of what was asked and of all that was written,
     `later_text_tokens` of that part of it which came after the provider had last counted its output, `thought_tokens`
     of what it told of its thoughts, where it has not counted them: they are reasoning, and at least so much.
+    `most_read_tokens` is what the model reads at once, `most_written_tokens` the limit that was sent with the call.
 
     - Each half stands for itself. A half that was not said, or is zero or next to nothing beside a text, is counted by
       us; one that was said is kept, also beside one that was not.
     - Reasoning is a part of the output, or comes on top, as the provider has it; where its total contradicts that and
       agrees with the other, as the total has it. More than there is of the whole is cut to it.
-    - A number that no call can have (negative, broken, no number, above `most_tokens`) was not said.
+    - A number that no call can have (negative, broken, no number, above its limit and far above our own count) was not
+      said.
     """
     said = said or Said()
     raw = {name: getattr(said, name) for name in COUNTS}
-    number = {name: _count(value, most_tokens) or 0 for name, value in raw.items()}
+    unknown = TIMES_TOO_MANY_READ * prompt_tokens + UNKNOWN_READ_TOKENS
+    most_read = max(TIMES_TOO_MANY_WRITTEN * prompt_tokens, min(most_read_tokens, unknown))
+    most_written = TIMES_TOO_MANY_WRITTEN * (text_tokens + thought_tokens) + most_written_tokens
+    most = dict.fromkeys(READ, most_read) | dict.fromkeys(WRITTEN, most_written) | {"total": MAX_POOL_TOKENS}
+    number = {name: _count(value, most[name]) or 0 for name, value in raw.items()}
     # The total is no count that we keep: it may be any nonsense.
     is_estimated = any(
-        _count(value, most_tokens) is None for name, value in raw.items() if value is not None and name != "total"
+        _count(value, most[name]) is None for name, value in raw.items() if value is not None and name != "total"
     )
+    if not said.is_cache_in_input and sum(number[name] for name in READ[:4]) > most_read:
+        number |= dict.fromkeys(READ, 0)
 
     cached = number["cached_input"]
     written = number["cache_write"] or number["cache_write_5m"] + number["cache_write_1h"]
@@ -102,7 +135,7 @@ def count_call(
         cached = min(cached, read)
         written = min(written, read - cached)
         read -= cached + written
-    elif _count(said.input, most_tokens) is None or (read + cached + written) * TIMES_TOO_FEW_READ < max(
+    elif _count(said.input, most_read) is None or (read + cached + written) * TIMES_TOO_FEW_READ < max(
         1, prompt_tokens
     ):
         read, is_estimated = max(0, prompt_tokens - cached - written), True
@@ -122,7 +155,8 @@ def count_call(
         ours = text_tokens + reasoning if begun else output + later_text_tokens
         is_estimated |= ours > output
         output = max(output, ours)
-    is_estimated |= reasoning > output
+    is_estimated |= reasoning > output or output > most_written
+    output = min(output, most_written)
     reasoning = min(reasoning, output)
 
     # Parts for the cost alone: they are cut to what there is, and change nothing of what is charged.

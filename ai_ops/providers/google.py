@@ -3,15 +3,17 @@
 import asyncio
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 from django.conf import settings
 from google import genai
 from google.genai import errors, types
 from google.genai.client import AsyncClient
+from pydantic import BaseModel
 
 from ai_ops.providers import (
     LIST_TIMEOUT_SECONDS,
@@ -31,12 +33,11 @@ from ai_ops.providers import (
     TextStream,
     each,
     image_file,
-    of_images,
     part,
     tls_context,
     to_error,
 )
-from ai_ops.providers.counts import Said, count_call
+from ai_ops.providers.counts import MOST_IMAGE_TOKENS, Said, count_call
 from billing.pricing import TokenPools
 
 NAME = "Google"
@@ -49,6 +50,18 @@ REFUSALS = re.compile(r"SAFETY|PROHIBITED|RECITATION|BLOCK|LANGUAGE|SPII|ARMOR|E
 ACCOUNT_LIMITED = "PUP_LIMITED_DISABLED"
 
 OVER_QUOTA = "Our credit there is used up, or a limit on what we may use in a day or spend is reached."
+
+
+def _leave_numbers_unchecked(model: type[BaseModel], *names: str) -> None:
+    """The SDK throws a whole answer away for a count of the wrong type. Numbers are judged by `counts` alone."""
+    for name in names:
+        model.model_fields[name].annotation = cast("type", Any)
+    model.model_rebuild(force=True)
+
+
+_leave_numbers_unchecked(types.Candidate, "token_count", "avg_logprobs")
+_leave_numbers_unchecked(types.GenerateContentResponse, "usage_metadata")
+
 ERRORS = (
     KnownError(
         ProviderMisconfigured,
@@ -159,21 +172,25 @@ async def generate_images(*, model: str, prompt: str, size: str, quality: str, c
     if not delivered:
         failures[0].usage = _sum([failure.usage for failure in failures if failure.usage])
         raise failures[0]
-    # Of a failure that was not counted nothing is known to be charged. An image that was not counted has a cost, and
-    # a sum without it would pass for the whole.
-    counted = [outcome.usage for outcome in delivered if outcome.usage]
-    complete = len(counted) == len(delivered)
-    usage = _sum(counted + [failure.usage for failure in failures if failure.usage]) if complete else None
-    return Images(tuple(image for outcome in delivered for image in outcome.images), usage)
+    # Of a failure that was not counted nothing is known to be charged. An image that was not counted costs its price,
+    # and a sum of the others would pass for the whole: then that of the words alone is told.
+    usages = [outcome.usage for outcome in delivered] + [failure.usage for failure in failures]
+    counted = [usage for usage in usages if usage]
+    if not all(outcome.usage and outcome.usage.picture_tokens for outcome in delivered):
+        counted = [replace(it, output_tokens=it.output_tokens - it.picture_tokens) for it in counted]
+    return Images(tuple(image for outcome in delivered for image in outcome.images), _sum(counted))
 
 
 async def _generate_image(aio: AsyncClient, model: str, prompt: str, config: types.GenerateContentConfig) -> Images:
     usage: TokenPools | None = None
     try:
         answer = await aio.models.generate_content(model=model, contents=prompt, config=config)
-        if answer.usage_metadata:
-            usage = count_call(_said(answer.usage_metadata), prompt_tokens=0, text_tokens=0).pools
         image, reasons = _image(answer), _reasons(answer)
+        if answer.usage_metadata:
+            said = _said(answer.usage_metadata)
+            if not _has_files(answer):  # then all that it wrote are words, whether or not they have a name
+                said = replace(said, text_output=said.output)
+            usage = count_call(said, prompt_tokens=0, text_tokens=0, most_written_tokens=MOST_IMAGE_TOKENS).pools
     except Exception as error:
         raise _translate(error) from error
     if image is None:
@@ -181,7 +198,7 @@ async def _generate_image(aio: AsyncClient, model: str, prompt: str, config: typ
             raise _account_limited()
         refused = _is_blocked(answer) or any(_meaning(reason) == "refused" for reason in reasons)
         raise (ProviderRefused if refused else ProviderUnavailable)(NAME, usage=usage)
-    return Images((image,), of_images(usage))
+    return Images((image,), usage)
 
 
 async def list_models() -> dict[str, date | None]:
@@ -236,6 +253,12 @@ def _image(answer: types.GenerateContentResponse) -> Image | None:
     return next((file for file in files if file), None)
 
 
+def _has_files(answer: types.GenerateContentResponse) -> bool:
+    """Whether there is any in it, usable or not."""
+    contents = [candidate.content for candidate in answer.candidates or () if candidate.content]
+    return any(part.inline_data for content in contents for part in content.parts or ())
+
+
 def _reasons(answer: types.GenerateContentResponse) -> list[str]:
     return [candidate.finish_reason.value for candidate in answer.candidates or () if candidate.finish_reason]
 
@@ -249,34 +272,39 @@ def _is_blocked(answer: types.GenerateContentResponse) -> bool:
     return bool(answer.prompt_feedback and answer.prompt_feedback.block_reason)
 
 
-def _said(usage: types.GenerateContentResponseUsageMetadata) -> Said:
+def _said(usage: Any) -> Said:
     """Google counts what came from its cache as prompt, and thoughts apart from the candidates; what tools brought is
     in neither. Of the candidates it names some modalities: what has no name is words beside images that have one, and
     images beside words."""
-    by_modality: dict[str, int] = {}
-    for detail in usage.candidates_tokens_details or ():
-        modality = detail.modality.value if detail.modality else "TEXT"
-        by_modality[modality] = by_modality.get(modality, 0) + (detail.token_count or 0)
-    others = sum(tokens for modality, tokens in by_modality.items() if modality not in ("TEXT", "MODALITY_UNSPECIFIED"))
-    candidates = usage.candidates_token_count or sum(by_modality.values()) or usage.candidates_token_count
+    written = _by_modality(part(usage, "candidatesTokensDetails"))
+    read = _by_modality(part(usage, "promptTokensDetails"))
+    others = sum(tokens for modality, tokens in written.items() if modality not in ("TEXT", "MODALITY_UNSPECIFIED"))
+    candidates = part(usage, "candidatesTokenCount") or sum(written.values()) or part(usage, "candidatesTokenCount")
+    words = max(0, candidates - others) if others and type(candidates) is int else written.get("TEXT")
     return Said(
-        input=usage.prompt_token_count,
-        tool_input=usage.tool_use_prompt_token_count,
-        cached_input=usage.cached_content_token_count,
-        image_input=_of_modality(usage.prompt_tokens_details, "IMAGE"),
-        audio_input=_of_modality(usage.prompt_tokens_details, "AUDIO"),
+        input=part(usage, "promptTokenCount"),
+        tool_input=part(usage, "toolUsePromptTokenCount"),
+        cached_input=part(usage, "cachedContentTokenCount"),
+        image_input=read.get("IMAGE"),
+        audio_input=read.get("AUDIO"),
         output=candidates,
-        text_output=max(0, candidates - others) if candidates and others else by_modality.get("TEXT"),
-        audio_output=by_modality.get("AUDIO"),
-        reasoning=usage.thoughts_token_count,
-        total=usage.total_token_count,
+        text_output=words,
+        audio_output=written.get("AUDIO"),
+        reasoning=part(usage, "thoughtsTokenCount"),
+        total=part(usage, "totalTokenCount"),
         is_cache_in_input=True,
         is_reasoning_in_output=False,
     )
 
 
-def _of_modality(details: list[types.ModalityTokenCount] | None, modality: str) -> int | None:
-    return sum(it.token_count or 0 for it in details or () if it.modality and it.modality.value == modality) or None
+def _by_modality(details: Any) -> dict[str, int]:
+    """The tokens of each kind that has a name and a number."""
+    tokens: dict[str, int] = {}
+    for detail in details if isinstance(details, list) else ():
+        modality, count = part(detail, "modality") or "TEXT", part(detail, "tokenCount")
+        if isinstance(modality, str) and type(count) is int and count > 0:
+            tokens[modality] = tokens.get(modality, 0) + count
+    return tokens
 
 
 def _sum(pools: list[TokenPools]) -> TokenPools | None:

@@ -28,13 +28,12 @@ from ai_ops.providers import (
     TextStream,
     each,
     image_file,
-    of_images,
     only_text,
     part,
     tls_context,
     to_error,
 )
-from ai_ops.providers.counts import Said, count_call
+from ai_ops.providers.counts import MOST_IMAGE_TOKENS, Said, count_call
 from billing.pricing import TokenPools
 
 NAME = "OpenAI"
@@ -164,14 +163,14 @@ async def generate_images(*, model: str, prompt: str, size: str, quality: str, c
                 quality=QUALITIES[quality] if quality else openai.omit,
                 output_format="png",
             )
-        usage = _image_pools(response)
+        usage = _image_pools(response, count)
         images = _images(response)
         made = len(each(response.data))
     except Exception as error:
         raise _translate(error) from error
     if not images:
-        raise ProviderUnavailable(NAME, usage=of_images(usage) if made else usage, spoilt_images=made)
-    return Images(images[:count], of_images(usage))
+        raise ProviderUnavailable(NAME, usage=usage, spoilt_images=made)
+    return Images(images[:count], usage)
 
 
 async def list_models() -> dict[str, date | None]:
@@ -243,7 +242,7 @@ def _images(response: ImagesResponse) -> tuple[Image, ...]:
     return tuple(file for file in files if file)
 
 
-def _image_pools(response: ImagesResponse) -> TokenPools | None:
+def _image_pools(response: ImagesResponse, count: int) -> TokenPools | None:
     """What was read and painted; this endpoint knows no cache and no reasoning."""
     usage = part(response, "usage")
     if not usage:
@@ -255,7 +254,7 @@ def _image_pools(response: ImagesResponse) -> TokenPools | None:
         text_output=part(usage, "output_tokens_details", "text_tokens"),
         total=part(usage, "total_tokens"),
     )
-    return count_call(said, prompt_tokens=0, text_tokens=0).pools
+    return count_call(said, prompt_tokens=0, text_tokens=0, most_written_tokens=count * MOST_IMAGE_TOKENS).pools
 
 
 def _translate(error: Exception) -> ProviderError:

@@ -415,14 +415,18 @@ def provider_cost_microusd(
 ) -> int:
     """What the provider charges us for the calls of an operation, in micro-dollars, rounded up once.
 
-    By the tokens that it reported, where the model has prices for these; else by the image. Never both. Each call has
-    the prices of the length of what it read, and the price of a call if there is one.
+    By the tokens that it reported, where the model has prices for these; images by the image where no token of them was
+    reported, beside what was for words. Each call has the prices of the length of what it read, and the price of a call
+    if there is one.
     """
     reported = [pools for pools in calls if pools.actual_tokens]
     total = price.request_usd * 1_000_000 * (len(reported) or min(image_count, 1))
-    if price.kind == ModelPrice.Kind.IMAGE and not (reported and _has_token_prices(price)):
+    has_token_prices = price.kind != ModelPrice.Kind.IMAGE or _has_token_prices(price)
+    if price.kind == ModelPrice.Kind.IMAGE and not (
+        has_token_prices and any(pools.picture_tokens for pools in reported)
+    ):
         total += image_count * 1_000_000 * _image_usd(price, size=image_size, quality=image_quality)
-    else:
+    if has_token_prices:
         total += sum(pricing.exact_cost_microusd(pools, _usd_per_million(price, pools)) for pools in reported)
     return pricing.ceil_multiply(1, total)
 

@@ -1,5 +1,6 @@
 """What becomes of what a provider says it counted (rows 49, 52 and 109): pure, so every combination can be tried."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,8 +72,8 @@ def billed(pools: TokenPools) -> int:
         (google(100, None, 900, reasoning=800), (100, 0, 0, TEXT + 800, 800), True),
         (openai(), (PROMPT, 0, 0, TEXT, 0), True),
         # Next to nothing is as good as nothing: the count of one piece, or a default.
-        (openai(100, 34, 134), (100, 0, 0, TEXT, 0), True),
-        (openai(100, 35, 135), (100, 0, 0, 35, 0), False),
+        (openai(100, 93, 193), (100, 0, 0, TEXT, 0), True),
+        (openai(100, 94, 194), (100, 0, 0, 94, 0), False),
         (anthropic(100, 1), (100, 0, 0, TEXT, 0), True),
         (google(100, 1, 901, reasoning=800), (100, 0, 0, TEXT + 800, 800), True),
         (openai(1, 280, 281), (PROMPT, 0, 0, 280, 0), True),
@@ -140,9 +141,38 @@ def test_running_totals_are_never_taken_back() -> None:
     assert said == anthropic(9_000, 40, cached_input=50)
     assert openai("?", None).updated(openai(None, 7)) == openai("?", 7)
     assert openai("?", 7).updated(openai(5, "?")) == openai(5, 7)
-    assert google(10, 20).updated(google(12, 18)) == google(12, 20)  # a total that falls is none
+    # What was estimated at the start is replaced, as one set: pools of two statements do not add up.
+    assert google(1_318, 40).updated(google(60, 28)) == google(60, 28)
+    assert openai(9_000, 400, cached_input=60).updated(openai(90, 280)) == openai(90, 280, cached_input=60)
+    start = anthropic(400, 1, cache_write_1h=5, cache_write=5)
+    end = anthropic(20, 280, cached_input=380, cache_write=0, cache_write_1h=0)
+    assert start.updated(end) == end
+    assert start.updated(anthropic(20, 280, cached_input=380)) == replace(end, cache_write=5, cache_write_1h=5)
+    assert anthropic(20, 1, cached_input=380).updated(anthropic(400, 9)) == anthropic(20, 9, cached_input=380)
+    assert google(60, 280, reasoning=90).updated(google(60, 0, reasoning=0)) == google(60, 280, reasoning=90)
     said = anthropic(0, 5).updated(anthropic(None, 6))
     assert count_call(said, prompt_tokens=PROMPT, text_tokens=0).pools.input_tokens == PROMPT
+
+
+@pytest.mark.parametrize(
+    ("said", "pools"),
+    [
+        (openai(100, 39_340), (100, 0, TEXT, 0)),  # the sum of running totals
+        (openai(100, 280, 5_280, reasoning=5_000), (100, 0, 280, 0)),
+        (google(100, 1_700, reasoning=1_700), (100, 0, 1_760, 1_700)),  # together more than the limit
+        (openai(100, 1_300), (100, 0, 1_300, 0)),  # somewhat above the limit: it thought for too long
+        (anthropic(1_500_000, 280), (PROMPT, 0, 280, 0)),
+        (anthropic(15_000, 280, cached_input=15_000), (PROMPT, 0, 280, 0)),
+        (openai(100, 280, cached_input=200_000), (100, 0, 280, 0)),
+        (google(100, 280, tool_input=200_000), (100, 0, 280, 0)),
+        (anthropic(9_000, 280), (9_000, 0, 280, 0)),  # with instructions of the server's own
+    ],
+)
+def test_no_call_uses_more_than_its_limits(said: Said, pools: tuple[int, ...]) -> None:
+    made = count_call(
+        said, prompt_tokens=PROMPT, text_tokens=TEXT, most_read_tokens=200_000, most_written_tokens=1_200
+    ).pools
+    assert (made.input_tokens, made.cached_input_tokens, made.output_tokens, made.reasoning_tokens) == pools
 
 
 def test_parts_are_cut_to_their_pools() -> None:

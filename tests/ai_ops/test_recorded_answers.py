@@ -25,7 +25,7 @@ from tests.standins.ai_server import AiServer, running_ai_standin
 
 MODELS = {"openai": "gpt-6-luna", "anthropic": "claude-haiku-5-5", "google": "gemini-3.8-flash"}
 IMAGE_MODELS = {"openai": "gpt-image-2", "google": "gemini-3-pro-image"}
-PROMPT, TEXT = 51, 20  # what we would count
+PROMPT, TEXT = 51, 7  # what we would count
 NO_TEXT: tuple[Any, ...] = ([{"type": "text", "text": "x"}], 5, {}, [5], True, 0, [])
 
 
@@ -490,7 +490,7 @@ OTHER_REASONS = (
             [gemini("Tea.", "STOP", usage=google_usage(10, 5, toolUsePromptTokenCount=30, totalTokenCount=45))],
             *("Tea.", "stop", (40, 5, 0)),
         ),
-        ([gemini("Tea.", "STOP", usage=google_usage(10, 20, 12, totalTokenCount=30))], "Tea.", "stop", (10, 32, 12)),
+        ([gemini("Tea.", "STOP", usage=google_usage(10, 12, 12, totalTokenCount=22))], "Tea.", "stop", (10, 24, 12)),
         ([gemini("Tea.", "STOP", usage={})], "Tea.", "stop", None),
         ([gemini("Tea.", "STOP", usage=google_usage(totalTokenCount=331))], "Tea.", "stop", (PROMPT, TEXT, 0)),
         ([gemini("Tea.", "STOP", usage=google_usage(0, 0, 0))], "Tea.", "stop", (PROMPT, TEXT, 0)),
@@ -583,17 +583,31 @@ def modalities(**tokens: int) -> list[dict[str, Any]]:
             google_image(google_usage(9, None, 337, candidatesTokensDetails=modalities(TEXT=46, IMAGE=1_120))),
             TokenPools(9, output_tokens=1_503, reasoning_tokens=337, text_output_tokens=46),
         ),
-        # An image that was not counted, or as words, costs its price and not less.
-        ("google", 200, google_image(google_usage(9, None, 337)), None),
-        ("google", 200, google_image(google_usage(9, 1_120, candidatesTokensDetails=modalities(TEXT=1_120))), None),
+        # An image that was not counted, or as words, costs its price and not less; what was said stays said.
+        (
+            *("google", 200),
+            google_image(google_usage(9, None, 337)),
+            TokenPools(9, output_tokens=337, reasoning_tokens=337),
+        ),
+        (
+            *("google", 200),
+            google_image(google_usage(9, 1_120, candidatesTokensDetails=modalities(TEXT=1_120))),
+            TokenPools(9, output_tokens=1_120, text_output_tokens=1_120),
+        ),
+        # Counts of the wrong type, and such as no image has, spoil no image.
+        ("google", 200, google_image(google_usage("n/a", 1_120.5, "12")), TokenPools()),
+        ("google", 200, google_image("n/a"), TokenPools()),
+        ("google", 200, google_image(google_usage(9, 900_000_000, {}, candidatesTokensDetails={})), TokenPools(9)),
+        ("openai", 200, {"data": [{"b64_json": PNG}], "usage": {"input_tokens": 9, "output_tokens": 2**40}},
+         TokenPools(9)),
         (
             *("openai", 200),
             {"data": [{"b64_json": PNG}],
              "usage": {"input_tokens": 9, "output_tokens": 1_120, "output_tokens_details": {"text_tokens": 1_120}}},
-            None,
+            TokenPools(9, output_tokens=1_120, text_output_tokens=1_120),
         ),
-        ("google", 200, google_image(google_usage(5, 0)), None),
-        ("google", 200, google_image(google_usage(5, -4)), None),
+        ("google", 200, google_image(google_usage(5, 0)), TokenPools(5)),
+        ("google", 200, google_image(google_usage(5, -4)), TokenPools(5)),
         ("google", 200, google_image(None), None),
         ("google", 200, google_image(google_usage(5), "IMAGE_SAFETY", None), Refused),
         ("google", 200, google_image(google_usage(5), "NO_IMAGE", None), Nonsense),
@@ -614,8 +628,9 @@ def modalities(**tokens: int) -> list[dict[str, Any]]:
             },
             TokenPools(250, output_tokens=1_850, text_output_tokens=83, image_input_tokens=200),
         ),
-        ("openai", 200, {"data": [{"b64_json": PNG}], "usage": {"input_tokens": 9, "output_tokens": None}}, None),
-        ("openai", 200, {"data": [{"b64_json": PNG}], "usage": [5]}, None),
+        ("openai", 200, {"data": [{"b64_json": PNG}], "usage": {"input_tokens": 9, "output_tokens": None}},
+         TokenPools(9)),
+        ("openai", 200, {"data": [{"b64_json": PNG}], "usage": [5]}, TokenPools()),
         ("openai", 200, {"data": [{"b64_json": PNG}, {"b64_json": 5}, None, {"url": "x"}]}, None),
         ("openai", 200, {"data": "x"}, Nonsense),
         ("openai", 200, {"data": [{"b64_json": ["x"]}]}, Nonsense),
@@ -629,3 +644,20 @@ def modalities(**tokens: int) -> list[dict[str, Any]]:
 )  # fmt: skip
 def test_images_and_what_they_used(server: AiServer, provider: str, status: int, body: Any, expected: Any) -> None:
     assert paint(server, provider, json.dumps(body), status=status) == expected
+
+
+def test_words_in_place_of_an_image_are_counted_as_words(server: AiServer) -> None:
+    body = json.dumps(google_image(google_usage(326, 200, 337), image=None))
+    marker = server.play("google-image", body, type="application/json")
+    with pytest.raises(Nonsense) as failure:
+        asyncio.run(
+            providers.generate_images(
+                provider="google",
+                model=IMAGE_MODELS["google"],
+                prompt=f"Tea. {marker}",
+                size="1024x1024",
+                quality="",
+                count=1,
+            )
+        )
+    assert failure.value.usage == TokenPools(326, output_tokens=537, reasoning_tokens=337, text_output_tokens=200)

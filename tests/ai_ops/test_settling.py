@@ -70,22 +70,24 @@ def write(
     provider: str,
     body: str,
     *,
-    leaves: bool = False,
+    leaves: int = 0,
     key: str = "key-of-test",
     **options: Any,
 ) -> str:
-    """Write a draft, perhaps leave it at its first words, and return the message of its failure, or ""."""
+    """Write a draft, perhaps leave it at so many pieces, and return the message of its failure, or ""."""
     marker = server.play(f"settling-{provider}", body, **options)
     request = DraftRequest("Tea", f"Tea. {marker}", "Letters", provider, MODELS[provider], "neutral", "medium")
     failure = ""
 
     async def read() -> None:
         nonlocal failure
+        pieces = 0
         draft = operations.generate_draft(user_id=user.pk, request=request, idempotency_key=key)
         try:
             async with aclosing(draft):
                 async for event in draft:
-                    if leaves and isinstance(event, TextDelta):
+                    pieces += isinstance(event, TextDelta)
+                    if leaves and pieces == leaves:
                         return
         except ProviderError as error:
             failure = error.message
@@ -194,7 +196,7 @@ def test_what_the_provider_had_counted_is_kept_when_it_ends_early(
         settings.AI_MAX_DURATION_SECONDS = settings.RESERVATION_SECONDS  # every wait of the reader is too long
     if how == "time limit":
         settings.AI_MAX_DURATION_SECONDS = 1.5
-    failure = write(server, alice, provider, body, leaves=how == "leaves", then="cut" if how == "cut" else "stall")
+    failure = write(server, alice, provider, body, leaves=int(how == "leaves"), then="cut" if how == "cut" else "stall")
     usage, piece, paid = outcome(alice)
     output = our_count(usage, FORTY_WORDS) if written == OURS else written
     assert piece.body == FORTY_WORDS
@@ -212,6 +214,41 @@ def test_what_the_provider_had_counted_is_kept_when_it_ends_early(
     assert (usage.input_tokens, usage.output_tokens, usage.is_estimated) == (read, output, True)
     assert paid == usage.billable_tokens == min(billable, usage.reserved_tokens or 0)
     assert usage.unbilled_tokens == billable - paid
+
+
+def test_a_count_that_fell_is_no_proof_of_what_was_written(alice: User, server: AiServer) -> None:
+    """Row 52: of a text that is left then, all is counted by us."""
+    body = openai_chunk(400, 80) + openai_chunk(400, 60)
+    write(server, alice, "openai", body, leaves=2, then="stall")
+    usage, piece, _ = outcome(alice)
+    assert piece.body == FORTY_WORDS * 2
+    assert (usage.input_tokens, usage.output_tokens) == (400, our_count(usage, FORTY_WORDS * 2))
+
+
+@pytest.mark.parametrize("number", ["n/a", 12.5, [40], {"x": 1}, 2**70])
+@pytest.mark.parametrize("provider", MODELS)
+def test_a_count_of_the_wrong_type_makes_no_text_free(
+    alice: User, server: AiServer, provider: str, number: Any
+) -> None:
+    """Row 52: also in the chunk that has the last words, and where the SDK checks its types."""
+    if provider == "openai":
+        body = openai_text({"prompt_tokens": number, "completion_tokens": number, "completion_tokens_details": number})
+    elif provider == "anthropic":
+        body = sse(
+            {"type": "message_start", "message": {"usage": {"input_tokens": number, "cache_creation": number}}},
+            anthropic_delta("text", text=TEXT),
+            {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": {"output_tokens": number}},
+            {"type": "message_stop"},
+        )
+    else:
+        names = ("promptTokenCount", "candidatesTokenCount", "thoughtsTokenCount", "candidatesTokensDetails")
+        candidate = {"content": {"role": "model", "parts": [{"text": TEXT}]}, "finishReason": "STOP"}
+        body = sse({"candidates": [candidate | {"tokenCount": number}], "usageMetadata": dict.fromkeys(names, number)})
+    assert write(server, alice, provider, body) == ""
+    usage, piece, paid = outcome(alice)
+    assert (piece.body, piece.state, usage.is_estimated) == (TEXT, "ready", True)
+    assert (usage.input_tokens, usage.output_tokens) == (our_prompt_count(usage), our_count(usage, TEXT))
+    assert paid == ceil_multiply(usage.actual_tokens, Decimal("1.5"))
 
 
 def openai_delta(**delta: Any) -> dict[str, Any]:
@@ -503,7 +540,7 @@ def test_a_text_whose_hold_has_expired_is_kept(
     [
         # As servers that resemble OpenAI send them: an address in place of the file.
         (json.dumps({"data": [{"url": "https://example.com/1.png"}]}), {}, 1),
-        (json.dumps({"data": [{"b64_json": "?"}] * 2, "usage": {"input_tokens": 5, "output_tokens": 0}}), {}, 2),
+        (json.dumps({"data": [{"b64_json": "?"}] * 2, "usage": {"input_tokens": 0, "output_tokens": 0}}), {}, 2),
         ("", {"then": "stall"}, 2),  # begun, as when its reader leaves
         (json.dumps({"data": []}), {}, 0),
         (json.dumps({"error": {"message": "…", "type": "server_error"}}), {"status": 500}, 0),
