@@ -28,7 +28,7 @@ from billing.models import Purchase, RollUp, TokenAccount, TokenTransaction, Tok
 from billing.pricing import TokenPools
 from billing.staff import grants
 from postmate.ops import backup
-from tests.billing.test_rollups import roll_up_until
+from tests.billing.figures.test_rollups import roll_up_until
 from tests.payments import (
     BONUS_TOKENS,
     STARTER_TOKENS,

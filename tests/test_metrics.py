@@ -32,7 +32,7 @@ from kit import counters, redis_client
 from postmate.celery import app
 from postmate.web import metrics
 from tests.ai_ops.studio import Writer, until
-from tests.billing.test_rollups import invent_history, roll_up_until, tamper
+from tests.billing.figures.test_rollups import invent_history, roll_up_until, tamper
 from tests.environment import free_port
 from tests.servers import PROJECT, Server, running_worker
 

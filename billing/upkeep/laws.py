@@ -1,7 +1,7 @@
 """The laws of docs/ARCHITECTURE.md as questions to the whole database: each check's SQL returns the rows that break it.
 
 A long module on purpose: one tuple of checks for each law, all in one place, in their order. A new law is a new row of
-`LAWS`; `tests/billing/test_verify_ledger.py` wants a way to break each check.
+`LAWS`; `tests/billing/upkeep/test_verify_ledger.py` wants a way to break each check.
 """
 
 from collections.abc import Mapping, Sequence

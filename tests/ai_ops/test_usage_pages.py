@@ -12,7 +12,7 @@ from accounts.models import User, Workspace
 from ai_ops.models import Chat, ChatTurn, Project
 from billing.usage import charts, stats
 from kit import periods
-from tests.billing.test_stats import add_usage
+from tests.billing.usage.test_stats import add_usage
 
 PAGES = ["/tokens/usage/", "/tokens/usage/log/"]
 

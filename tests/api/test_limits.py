@@ -10,8 +10,8 @@ from django.test import Client
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
-from tests.billing.test_api import refused, reservation, used
-from tests.billing.test_user_api import Program
+from tests.billing.api.test_api import refused, reservation, used
+from tests.billing.api.test_user_api import Program
 from tests.environment import free_port
 
 pytestmark = pytest.mark.django_db

@@ -13,7 +13,7 @@ ARCHITECTURE, FAULTS = "docs/ARCHITECTURE.md", "docs/FAULTS.md"
 LAST_ROW = 135  # the highest number that was ever given
 
 # The columns that law 1 is about, and who may write them: the ledger, and the invented past of development databases,
-# which is committed only when `verify_ledger` finds every law kept (tests/billing/test_make_demo_history.py).
+# which is committed only when `verify_ledger` finds every law kept (tests/local/test_make_demo_history.py).
 LAW_1 = re.compile(
     r"UPDATE\s+billing_tokenaccount\b[^;]*?\bSET\s+(?:balance|reserved)\b|INSERT\s+INTO\s+billing_tokentransaction\b"
     r"|\bTokenTransaction\.objects\.(?:create|bulk_create|update_or_create|get_or_create)\b|\bTokenTransaction\(\w+="

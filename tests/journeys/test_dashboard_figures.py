@@ -17,7 +17,7 @@ from accounts.models import AuditEntry, User
 from billing.dashboard import sections
 from billing.figures import finance
 from tests.audit.axe import find_violations
-from tests.billing.test_rollups import invent_history, roll_up_until
+from tests.billing.figures.test_rollups import invent_history, roll_up_until
 from tests.conftest import MakeUser
 from tests.journeys.conftest import PHONE, OpenContext, shoot, sign_in
 from tests.journeys.test_usage import IS_PAINTED

@@ -27,7 +27,7 @@ from billing.models import (
     TokenUsage,
 )
 from kit.periods import add_months, midnight
-from tests.billing.test_rollups import HOUR, invent_history, operation, roll_up_until
+from tests.billing.figures.test_rollups import HOUR, invent_history, operation, roll_up_until
 from tests.conftest import MakeUser
 
 DAYS = 61

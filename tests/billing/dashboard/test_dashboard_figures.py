@@ -20,7 +20,7 @@ from billing.dashboard.sections import SECTIONS
 from billing.figures import business, sums
 from billing.models import LedgerHour, TokenAccount
 from kit import periods
-from tests.billing.test_rollups import invent_history, roll_up_until
+from tests.billing.figures.test_rollups import invent_history, roll_up_until
 
 pytestmark = pytest.mark.django_db
 

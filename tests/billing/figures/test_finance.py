@@ -30,8 +30,8 @@ from billing.figures import finance, sums
 from billing.figures.liability import LiabilityDoesNotBalance, liability_entries
 from billing.models import LedgerHour, PaymentReversal, Purchase, TokenAccount, TokenTransaction, TokenUsage
 from kit.periods import midnight
-from tests.billing.test_initialize_accounts import DEADLINE_SECONDS, database_url, is_somebody_waiting_for_a_lock
-from tests.billing.test_rollups import invent_history, roll_up_until
+from tests.billing.figures.test_rollups import invent_history, roll_up_until
+from tests.billing.ledger.test_initialize_accounts import DEADLINE_SECONDS, database_url, is_somebody_waiting_for_a_lock
 from tests.servers import PROJECT
 
 DAY = timedelta(days=1)

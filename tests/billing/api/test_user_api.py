@@ -17,7 +17,7 @@ from accounts.models import ApiKey, User
 from billing import ledger
 from billing.catalogue import packages
 from billing.models import TokenAccount, TokenPricing, TokenTransaction
-from tests.billing.test_api import Service, refused, used
+from tests.billing.api.test_api import Service, refused, used
 from tests.environment import BILLING_SECRET
 
 pytestmark = pytest.mark.django_db

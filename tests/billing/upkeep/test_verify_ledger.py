@@ -20,7 +20,7 @@ from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount,
 from billing.pricing import TokenPools
 from billing.staff import grants
 from billing.upkeep import laws, verification
-from tests.billing.test_rollups import roll_up_until
+from tests.billing.figures.test_rollups import roll_up_until
 from tests.conftest import MakeUser
 
 pytestmark = pytest.mark.django_db
