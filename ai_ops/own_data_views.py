@@ -71,6 +71,7 @@ def data(request: SignedInRequest) -> HttpResponse:
 @login_required
 @confirmed_person_required
 @never_cache
+@outgoing.limited
 def download(request: SignedInRequest) -> HttpResponseBase:
     """GET: what is in it. POST: the ZIP."""
     if request.method == "GET":

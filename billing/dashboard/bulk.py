@@ -115,6 +115,7 @@ def job(request: SignedInRequest, pk: int) -> HttpResponse:
 
 @require_GET
 @admin_required
+@outgoing.limited
 def job_export(request: SignedInRequest, pk: int) -> HttpResponse:
     """The figures that an export has gathered, as a file. Each download is noted: it may be another admin's export."""
     job = get_object_or_404(BulkJob, pk=pk, kind=BulkJob.Kind.EXPORT)

@@ -20,7 +20,7 @@ from billing.dashboard.sections import SECTIONS, Section
 from billing.dashboard.span import Span, read_span
 from billing.figures import business
 from billing.history.exports import Cell, csv_lines
-from kit import periods
+from kit import outgoing, periods
 
 LIVE_EVERY_SECONDS = 30
 
@@ -56,6 +56,7 @@ def section(request: SignedInRequest, name: str) -> HttpResponse:
 
 @require_GET
 @admin_required
+@outgoing.limited
 def export(request: SignedInRequest, name: str) -> HttpResponse:
     """The numbers of a section as a file, which the audit log notes."""
     wanted, content, about = _exported(request, name, "CSV")
@@ -74,6 +75,7 @@ def export(request: SignedInRequest, name: str) -> HttpResponse:
 
 @require_GET
 @admin_required
+@outgoing.limited
 def export_pdf(request: SignedInRequest, name: str) -> HttpResponse:
     """A section as a report to print or to pass on, which the audit log notes."""
     wanted, content, about = _exported(request, name, "PDF")

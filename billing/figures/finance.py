@@ -94,7 +94,7 @@ def export_day(day: date) -> Path:
     since, until = midnight(day, UTC), midnight(day + timedelta(days=1), UTC)
     if until > database.now():
         raise DayNotOver(f"{day.isoformat()} is not over yet in UTC.")
-    folder().mkdir(parents=True, exist_ok=True)
+    folder().mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_abandoned()
     # Nobody ever sees half a file under its name: it is given to the whole one.
     descriptor, name = tempfile.mkstemp(dir=folder(), prefix=".", suffix=".unfinished")

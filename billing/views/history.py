@@ -55,6 +55,7 @@ def home(request: SignedInRequest) -> HttpResponse:
 
 @require_GET
 @login_required
+@outgoing.limited
 def export(request: SignedInRequest) -> HttpResponseBase:
     """What the history shows for the same query, all of it, as a file."""
     wanted = TransactionFilter(request.GET, account_id=payer.account_of(request).pk)
@@ -73,6 +74,7 @@ def statement_list(request: SignedInRequest) -> HttpResponse:
 
 @require_GET
 @login_required
+@outgoing.limited
 def statement(request: SignedInRequest, year: str, month: str) -> HttpResponse:
     try:
         account = payer.account_of(request)

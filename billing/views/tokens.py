@@ -29,6 +29,7 @@ from billing.payments import cards, confirmation, gateway, purchases, recharge_s
 from billing.payments.checkout import AmountNotSold, create_checkout_session, terms_of_amount, why_currency_is_fixed
 from billing.payments.gateway import GatewayUnavailable
 from billing.usage import stats
+from kit import outgoing
 
 NEWEST_ENTRIES = 8
 # The unit in which packages are explained to people: tokens say little.
@@ -176,6 +177,7 @@ def cancelled(request: SignedInRequest, pk: int) -> HttpResponse:
 
 @require_GET
 @login_required
+@outgoing.limited
 def receipt(request: SignedInRequest, pk: int) -> HttpResponse:
     """Our receipt for a paid purchase, as a PDF."""
     purchase = get_object_or_404(
