@@ -20,7 +20,7 @@ from django.utils.formats import date_format
 from django.utils.html import format_html, format_html_join
 from django.utils.timezone import localtime
 
-from accounts.admin import GuardedAdmin, ReadOnlyAdmin
+from accounts.admin import ContentAdmin, GuardedAdmin, ReadOnlyAdmin
 from accounts.models import User
 from billing import catalogue, ledger
 from billing.catalogue import packages, system_settings
@@ -95,7 +95,10 @@ class TokenTransactionAdmin(ReadOnlyAdmin):
 
 
 @admin.register(TokenUsage)
-class TokenUsageAdmin(ReadOnlyAdmin):
+class TokenUsageAdmin(ContentAdmin):
+    """What other servers wrote beside an operation, and providers about its failure, may repeat what a person wrote."""
+
+    author_id = "user_id"
     list_display = (
         "id",
         "created_at",
