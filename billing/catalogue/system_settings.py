@@ -16,6 +16,7 @@ from billing.models import SettingChange, SystemSettings
 EDITABLE_FIELDS = tuple(
     field.name for field in SystemSettings._meta.concrete_fields if field.name not in ("id", "key", "updated_at")
 )
+PRICES = ("token_multiplier", "dalle3_cost_tokens", "dalle2_cost_tokens", "imagen_cost_tokens")
 
 
 def get_system_settings() -> SystemSettings:
@@ -53,7 +54,7 @@ def carry_out(request: ChangeRequest) -> None:
     _save(current, request.changes, request.requested_by_id)
 
 
-def _loosens(current: SystemSettings, name: str, new: int | None) -> bool:
+def _loosens(current: SystemSettings, name: str, new: Any) -> bool:
     """Whether the setting guards what one person may give, and would let them give more."""
     old, limit_tokens = getattr(current, name), current.grant_approval_tokens
     if name == "admin_grant_limit_tokens":
@@ -64,8 +65,12 @@ def _loosens(current: SystemSettings, name: str, new: int | None) -> bool:
         return new is None or new > limit_tokens
     if name == "welcome_bonus_tokens":  # else it is a grant to whoever signs up next
         return (new or 0) > max(old, limit_tokens)
-    # Tokens for next to nothing are a grant, too; packages are bounded by it.
-    return name == "tokens_per_usd" and (new or 0) > old
+    # Tokens, or work, for next to nothing are a grant, too; packages are bounded by the first.
+    if name == "tokens_per_usd":
+        return (new or 0) > old
+    if name == "billing_enabled":
+        return bool(old) and not new
+    return name in PRICES and new is not None and new < old
 
 
 def _for_json(value: Any) -> Any:

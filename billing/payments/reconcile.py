@@ -271,7 +271,7 @@ def resolve_drift(drift: Drift, *, resolution: str, by: User) -> bool:
     with transaction.atomic():
         is_resolved = bool(
             Drift.objects.filter(pk=drift.pk, resolved_at=None).update(
-                resolved_at=timezone.now(), resolution=f"{resolution} ({by})"[:500]
+                resolved_at=timezone.now(), resolution=resolution[:500]
             )
         )
         if is_resolved:

@@ -273,6 +273,17 @@ def test_settings_that_guard_grants_are_loosened_by_two(client: Client, susan: U
     found = system_settings.get_system_settings()
     assert (found.welcome_bonus_tokens, found.tokens_per_usd) == (10_000, Decimal("9000.5"))
 
+    cheaper = {"token_multiplier": Decimal("0.01"), "billing_enabled": False, "imagen_cost_tokens": 1}
+    dearer = {"token_multiplier": Decimal("1.6"), "billing_enabled": True, "dalle3_cost_tokens": 6_001}
+    change(**dearer)
+    change(**cheaper)
+    found = system_settings.get_system_settings()
+    assert {name: getattr(found, name) for name in dearer} == dearer
+    (waiting,) = two_persons.list_open()
+    two_persons.approve(request_id=waiting.pk, by=sandra)
+    found = system_settings.get_system_settings()
+    assert {name: getattr(found, name) for name in cheaper} == cheaper
+
     change(grant_approval_tokens=9_000)
     output = StringIO()
     call_command("approve_change", stdout=output)

@@ -23,14 +23,25 @@ from django.urls import reverse
 from pytest_django.fixtures import Settings
 
 from accounts import api_keys
-from accounts.models import User, UserKept, Workspace
+from accounts.models import AuditEntry, User, UserKept, Workspace
 from ai_ops import own_data, tasks
 from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImagePrompt, Project
 from billing import ledger
 from billing import tasks as billing_tasks
-from billing.models import Notification, Purchase, StripeEvent, TokenAccount, TokenTransaction
-from billing.payments import gateway, objects
+from billing.catalogue import packages, system_settings
+from billing.models import (
+    Drift,
+    Notification,
+    Purchase,
+    StripeEvent,
+    TokenAccount,
+    TokenPricing,
+    TokenTransaction,
+)
+from billing.payments import gateway, objects, webhooks
 from billing.pricing import TokenPools
+from billing.staff import bulk, grants
+from billing.staff.accounts import AccountFilter
 from billing.upkeep.own_data import NotNow
 from tests.conftest import PASSWORD, MakeUser
 from tests.payments import begin_checkout, deliver, event_of, events_of, verify_books
@@ -220,6 +231,35 @@ def test_nothing_names_the_person_any_more(
     again.post(reverse("account_login"), {"login": "alice@example.com", "password": PASSWORD})
     assert "_auth_user_id" not in again.session
     assert confirmed.get(reverse("studio:home")).status_code == 302
+
+
+def test_nothing_names_who_worked_here_either(
+    make_user: MakeUser, bob: User, susan: User, stripe: StripeStandIn
+) -> None:
+    """Row 70, of whom the audit log and others' rows tell: what they did names them by their number alone."""
+    zoe = make_user("zoe", role=User.Role.SUPERADMIN)
+    User.objects.filter(pk=zoe.pk).update(name="Zoe Quux")
+    zoe.refresh_from_db()
+    hers = Client()
+    hers.force_login(zoe)
+    drift = Drift.objects.create(kind="unknown_payment", stripe_id="pi_1", description="A payment")
+    event = StripeEvent.objects.create(event_id="evt_1", type="x", livemode=False, payload={}, state="aside")
+    hers.post(reverse("dashboard:resolve-drift", args=[drift.pk]), {"resolution": "Asked them"})
+    webhooks.settle_by_hand(event, by=zoe)
+    edit = {"role": "user", "time_zone": "", "is_active": "on"}
+    hers.post(reverse("admin:accounts_user_change", args=[bob.pk]), {"name": "Bobby", **edit})
+    system_settings.update_system_settings(changes={"low_balance_tokens": 2_000}, changed_by_id=zoe.pk)
+    packages.update_package(TokenPricing.objects.earliest("pk").pk, changed_by_id=zoe.pk, description="New words")
+    grants.grant_tokens(admin=zoe, user_id=bob.pk, tokens=5, reason="A gift", request_key="k")
+    bulk.start_bulk_job(admin=zoe, kind="export", filter=AccountFilter(search="", status="", band=""), request_key="b")
+    theirs = Client()
+    theirs.force_login(susan)
+    theirs.post(reverse("admin:accounts_user_change", args=[zoe.pk]), {"name": "Zoe Quux", **edit})
+    drift.refresh_from_db()
+    assert (drift.resolution, AuditEntry.objects.filter(actor=zoe).count() > 5) == ("Asked them", True)
+    assert rows_with("zoe")
+    own_data.anonymize_user(user_id=zoe.pk)
+    assert rows_with("zoe") == rows_with("quux") == []
 
 
 def test_customer_is_deleted_at_stripe(stripe: StripeStandIn, bought: Purchase, alice: User) -> None:
