@@ -1,6 +1,6 @@
 """What opens an account besides its password, and how all of it is ended."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,10 +9,12 @@ from allauth.account.models import EmailAddress
 from allauth.account.signals import authentication_step_completed, user_signed_up
 from allauth.mfa.models import Authenticator
 from allauth.mfa.signals import authenticator_added
+from allauth.mfa.utils import is_mfa_enabled
 from allauth.usersessions.models import UserSession
 from django.contrib.auth import get_user, update_session_auth_hash
 from django.contrib.sessions.backends.db import SessionStore
 from django.contrib.sessions.models import Session
+from django.core import signing
 from django.db import transaction
 from django.db.models import F
 from django.dispatch import receiver
@@ -111,6 +113,54 @@ def free_address(proven: EmailAddress) -> None:
             actor=None,
             subject_id=user.pk,
         )
+
+
+SENT_TO = "sent-to"  # in the link of a reset and in the session: the address that it was sent to
+
+
+def sign_address(address: EmailAddress) -> str:
+    return signing.dumps(address.pk, salt=SENT_TO)
+
+
+def find_removable_addresses(user: User, *, sent_to: str) -> tuple[EmailAddress | None, list[EmailAddress]]:
+    """Which addresses may be removed by whoever had a reset sent to the signed one, which comes first.
+
+    Those alone that were added after it: the newer one may be a thief's, who must not remove the owner's with it. With
+    a second factor none: a mailbox alone does not open that account, so it takes nothing out of it.
+    """
+    try:
+        address = EmailAddress.objects.filter(pk=signing.loads(sent_to, salt=SENT_TO), user=user, verified=True).first()
+    except signing.BadSignature:
+        return None, []
+    if address is None or is_mfa_enabled(user):
+        return None, []
+    return address, list(EmailAddress.objects.filter(user=user, pk__gt=address.pk).order_by("pk"))
+
+
+def remove_addresses(user: User, *, sent_to: str, addresses: Collection[str]) -> None:
+    """Take those of the removable addresses out. If the first is among them, the one of the reset takes its place."""
+    with lock(user.pk) as locked:
+        address, removable = find_removable_addresses(locked, sent_to=sent_to)
+        removed = [each for each in removable if each.email in addresses]
+        if address is None or not removed:
+            return
+        if any(each.primary for each in removed):
+            address.set_as_primary()
+        EmailAddress.objects.filter(pk__in=[each.pk for each in removed]).delete()
+        audit.write(
+            action=audit.Action.PERSON_CHANGED,
+            summary=f"Removed {len(removed)} further addresses with a new password",
+            actor=None,
+            subject_id=user.pk,
+        )
+    user.refresh_from_db(fields=["email"])
+
+
+def list_openers(user: User) -> list[str]:
+    """What opens the account beside the password, in words: addresses and second factors."""
+    addresses = EmailAddress.objects.filter(user=user).order_by("pk").values_list("email", flat=True)
+    factors = Authenticator.objects.filter(user=user).order_by("pk")
+    return [*addresses, *(f"{each.get_type_display()}, set up {each.created_at:%d %B %Y}" for each in factors)]
 
 
 def hand_over(user: User, *, proven: EmailAddress) -> None:

@@ -2,7 +2,7 @@
 
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlencode, urlsplit, urlunsplit
 
 import structlog
 from allauth.account.adapter import DefaultAccountAdapter
@@ -114,7 +114,8 @@ class AccountAdapter(DefaultAccountAdapter):
         sync_email_address(user, email.lower())
         address = EmailAddress.objects.get(user=user, email=email.lower())
         if address.verified:
-            super().send_password_reset_mail(user, email, context)
+            url = f"{context['password_reset_url']}?{urlencode({access.SENT_TO: access.sign_address(address)})}"
+            super().send_password_reset_mail(user, email, {**context, "password_reset_url": url})
         else:
             self._send_proof_link(address)
 
@@ -157,6 +158,8 @@ class AccountAdapter(DefaultAccountAdapter):
         email: str | None = None,
     ) -> None:
         """What it tells of has been done: a mail server that is away must not make an error of it."""
+        if template_prefix == "account/email/password_reset" and isinstance(user, User):
+            context = {**(context or {}), "openers": access.list_openers(user)}
         try:
             super().send_notification_mail(template_prefix, user, context, email)
         except OSError:

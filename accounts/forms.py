@@ -79,7 +79,30 @@ class SetPasswordForm(_KeysMayEnd, forms.SetPasswordForm):
 
 
 class ResetPasswordKeyForm(_KeysMayEnd, forms.ResetPasswordKeyForm):
-    field_order = ("password1", "password2", "end_keys")
+    """Names the addresses that were added after the one that the link was sent to: somebody else may have done it."""
+
+    field_order = ("password1", "password2", "end_keys", "remove_addresses")
+    remove_addresses = django_forms.MultipleChoiceField(
+        required=False,
+        label="Remove these addresses, which also open my account",
+        help_text="Tick those that are not yours.",
+        widget=django_forms.CheckboxSelectMultiple,
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sent_to = context.request.session.get(access.SENT_TO, "")
+        _, removable = access.find_removable_addresses(self.user, sent_to=self.sent_to)
+        if removable:
+            field = cast(django_forms.MultipleChoiceField, self.fields["remove_addresses"])
+            field.choices = [(each.email, each.email) for each in removable]
+        else:
+            del self.fields["remove_addresses"]
+
+    def save(self) -> None:
+        super().save()
+        if removed := self.cleaned_data.get("remove_addresses"):
+            access.remove_addresses(self.user, sent_to=self.sent_to, addresses=removed)
 
 
 class AddEmailForm(forms.AddEmailForm):

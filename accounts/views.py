@@ -1,15 +1,17 @@
-"""/accounts/api-keys/: a person's keys to their own data over the HTTP API."""
+"""/accounts/: a person's keys to their own data over the HTTP API, and the page of a reset."""
 
 from allauth.account.adapter import get_adapter
 from allauth.account.decorators import reauthentication_required
+from allauth.account.views import PasswordResetFromKeyView
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
-from django.http import HttpResponse
+from django.http import HttpRequest, HttpResponse
+from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.cache import never_cache
 from django.views.decorators.http import require_http_methods, require_POST
 
-from accounts import api_keys
+from accounts import access, api_keys
 from accounts.forms import ApiKeyForm
 from accounts.models import ApiKey
 from accounts.permissions import SignedInRequest
@@ -61,3 +63,19 @@ def revoke_key(request: SignedInRequest, pk: int) -> HttpResponse:
     api_keys.revoke_key(key)
     messages.success(request, f"{key.name} is revoked. What still uses it is refused from now on.")
     return redirect("api-keys")
+
+
+class ResetFromKeyView(PasswordResetFromKeyView):
+    """allauth's, which also remembers where the link was sent: the page's own address shows neither."""
+
+    def dispatch(self, request: HttpRequest, uidb36: str, key: str, **kwargs: object) -> HttpResponseBase:
+        if access.SENT_TO in request.GET:
+            request.session[access.SENT_TO] = request.GET[access.SENT_TO]
+        answer: HttpResponseBase = super().dispatch(request, uidb36, key, **kwargs)
+        return answer
+
+    def get_context_data(self, **kwargs: object) -> dict[str, object]:
+        context: dict[str, object] = super().get_context_data(**kwargs)
+        if self.reset_user is not None:
+            context["openers"] = access.list_openers(self.reset_user)
+        return context

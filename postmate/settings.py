@@ -61,6 +61,8 @@ SECRET_KEY, *SECRET_KEY_FALLBACKS = _secrets("SECRET_KEY") or ["development-only
 SITE_URL = env.str("SITE_URL", f"http://localhost:{env.int('PORT', 8000)}")
 ALLOWED_HOSTS = env.list("ALLOWED_HOSTS", default=[] if DEBUG else [str(urlsplit(SITE_URL).hostname)])
 DATA_DIR = Path(env.str("POSTMATE_DATA_DIR", str(BASE_DIR / ".postmate")))
+if DEBUG:
+    os.umask(0o077)  # whoever makes DATA_DIR first: mails, images and exports lie in it, for their owner alone
 
 # Set by postmate/local/embedded.py on a machine without servers.
 DATABASE_URL = _secret("DATABASE_URL", "postgresql:///postmate")
@@ -145,7 +147,6 @@ if _too_short := [name for name, value in list(vars().items()) if name.startswit
 
 INSTALLED_APPS = [
     "django.contrib.admin",
-    "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.humanize",
     "django.contrib.messages",
@@ -160,7 +161,8 @@ INSTALLED_APPS = [
     "django_structlog",
     "ninja",
     "pgtrigger",
-    "accounts",
+    "accounts",  # before Django's auth, whose changepassword it replaces
+    "django.contrib.auth",
     "billing",
     "ai_ops",
     "postmate",

@@ -561,3 +561,21 @@ def test_payment_pages_of_one_person_are_limited(
     assert Purchase.objects.count() == len(stripe.state()["sessions"]) == 3
     Purchase.objects.update(created_at="2026-01-01T00:00:00Z")
     assert buyer.post(reverse("tokens:checkout"), checkout_form())["Location"].startswith("http")
+
+
+def test_what_development_writes_is_its_owners_alone(tmp_path: Path) -> None:
+    """Also beside a database and a Redis of one's own, where no embedded server makes the directory first."""
+    data = tmp_path / "data"
+    code = (
+        "import os; os.umask(0o022); os.environ['DJANGO_SETTINGS_MODULE'] = 'postmate.settings'; import django;"
+        "django.setup(); from django.core.mail import send_mail;"
+        "from django.core.files.storage import default_storage as store;"
+        "from django.core.files.base import ContentFile;"
+        "send_mail('A', 'reset', None, ['a@example.com']); store.save('a/b/c.png', ContentFile(b'c'))"
+    )
+    variables = {"DATABASE_URL": "postgresql:///none", "REDIS_URL": "redis://127.0.0.1:1/0"}
+    environment = {"PATH": os.environ["PATH"], "DEBUG": "true", "POSTMATE_DATA_DIR": str(data), **variables}
+    subprocess.run([sys.executable, "-c", code], cwd=PROJECT, env=environment, check=True)
+    found = [data, *data.rglob("*")]
+    assert {path.suffix for path in found if path.is_file()} == {".log", ".png"}
+    assert [path for path in found if path.stat().st_mode & 0o077] == []

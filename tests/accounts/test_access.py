@@ -1,6 +1,7 @@
 """Who gets in, and what ends with it: factors, guesses, proof of an address, keys, mails and what a browser keeps."""
 
 import re
+from io import StringIO
 from typing import Any
 
 import pytest
@@ -17,11 +18,12 @@ from allauth.mfa.totp.internal.auth import (
 from django.conf import settings as django_settings
 from django.contrib.auth import hashers
 from django.core import mail
+from django.core.management import call_command
 from django.test import Client
 from django.urls import reverse
 from pytest_django.fixtures import Settings
 
-from accounts import api_keys
+from accounts import access, api_keys, roles
 from accounts.models import ApiKey, AuditEntry, User
 from billing import ledger
 from billing.models import TokenTransaction
@@ -373,6 +375,110 @@ def test_who_only_writes_an_address_down_stands_in_nobodys_way(
     proven = EmailAddress.objects.get(email="owner@example.com", verified=True)
     alice.refresh_from_db()
     assert (proven.user == alice, alice.email == proven.email) == (not owner_signs_up, not owner_signs_up)
+
+
+@pytest.mark.parametrize(
+    ("asks", "has_factor", "ticked", "left"),
+    [
+        ("alice", False, ["evil"], ["alice", "hers"]),  # also when it was made the first
+        ("alice", False, [], ["alice", "hers", "evil"]),
+        ("evil", False, ["alice", "hers"], ["alice", "hers", "evil"]),  # a newer address outranks no older one
+        ("alice", True, ["evil"], ["alice", "hers", "evil"]),  # nor a mailbox a second factor
+    ],
+)
+def test_a_reset_names_what_else_opens_the_account(
+    alice: User, settings: Settings, asks: str, has_factor: bool, ticked: list[str], left: list[str]
+) -> None:
+    """Row 138: the page and the notice tell of further addresses and second factors, and those addresses that were
+    added after the one that the link went to can be removed with the new password."""
+    settings.ACCOUNT_EMAIL_VERIFICATION = "mandatory"
+    for name in ("alice", "hers", "evil"):
+        EmailAddress.objects.create(user=alice, email=f"{name}@example.com", verified=True)
+    EmailAddress.objects.get(email="evil@example.com").set_as_primary()
+    if has_factor:
+        Authenticator.objects.create(user=alice, type="totp", data={"secret": "x"})
+    client, mail.outbox = Client(), []
+    client.post(reverse(RESET), {"email": f"{asks}@example.com"})
+    page = client.get("/" + links_in_mails()[-1].split("/", 3)[3], follow=True)
+    words = page.content.decode()
+    assert "evil@example.com" in words
+    assert ("Authenticator" in words or "TOTP" in words) == has_factor
+    form = {"password1": NEW_PASSWORD, "password2": NEW_PASSWORD, "end_keys": "on"}
+    form["remove_addresses"] = [f"{name}@example.com" for name in ticked]  # type: ignore[assignment]
+    client.post(page.redirect_chain[-1][0], form)
+    names = [email.partition("@")[0] for email in EmailAddress.objects.order_by("pk").values_list("email", flat=True)]
+    assert names == left
+    alice.refresh_from_db()
+    first = "evil@example.com" if "evil" in left else "alice@example.com"
+    assert (alice.email, EmailAddress.objects.get(primary=True).email) == (first, first)
+    if alice.check_password(NEW_PASSWORD):
+        told = str(mail.outbox[-1].body)
+        assert all(f"{name}@example.com" in told for name in left)
+    else:
+        assert asks == "evil"  # what nobody offered is refused
+
+
+# --- Access that was taken ------------------------------------------------------------------------------------------
+
+
+def test_what_was_taken_comes_back_with_nothing(
+    alice: User, adam: User, susan: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On every road by which access is taken: given again, no session goes on, and of who was switched off no key.
+
+    Nobody asks with the session or the key in between, which would end it by the way."""
+    page = reverse("admin:accounts_user_change", args=[alice.pk])
+    superadmin = Client()
+    superadmin.force_login(susan)
+    monkeypatch.setattr("getpass.getpass", lambda **_: "set on the server 7")
+
+    def edit(**fields: str) -> None:
+        assert superadmin.post(page, {"name": "Alice", "role": "user", "time_zone": "", **fields}).status_code == 302
+
+    def save(**fields: Any) -> None:
+        user = User.objects.get(pk=alice.pk)
+        for name, value in fields.items():
+            setattr(user, name, value)
+        user.save()
+
+    def edit_off_and_on() -> None:
+        edit()
+        edit(is_active="on")
+
+    def save_off_and_on() -> None:
+        save(is_active=False)
+        save(is_active=True)
+
+    def save_older_copy() -> None:
+        older = User.objects.get(pk=alice.pk)
+        access.end_sessions(User.objects.get(pk=alice.pk))
+        older.save()
+
+    quiet = StringIO()
+    people, adams = User.objects.filter(pk=alice.pk), User.objects.filter(pk=adam.pk)
+    roads: list[tuple[str, User, bool, Any]] = [
+        ("in Django admin", alice, True, edit_off_and_on),
+        ("in a shell", alice, True, lambda: (people.update(is_active=False), people.update(is_active=True))),
+        ("by a row", alice, True, save_off_and_on),
+        ("by an older copy of the row", alice, False, save_older_copy),
+        ("a role", adam, False, lambda: (roles.change_role(user_id=adam.pk, role="user", changed_by=susan),)),
+        ("a role, in a shell", adam, False, lambda: (adams.update(role="user"), adams.update(role="admin"))),
+        (
+            "a password, on the server",
+            alice,
+            True,
+            lambda: call_command("changepassword", alice.email, stdout=quiet),
+        ),
+    ]
+    for name, person, ends_keys, road in roads:
+        User.objects.filter(pk=adam.pk).update(role="admin")
+        session = Client()
+        session.force_login(User.objects.get(pk=person.pk))
+        _, token = api_keys.make_key(user_id=person.pk, name=name, scopes=["balance:read"])
+        assert is_in(session), name
+        road()
+        assert not is_in(session), name
+        assert (api_keys.find_live_key(token) is None) == ends_keys, name
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------------

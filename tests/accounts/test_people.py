@@ -4,7 +4,10 @@ import re
 from typing import Any
 
 import pytest
+from django.contrib.auth.hashers import make_password
 from django.core import mail
+from django.core.cache import cache
+from django.core.management import call_command
 from django.db import IntegrityError, transaction
 from django.test import Client
 from django.urls import reverse
@@ -58,6 +61,28 @@ def test_unknown_role_is_refused_by_the_database() -> None:
 
 def test_superuser_is_a_superadmin() -> None:
     assert User.objects.create_superuser("nora@example.com", PASSWORD).is_superadmin
+
+
+def test_an_address_has_no_capitals_whoever_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was made on the server signs in, resets and is found, in whichever case; nobody signs up beside them."""
+    monkeypatch.setenv("DJANGO_SUPERUSER_PASSWORD", PASSWORD)
+    call_command("createsuperuser", email="Boss@Firm.Example", interactive=False, verbosity=0)
+    User.objects.create_user("CARL@firm.example", PASSWORD)
+    User(email="Dora@Firm.Example", password=make_password(PASSWORD)).save()
+    bulk = User.objects.create_user("ed@firm.example", PASSWORD)
+    User.objects.filter(pk=bulk.pk).update(email="ED@Firm.example")
+    for name in ("boss", "carl", "dora", "ed"):
+        address = f"{name}@firm.example"
+        for spelled in (address, address.upper()):
+            cache.clear()
+            client, mail.outbox = Client(), []
+            client.post(reverse("account_login"), {"login": spelled, "password": PASSWORD})
+            assert "_auth_user_id" in client.session, spelled
+            Client().post(reverse("account_reset_password"), {"email": spelled})
+            assert mail.outbox[-1].to == [address], spelled
+            assert User.objects.get(email=spelled).email == address
+        Client().post(reverse("account_signup"), {"email": address, "password1": "another long one 33"})
+        assert User.objects.filter(email__iexact=address).count() == 1
 
 
 def test_workspace_is_made_with_the_user() -> None:

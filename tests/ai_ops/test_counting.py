@@ -17,9 +17,8 @@ MODELS = {
     "claude-4.7": ("anthropic", "claude-haiku-5-5"),
     "gemini": ("google", "gemini-3.8-flash"),
 }
-# Languages of which nobody says how Anthropic's vocabulary takes them apart: there the bound is wide.
-RARE_LANGUAGES = {"claude": {"Amharic", "Lao", "Tibetan"}}
-RARE_LANGUAGES["claude-4.7"] = RARE_LANGUAGES["claude"]
+# Languages that the vocabularies know least: there the bound is wide.
+RARE_LANGUAGES = {"Amharic", "Burmese", "Khmer", "Telugu"}
 
 
 @pytest.mark.parametrize("tokenizer", MODELS)
@@ -33,8 +32,7 @@ def test_a_quote_is_above_the_true_count_and_not_far_above(tokenizer: str) -> No
     assert len(ratios) >= 45
     assert {name: ratio for name, ratio in ratios.items() if ratio < 1} == {}
     assert ratios["English"] <= 1.6
-    assert ratios["decomposed Korean"] <= 2
-    main = {name: ratios[name] for name in LANGUAGES if name not in RARE_LANGUAGES.get(tokenizer, ())}
+    main = {name: ratios[name] for name in LANGUAGES if name not in RARE_LANGUAGES}
     assert {name: ratio for name, ratio in main.items() if ratio > 2} == {}
 
 

@@ -2,17 +2,15 @@
 """Our count of tokens and what a quote makes of it, against every tokenizer whose vocabulary a package carries.
 
 `make bench-tokens` runs this outside of the project's environment, where those packages are; none is in our locks. It
-needs Python 3.12 and npm. With `--write` it first makes `ai_ops/token_costs.xz`, `ai_ops/gemini_pieces.xz` and
-`tests/ai_ops/true_counts.json` anew (ten minutes): what each token of OpenAI's vocabulary is in the others', alone and
-inside a longer word.
+needs Python 3.12 and npm. With `--write` it first makes `ai_ops/token_costs.xz` and `tests/ai_ops/true_counts.json`
+anew (ten minutes): what each token of OpenAI's vocabulary is in the others', alone and inside a longer word.
 
-Anthropic's: ctok, which was measured against its own counts. Google's: the vocabulary of Gemma 3, which its SDK names
-for its models; the table of costs has the larger count of it and of that of older models.
+Anthropic's: ctok, which was measured against its own counts. Google's: the vocabularies of Gemini and of Gemma 3, the
+larger count of the two.
 """
 
 import json
 import lzma
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
@@ -60,7 +58,7 @@ def true_count(text: str, tokenizer: str) -> int:
     if tokenizer == "gpt":
         return len(_ordinary.encode_ordinary(text))
     if tokenizer == "gemini":
-        return len(_google()[-1].encode(text, add_special_tokens=False).ids)
+        return max(len(each.encode(text, add_special_tokens=False).ids) for each in _google())
     return int(ctok.token_count(text, "3.0" if tokenizer == "claude" else "4.8")) - FRAME_TOKENS
 
 
@@ -183,7 +181,6 @@ def write() -> None:
             )
     for pairs in (*families, _google_costs(texts)):
         columns += [_column(least for least, _ in pairs), _column(most for _, most in pairs)]
-    write_pieces()
     counting.COSTS_FILE.write_bytes(lzma.compress(b"".join(columns), preset=9 | lzma.PRESET_EXTREME))
     lines = (
         f"  {json.dumps(name, ensure_ascii=False)}: "
@@ -191,14 +188,6 @@ def write() -> None:
         for name, text in TEXTS.items()
     )
     COUNTS_FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def write_pieces() -> None:
-    """The pieces of Gemma 3 in the scripts that are counted by them, with or without a space before, by their rank."""
-    of_these = re.compile(f"▁?[{counting.PIECED}]+")
-    vocabulary: dict[str, int] = _google()[-1].get_vocab()
-    pieces = sorted(filter(of_these.fullmatch, vocabulary), key=lambda piece: vocabulary[piece])
-    counting.PIECES_FILE.write_bytes(lzma.compress("\n".join(pieces).encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def _column(costs: Iterable[int]) -> bytes:
