@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any
 
 import httpx2
 from django.conf import settings
 from google import genai
 from google.genai import errors, types
 from google.genai.client import AsyncClient
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 from ai_ops.providers import (
     LIST_TIMEOUT_SECONDS,
@@ -52,15 +52,23 @@ ACCOUNT_LIMITED = "PUP_LIMITED_DISABLED"
 OVER_QUOTA = "Our credit there is used up, or a limit on what we may use in a day or spend is reached."
 
 
-def _leave_numbers_unchecked(model: type[BaseModel], *names: str) -> None:
-    """The SDK throws a whole answer away for a count of the wrong type. Numbers are judged by `counts` alone."""
+def _let_pass(model: type[BaseModel], *names: str) -> None:
+    """The SDK throws a whole answer away for a count of the wrong type: such a one stays as it came, for `counts` to
+    judge. What is of the right type is as the SDK makes it."""
     for name in names:
-        model.model_fields[name].annotation = cast("type", Any)
+        model.model_fields[name].metadata.append(WrapValidator(_checked_or_raw))
     model.model_rebuild(force=True)
 
 
-_leave_numbers_unchecked(types.Candidate, "token_count", "avg_logprobs")
-_leave_numbers_unchecked(types.GenerateContentResponse, "usage_metadata")
+def _checked_or_raw(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:
+        return value
+
+
+_let_pass(types.Candidate, "token_count", "avg_logprobs")
+_let_pass(types.GenerateContentResponse, "usage_metadata")
 
 ERRORS = (
     KnownError(
@@ -276,6 +284,8 @@ def _said(usage: Any) -> Said:
     """Google counts what came from its cache as prompt, and thoughts apart from the candidates; what tools brought is
     in neither. Of the candidates it names some modalities: what has no name is words beside images that have one, and
     images beside words."""
+    if isinstance(usage, BaseModel):
+        usage = usage.model_dump(mode="json", by_alias=True)
     written = _by_modality(part(usage, "candidatesTokensDetails"))
     read = _by_modality(part(usage, "promptTokensDetails"))
     others = sum(tokens for modality, tokens in written.items() if modality not in ("TEXT", "MODALITY_UNSPECIFIED"))
