@@ -424,7 +424,7 @@ def test_a_reset_names_what_else_opens_the_account(
 def test_what_was_taken_comes_back_with_nothing(
     alice: User, adam: User, susan: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On every road by which access is taken: given again, no session goes on, and of who was switched off no key.
+    """Row 137: given again, on whichever road it was taken, no session goes on, nor a key of who was switched off.
 
     Nobody asks with the session or the key in between, which would end it by the way."""
     page = reverse("admin:accounts_user_change", args=[alice.pk])

@@ -64,7 +64,7 @@ def test_superuser_is_a_superadmin() -> None:
 
 
 def test_an_address_has_no_capitals_whoever_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who was made on the server signs in, resets and is found, in whichever case; nobody signs up beside them."""
+    """Row 139: who was made on the server signs in, resets and is found, in any case; nobody signs up beside them."""
     monkeypatch.setenv("DJANGO_SUPERUSER_PASSWORD", PASSWORD)
     call_command("createsuperuser", email="Boss@Firm.Example", interactive=False, verbosity=0)
     User.objects.create_user("CARL@firm.example", PASSWORD)

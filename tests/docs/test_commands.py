@@ -83,6 +83,7 @@ ALSO = {
 # Run by a test of their own, since they need more than a database: their options alone are checked here.
 OWN_TESTS = {
     "approve_change": "tests/accounts/test_audit.py",
+    "changepassword": "tests/accounts/test_access.py",
     "check": "tests/test_checks.py",
     "doctor": "tests/test_doctor.py",
     "restore": "tests/test_backup.py",

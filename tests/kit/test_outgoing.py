@@ -87,7 +87,7 @@ def test_what_may_not_have_been_taken_makes_no_room(client: Client, alice: User,
 
 
 def test_one_person_has_few_files_made_at_a_time(alice: User, susan: User, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the most are being made, every other file of hers is refused at once, whichever; another's is made."""
+    """Row 136: while the most are being made, every other file of hers is refused at once; another's is made."""
     hers, anothers = Client(), Client()
     hers.force_login(susan)
     anothers.force_login(alice)
