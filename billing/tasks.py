@@ -21,6 +21,11 @@ def expire_reservations() -> int:
 
 
 @shared_task
+def expire_lots() -> int:
+    return ledger.expire_lots()
+
+
+@shared_task
 def sweep_purchases() -> int:
     return purchases.sweep_purchases()
 

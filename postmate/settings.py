@@ -394,6 +394,7 @@ CELERY_TASK_ROUTES = {
 }
 CELERY_BEAT_SCHEDULE = {
     "expire stale reservations": {"task": "billing.tasks.expire_reservations", "schedule": 30.0},
+    "book away what has ended of tokens with an end": {"task": "billing.tasks.expire_lots", "schedule": 60.0},
     "close results whose operation died": {"task": "ai_ops.tasks.close_abandoned_results", "schedule": 60.0},
     "finish purchases whose webhook never came": {"task": "billing.tasks.sweep_purchases", "schedule": 60.0},
     "finish and start auto-recharges": {"task": "billing.tasks.sweep_auto_recharges", "schedule": 60.0},

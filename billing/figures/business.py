@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from django.db.models import Count, F, Q, Sum
+from django.db.models import Count, Q, Sum
 
 from billing.catalogue import system_settings
 from billing.figures.sums import BEGINNING, LedgerSums, UsageSums, rows_of, sum_ledger, sum_usage
 from billing.models import PaymentReversal, Purchase, StripeEvent, TokenAccount, TokenTransaction, TokenUsage
+from billing.models.account import AVAILABLE_TOKENS
 from billing.usage import stats
 from billing.usage.stats import BucketName
 
@@ -222,7 +223,7 @@ def get_live_stats() -> LiveStats:
     settings = system_settings.get_system_settings()
     is_active = Q(status=TokenAccount.Status.ACTIVE)
     critical_tokens, low_tokens = settings.critical_balance_tokens, settings.low_balance_tokens
-    row = TokenAccount.objects.annotate(available_tokens=F("balance") - F("reserved")).aggregate(
+    row = TokenAccount.objects.annotate(available_tokens=AVAILABLE_TOKENS).aggregate(
         accounts=Count("pk"),
         active_accounts=Count("pk", filter=is_active),
         suspended_accounts=Count("pk", filter=Q(status=TokenAccount.Status.SUSPENDED)),

@@ -7,11 +7,12 @@ from decimal import Decimal
 from typing import Any
 
 from django.db import connection
-from django.db.models import Count, F, Q
+from django.db.models import Count, Q
 from django.utils import timezone
 
 from billing.catalogue import system_settings
 from billing.models import Purchase, SystemSettings, TokenAccount, TokenTransaction, TokenUsage
+from billing.models.account import AVAILABLE_TOKENS
 
 PREVIEW_DAYS = 30
 MAX_OPERATIONS = 300_000  # more are not looked at: the preview goes back fewer days then
@@ -157,7 +158,7 @@ def _billed(since: datetime, current: SystemSettings, changed: SystemSettings) -
 
 
 def _low_accounts(settings: SystemSettings) -> tuple[int, int]:
-    available = TokenAccount.objects.annotate(available_tokens=F("balance") - F("reserved"))
+    available = TokenAccount.objects.annotate(available_tokens=AVAILABLE_TOKENS)
     counts = available.aggregate(
         low=Count("pk", filter=Q(available_tokens__lte=settings.low_balance_tokens)),
         critical=Count("pk", filter=Q(available_tokens__lt=settings.critical_balance_tokens)),

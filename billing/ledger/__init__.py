@@ -4,12 +4,15 @@ Every operation is one SQL statement: it locks the account's row, checks, writes
 ledger row, and returns what happened. Standing alone it commits by itself; inside the caller's `atomic()` it commits
 with it. Either all of it is there afterwards or nothing, so a crash on any line leaves the books whole. The statement
 computes from the row it has locked: take the FOR UPDATE away and two operations spend the same tokens
-(tests/concurrency shows it).
+(tests/concurrency shows it). What is left of the account's lots stands on that row, too; which of them pays, and what
+of them ends, `billing_move_lots` decides (migration 0026): the one that ends soonest, then in the order of `LotKind`,
+then the older, then plain tokens.
 
 Locks are taken in one order: purchase, account, operation.
 """
 
 from collections.abc import Mapping
+from datetime import datetime
 from functools import partial
 from hashlib import sha256
 from typing import Any, cast
@@ -33,6 +36,7 @@ from billing.ledger.types import (
     IdempotencyConflict,
     InsufficientTokens,
     InvalidAmount,
+    InvalidExpiry,
     LedgerError,
     Operation,
     Party,
@@ -44,8 +48,10 @@ from billing.ledger.types import (
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import WithheldBonus
 from billing.models.fields import ClockTimestamp
+from billing.models.lot import LotKind
 from billing.models.system_settings import DisposableBonus
 from billing.pricing import TokenPools
+from kit import database
 from kit.database import DATABASE_AWAY, repeated_after_conflicts
 
 logger = structlog.get_logger(__name__)
@@ -60,6 +66,7 @@ __all__ = [
     "IdempotencyConflict",
     "InsufficientTokens",
     "InvalidAmount",
+    "InvalidExpiry",
     "LedgerError",
     "Operation",
     "Party",
@@ -69,6 +76,7 @@ __all__ = [
     "add_tokens",
     "check_balance",
     "deduct_tokens",
+    "expire_lots",
     "expire_reservations",
     "extend_reservation",
     "find_recorded",
@@ -447,7 +455,8 @@ def deduct_tokens(
 
     With `operation` it also writes the `TokenUsage` row of something that has already run (`type` usage needs it). A
     debit is refused with InsufficientTokens unless it `may_leave_debt` (after-the-fact usage, clawbacks): then the
-    account is suspended until the debt is paid. Debits are recorded for suspended and blocked accounts too.
+    account is suspended until the debt is paid. Lots pay first, what ends soonest before the others; a clawback
+    (`type` refund) takes plain tokens first. Debits are recorded for suspended and blocked accounts too.
     `request` is what was asked for under the key, when tokens and prices were worked out from it.
     """
     _require_amount(tokens)
@@ -475,7 +484,8 @@ def deduct_tokens(
     if operation is None:
         parameters |= {"entry_key": idempotency_key, "entry_fingerprint": fingerprint}
         replay = partial(_replayed_transaction, party, idempotency_key, fingerprint)
-        return post_once(statements.DEBIT_OR_CREDIT, parameters, replay, needed_tokens=tokens)
+        statement = statements.CLAW_BACK if type == Type.REFUND else statements.DEBIT_OR_CREDIT
+        return post_once(statement, parameters, replay, needed_tokens=tokens)
     # The operation's row carries the key; the ledger row hangs on it by a unique reference.
     operation_label = TokenUsage.OperationType(operation.operation_type).label
     parameters |= _usage_parameters(operation, pools or TokenPools(), idempotency_key, fingerprint) | {
@@ -575,8 +585,15 @@ def add_tokens(
     currency: str = "",
     stripe_payment_intent_id: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    expires_at: datetime | None = None,
+    lot_kind: LotKind = LotKind.GRANT,
+    from_lots: Mapping[int, int] | None = None,
 ) -> Posting:
     """Raise the balance by `tokens` and append the ledger row: a purchase, a grant, a bonus, a clawback given back.
+
+    With `expires_at` they are a lot of `lot_kind`, spent before plain tokens and gone at that moment; one that is no
+    moment to come raises InvalidExpiry. A debt is paid out of it first. `from_lots` says of tokens given back what
+    had been taken from which lot ({lot id: tokens}): they return there, and as plain tokens where the lot has ended.
 
     Money arriving is recorded whatever the account's status (law 12); a debt's suspension lifts itself once the
     balance is positive again. The same key and contents give the first outcome again, other contents raise
@@ -587,6 +604,7 @@ def add_tokens(
     fingerprint = _fingerprint(
         kind="add", tokens=tokens, type=type, purchase_id=purchase_id, admin_id=admin_id, paid_cents=paid_cents,
         currency=currency, stripe_payment_intent_id=stripe_payment_intent_id, description=description,
+        **({"expires_at": expires_at, "lot_kind": lot_kind} if expires_at else {}),
     )  # fmt: skip
     party = Party(user_id, account_id, actor_id, api_key_id)
     parameters = (
@@ -608,7 +626,36 @@ def add_tokens(
         }
     )
     replay = partial(_replayed_transaction, party, idempotency_key, fingerprint)
-    return post_once(statements.DEBIT_OR_CREDIT, parameters, replay)
+    if expires_at is None and not from_lots:
+        return post_once(statements.DEBIT_OR_CREDIT, parameters, replay)
+    parameters["tokens"] = tokens
+    if expires_at is None:
+        ranks = {kind.value: kind.rank for kind in LotKind}
+        parameters |= {"from_lots": _json(from_lots), "lot_ranks": _json(ranks)}
+        return post_once(statements.GIVE_BACK, parameters, replay)
+    if expires_at <= database.now():
+        if (earlier := replay()) is not None:
+            return earlier
+        raise InvalidExpiry("The end of these tokens must lie in the future.")
+    parameters |= {"lot_kind": lot_kind.value, "lot_rank": lot_kind.rank, "lot_expires_at": expires_at}
+    return post_once(statements.ADD_LOT, parameters, replay)
+
+
+def expire_lots(*, limit: int = 1_000) -> int:
+    """Book away what is left of the lots that have ended (law 15), the longest ended first. Returns of how many
+    accounts.
+
+    One ledger row for each lot, also when two sweeps or a settlement meet: each statement of the ledger books what it
+    finds ended. What a running operation still holds stays with it, and the last one to close books the rest.
+    """
+    now = database.now()
+    ended = TokenAccount.objects.filter(next_lot_ends_at__lte=now).order_by("next_lot_ends_at")
+    expired = 0
+    for account in ended.only("lots")[:limit]:
+        if any(lot.expires_at <= now and not lot.held_tokens for lot in account.lot_balances):
+            post(statements.EXPIRE, _fields(Party(account_id=account.pk)) | {"type": "", "paid_cents": None})
+            expired += 1
+    return expired
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------------
@@ -732,6 +779,7 @@ def outcome_of(
         amount_tokens=entry.amount if entry else 0,
         balance_tokens=entry.balance_after if entry else account.balance,
         reserved_tokens=account.reserved,
+        available_tokens=(entry.balance_after if entry else account.balance) - account.reserved - account.ended_tokens,
         status=account.status,
         usage_id=usage_id or (entry.usage_id if entry else None),
         transaction_id=entry.pk if entry else None,

@@ -16,7 +16,7 @@ from kit.database import DATABASE_AWAY, repeated_after_conflicts
 
 
 @repeated_after_conflicts
-def execute(statement: statements.Statement, parameters: Mapping[str, Any]) -> Any:
+def execute(statement: statements.Form, parameters: Mapping[str, Any]) -> Any:
     """Run one statement, bound on the server (so that PostgreSQL prepares it), and return its only row or None.
 
     Inside the caller's transaction it gets a savepoint: a refused key must not cost the caller their work.
@@ -27,7 +27,7 @@ def execute(statement: statements.Statement, parameters: Mapping[str, Any]) -> A
     return execute_bare(statement, parameters)
 
 
-def execute_bare(statement: statements.Statement, parameters: Mapping[str, Any]) -> Any:
+def execute_bare(statement: statements.Form, parameters: Mapping[str, Any]) -> Any:
     connection.ensure_connection()
     with (
         connection.wrap_database_errors,
@@ -38,7 +38,8 @@ def execute_bare(statement: statements.Statement, parameters: Mapping[str, Any])
 
 def post(statement: statements.Statement, parameters: Mapping[str, Any], *, needed_tokens: int = 0) -> Posting:
     """Run the statement; raise what refused it, or say after the commit that the balance changed."""
-    row = execute(statement, parameters)
+    row = statement.without_lots and execute(statement.without_lots, parameters)
+    row = row or execute(statement.with_lots, parameters)
     if row is None:
         raise AccountNotFound("There is no such token account.")
     if row.new_balance is None:
@@ -46,7 +47,7 @@ def post(statement: statements.Statement, parameters: Mapping[str, Any], *, need
             raise ActorRequired(is_team=row.user_id is None)
         if row.status != TokenAccount.Status.ACTIVE:
             raise AccountNotActive(status=row.status, reason=row.status_reason)
-        raise InsufficientTokens(needed_tokens=needed_tokens, available_tokens=row.balance - row.reserved)
+        raise InsufficientTokens(needed_tokens=needed_tokens, available_tokens=row.available)
     transaction.on_commit(partial(announcements.announce_balance_change, row.account_id))
     return Posting(
         account_id=row.account_id,
@@ -54,6 +55,7 @@ def post(statement: statements.Statement, parameters: Mapping[str, Any], *, need
         amount_tokens=row.amount,
         balance_tokens=row.new_balance,
         reserved_tokens=row.new_reserved,
+        available_tokens=row.new_available,
         status=row.new_status,
         usage_id=row.usage_id,
         transaction_id=row.transaction_id,

@@ -29,6 +29,10 @@ class InvalidAmount(LedgerError):
     code = "invalid_amount"
 
 
+class InvalidExpiry(LedgerError):
+    code = "invalid_expiry"
+
+
 class AccountNotFound(LedgerError):
     http_status = 404
     code = "account_not_found"
@@ -179,15 +183,12 @@ class Posting:
     amount_tokens: int  # signed change of the balance
     balance_tokens: int
     reserved_tokens: int
+    available_tokens: int
     status: str
     usage_id: int | None = None
     transaction_id: int | None = None
     is_replay: bool = False
     needs_recharge: bool = False  # auto-recharge is on and the available tokens are below its threshold
-
-    @property
-    def available_tokens(self) -> int:
-        return self.balance_tokens - self.reserved_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@ from .bulk_job import BulkJob, BulkJobRow
 from .drift import Drift
 from .grant_request import GrantRequest
 from .installation import Installation
+from .lot import TokenLot
 from .model_price import ModelPrice, ModelPriceChange
 from .notification import Notification, NotificationPreference
 from .pricing import TokenPricing
@@ -35,6 +36,7 @@ __all__ = [
     "StripeEvent",
     "SystemSettings",
     "TokenAccount",
+    "TokenLot",
     "TokenPricing",
     "TokenTransaction",
     "TokenUsage",

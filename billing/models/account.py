@@ -1,10 +1,14 @@
 from django.conf import settings
 from django.db import models
 from django.db.models import F, Q, Value
+from django.db.models.expressions import Case, Func, When
+from django.db.models.functions import Coalesce
 
 from billing.pricing import display_price
+from kit import database
 
-from .fields import Currency, choices_constraint, created_at_field
+from .fields import ClockTimestamp, Currency, choices_constraint, created_at_field
+from .lot import LotBalance
 
 
 class AccountStatus(models.TextChoices):
@@ -19,6 +23,24 @@ class WithheldBonus(models.TextChoices):
     GIVEN_BEFORE = "given_before", "Given before to this mailbox"  # for good
     WAITS = "waits", "Waits for an admin: a disposable address"
     DISPOSABLE = "disposable", "None for a disposable address"
+
+
+# `TokenAccount.available`, for queries.
+AVAILABLE_TOKENS = (
+    F("balance")
+    - F("reserved")
+    - Coalesce(
+        Case(
+            When(
+                next_lot_ends_at__lte=ClockTimestamp(),
+                then=Func(
+                    F("lots"), ClockTimestamp(), function="billing_ended_tokens", output_field=models.BigIntegerField()
+                ),
+            )
+        ),
+        0,
+    )
+)
 
 
 class TokenAccount(models.Model):
@@ -49,6 +71,11 @@ class TokenAccount(models.Model):
     balance = models.BigIntegerField("balance (tokens)", db_default=0)
     reserved = models.BigIntegerField("reserved (tokens)", db_default=0)
     sequence = models.BigIntegerField("number of ledger rows", db_default=0)
+
+    # Lots that have something left, in the order of spending (see migration 0026), and when the first of them ends.
+    # They stand here since a debit, which has locked this row, can trust nothing else to be of this moment.
+    lots = models.JSONField(null=True, blank=True, editable=False)
+    next_lot_ends_at = models.DateTimeField(null=True, blank=True, editable=False)
 
     lifetime_purchased_tokens = models.BigIntegerField(db_default=0)
     lifetime_granted_tokens = models.BigIntegerField("lifetime granted tokens (grants and bonuses)", db_default=0)
@@ -100,6 +127,11 @@ class TokenAccount(models.Model):
             models.Index(fields=["status"], name="account_by_status"),
             # The few accounts that the auto-recharge sweep looks at.
             models.Index(fields=["id"], condition=Q(auto_recharge_enabled=True), name="account_auto_recharging"),
+            models.Index(
+                fields=["next_lot_ends_at"],
+                condition=Q(next_lot_ends_at__isnull=False),
+                name="account_by_next_lot_end",
+            ),
             models.Index(fields=["id"], condition=Q(bonus_withheld=WithheldBonus.WAITS), name="account_bonus_waits"),
         ]
         constraints = [
@@ -118,6 +150,17 @@ class TokenAccount(models.Model):
             models.CheckConstraint(
                 condition=Q(auto_recharge_enabled=False) | Q(auto_recharge_package__isnull=False),
                 name="account_auto_recharge_names_package",
+            ),
+            models.CheckConstraint(  # law 14
+                condition=Func(
+                    F("lots"), F("balance"), function="billing_lots_are_sound", output_field=models.BooleanField()
+                ),
+                name="account_lots_are_sound",
+            ),
+            models.CheckConstraint(
+                condition=Q(lots__isnull=True, next_lot_ends_at__isnull=True)
+                | Q(lots__isnull=False, next_lot_ends_at__isnull=False),
+                name="account_lots_have_an_end",
             ),
             choices_constraint("status", AccountStatus, "account_status_known"),
             choices_constraint("currency", Currency, "account_currency_known"),
@@ -155,8 +198,30 @@ class TokenAccount(models.Model):
 
     @property
     def available(self) -> int:
-        """Tokens that a new operation may reserve; negative while there is a debt."""
-        return self.balance - self.reserved
+        """Tokens that a new operation may reserve; negative while there is a debt.
+
+        Those of a lot that has ended are none of them, also before that is booked (law 15). Whose lots may have ended
+        costs a look at the database's clock.
+        """
+        return self.balance - self.reserved - self.ended_tokens
+
+    @property
+    def ended_tokens(self) -> int:
+        """What is left of ended lots and nothing held can claim: still in the balance until the sweep books it."""
+        if self.next_lot_ends_at is None:
+            return 0
+        now = database.now()
+        return sum(lot.remaining_tokens - lot.held_tokens for lot in self.lot_balances if lot.expires_at <= now)
+
+    @property
+    def lot_balances(self) -> list[LotBalance]:
+        """The lots with something left, in the order of spending; ended ones, too, until that is booked."""
+        return [LotBalance.of(lot) for lot in self.lots or []]
+
+    @property
+    def plain_tokens(self) -> int:
+        """Tokens of the balance that are in no lot; negative while there is a debt."""
+        return self.balance - sum(lot.remaining_tokens for lot in self.lot_balances)
 
     @property
     def mark(self) -> str:

@@ -15,6 +15,7 @@ class TransactionType(models.TextChoices):
     REFUND = "refund", "Refund"
     BONUS = "bonus", "Bonus"
     AUTO_RECHARGE = "auto_recharge", "Auto-recharge"
+    EXPIRY = "expiry", "Ended"
 
 
 class TokenTransaction(models.Model):
@@ -37,6 +38,11 @@ class TokenTransaction(models.Model):
 
     type = models.CharField(max_length=15, choices=Type)
     amount = models.BigIntegerField("amount (tokens, signed)")
+    # Which lots it moved and by how much: {lot id: signed tokens}. The rest of `amount` are plain tokens (law 14).
+    lot_amounts = models.JSONField(null=True, blank=True)
+    lot = models.ForeignKey(  # whose end this is
+        "billing.TokenLot", on_delete=models.PROTECT, null=True, blank=True, related_name="expiries", db_index=False
+    )
     balance_before = models.BigIntegerField()
     balance_after = models.BigIntegerField()
 
@@ -107,6 +113,11 @@ class TokenTransaction(models.Model):
                 condition=Q(type__in=["purchase", "auto_recharge"]),
                 name="ledger_one_credit_per_purchase",
             ),
+            models.UniqueConstraint(fields=["lot"], condition=Q(type="expiry"), name="ledger_one_expiry_per_lot"),
+            models.CheckConstraint(
+                condition=Q(type="expiry", lot__isnull=False) | (~Q(type="expiry") & Q(lot__isnull=True)),
+                name="ledger_expiry_names_its_lot",
+            ),
             models.CheckConstraint(
                 condition=Q(balance_after=F("balance_before") + F("amount")), name="ledger_balance_adds_up"
             ),
@@ -114,7 +125,7 @@ class TokenTransaction(models.Model):
             models.CheckConstraint(condition=Q(sequence__gt=0), name="ledger_sequence_positive"),
             models.CheckConstraint(
                 condition=Q(type__in=["purchase", "auto_recharge", "admin_grant", "bonus"], amount__gt=0)
-                | Q(type__in=["usage", "admin_deduction"], amount__lt=0)
+                | Q(type__in=["usage", "admin_deduction", "expiry"], amount__lt=0)
                 | Q(type="refund"),  # a clawback, or its reversal
                 name="ledger_sign_fits_type",
             ),

@@ -64,6 +64,8 @@ class TokenUsage(models.Model):
     billable_tokens = models.BigIntegerField("billable tokens (charged to the user)", db_default=0)
     # The hold, which is the quote; empty when the usage was recorded after the fact.
     reserved_tokens = models.BigIntegerField(null=True, blank=True)
+    # What of the hold lies on lots, which pay for it also after their end: {lot id: tokens}.
+    lot_holds = models.JSONField(null=True, blank=True)
     unbilled_tokens = models.BigIntegerField("unbilled tokens (beyond the quote)", db_default=0)
 
     # Snapshots (law 11): what applied when the operation began.

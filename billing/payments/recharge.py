@@ -14,10 +14,11 @@ from functools import partial
 
 import structlog
 from django.db import IntegrityError, transaction
-from django.db.models import Exists, F, OuterRef, Q, QuerySet, Sum
+from django.db.models import Exists, OuterRef, Q, QuerySet, Sum
 
 from billing import ledger
 from billing.models import Installation, Purchase, TokenAccount, TokenPricing
+from billing.models.account import AVAILABLE_TOKENS
 from billing.notifications import messages
 from billing.payments import customers, gateway, purchases
 from billing.payments.cards import refresh_card, sweep_details
@@ -91,7 +92,7 @@ def _due_accounts(now: datetime) -> QuerySet[TokenAccount]:
         TokenAccount.MAY_BUY,
         Q(auto_recharge_retry_at=None) | Q(auto_recharge_retry_at__lte=now),
         auto_recharge_enabled=True,
-        auto_recharge_threshold_tokens__gt=F("balance") - F("reserved"),
+        auto_recharge_threshold_tokens__gt=AVAILABLE_TOKENS,
         stripe_customer_id__isnull=False,
     ).exclude(stripe_payment_method_id="")
 

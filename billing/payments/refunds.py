@@ -9,6 +9,7 @@ A picture that comes before the credit is parked: it has no purchase until `appl
 the order purchase, payment, account.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -317,8 +318,17 @@ def _settle_reversals(purchase: Purchase, cause: PaymentReversal) -> int:
         # The money is gone, spent tokens or not: it may leave a debt.
         ledger.deduct_tokens(tokens=-change_tokens, may_leave_debt=True, **common)
     else:
-        ledger.add_tokens(tokens=change_tokens, **common)
+        ledger.add_tokens(tokens=change_tokens, from_lots=_taken_of_lots(purchase), **common)
     return change_tokens
+
+
+def _taken_of_lots(purchase: Purchase) -> dict[int, int]:
+    """What the reversals of a purchase have taken of which lot, and not given back: {lot id: tokens}."""
+    taken: Counter[int] = Counter()
+    rows = TokenTransaction.objects.filter(purchase=purchase, type=TokenTransaction.Type.REFUND)
+    for lot_amounts in rows.values_list("lot_amounts", flat=True):
+        taken.subtract({int(lot_id): tokens for lot_id, tokens in (lot_amounts or {}).items()})
+    return dict(+taken)
 
 
 def returned_cents_of(purchase: Purchase) -> int:

@@ -15,6 +15,7 @@ from accounts.models import User
 from billing.catalogue import system_settings
 from billing.ledger import Party
 from billing.models import Purchase, SystemSettings, TokenAccount
+from billing.models.account import AVAILABLE_TOKENS
 from billing.models.account import AccountStatus as Status
 from billing.models.fields import ClockTimestamp
 from billing.notifications import messages
@@ -197,7 +198,7 @@ def filter_accounts(filter: AccountFilter) -> QuerySet[TokenAccount]:
             raise InvalidSearch("There is no such status.")
         accounts = accounts.filter(status=filter.status)
     if filter.band:
-        accounts = accounts.annotate(available_tokens=F("balance") - F("reserved")).filter(_in_band(filter.band))
+        accounts = accounts.annotate(available_tokens=AVAILABLE_TOKENS).filter(_in_band(filter.band))
     search = filter.search.strip()
     if search:
         accounts = accounts.filter(_matches(search)) if search.isprintable() else accounts.none()

@@ -16,6 +16,7 @@ from billing.models import PaymentReversal
 # Tasks run every 30 s (reservations) and 60 s (purchases): what they have not closed by then, nobody will.
 RESERVATION_GRACE = "15 minutes"
 PURCHASE_GRACE = "1 hour"
+EXPIRY_GRACE = "1 day"  # of a dead worker: nobody loses or gains by it
 CHECKOUT_LIFETIME = "24 hours"  # Stripe's own limit, where a purchase names no expiry
 DELAYED_PAYMENT_LIFETIME = "14 days"
 STRIPE_RETRIES = "3 days"
@@ -493,6 +494,103 @@ LAWS: Mapping[str, tuple[Check, ...]] = {
             """SELECT account_id AS account, count(*) AS under_way FROM billing_purchase
                 WHERE kind = 'auto_recharge' AND state IN ('created', 'open', 'processing', 'action_required')
                 GROUP BY account_id HAVING count(*) > 1""",
+        ),
+    ),
+    "14": (
+        Check(
+            "What each lot has left is what the ledger moved of it",
+            "billing_tokenlot",
+            """WITH moved AS (
+                SELECT account_id, key::bigint AS lot_id, sum(value::bigint) AS tokens
+                  FROM billing_tokentransaction, jsonb_each_text(lot_amounts)
+                 WHERE lot_amounts IS NOT NULL GROUP BY 1, 2
+            ), remaining AS (
+                SELECT account.id AS account_id, lot.id AS lot_id, lot.remaining AS tokens, lot.given, lot.ends
+                  FROM billing_tokenaccount AS account, jsonb_to_recordset(account.lots)
+                       AS lot(id bigint, remaining bigint, given bigint, ends timestamptz)
+                 WHERE account.lots IS NOT NULL
+            )
+            SELECT coalesce(moved.account_id, remaining.account_id) AS account, lot_id AS lot, lot.tokens AS given,
+                   moved.tokens AS ledger, remaining.tokens AS remaining
+              FROM moved FULL JOIN remaining USING (lot_id) LEFT JOIN billing_tokenlot AS lot ON lot.id = lot_id
+             WHERE coalesce(moved.tokens, 0) <> coalesce(remaining.tokens, 0)
+                OR lot.id IS NULL OR moved.account_id IS DISTINCT FROM lot.account_id
+                OR remaining.account_id <> lot.account_id OR coalesce(moved.tokens, 0) NOT BETWEEN 0 AND lot.tokens
+                OR remaining.given <> lot.tokens OR remaining.ends <> lot.expires_at""",
+        ),
+        Check(
+            "No lot gave more than it was given, at any time",
+            "billing_tokenlot",
+            """SELECT * FROM (
+                SELECT entry.account_id AS account, entry.id AS transaction, key::bigint AS lot, lot.tokens AS given,
+                       sum(value::bigint) OVER (PARTITION BY key ORDER BY entry.sequence) AS remaining
+                  FROM billing_tokentransaction AS entry, jsonb_each_text(lot_amounts)
+                  LEFT JOIN billing_tokenlot AS lot ON lot.id = key::bigint
+                 WHERE lot_amounts IS NOT NULL
+               ) AS course WHERE remaining NOT BETWEEN 0 AND given""",
+        ),
+        Check(
+            "A ledger row moves no more of lots than it moves at all",
+            f"{LEDGER} WHERE lot_amounts IS NOT NULL",
+            """SELECT account_id AS account, id AS transaction, amount, lot_amounts
+                 FROM billing_tokentransaction, LATERAL (
+                   SELECT sum(value::bigint) AS total, bool_and(sign(value::bigint) = sign(amount)) AS same_way
+                     FROM jsonb_each_text(lot_amounts)
+                 ) AS lots
+                WHERE lot_amounts IS NOT NULL AND (NOT same_way OR abs(total) > abs(amount)
+                      OR type = 'expiry' AND (total <> amount OR NOT lot_amounts ? lot_id::text))""",
+        ),
+        Check(
+            "What is held of lots is what open reservations hold of them",
+            ACCOUNTS,
+            """SELECT account.id AS account, lot.id AS lot, lot.held, coalesce(open.held, 0) AS open_reservations
+                 FROM billing_tokenaccount AS account
+                CROSS JOIN LATERAL jsonb_to_recordset(account.lots) AS lot(id bigint, held bigint)
+                 LEFT JOIN (
+                   SELECT key::bigint AS lot_id, sum(value::bigint) AS held
+                     FROM billing_tokenusage, jsonb_each_text(lot_holds)
+                    WHERE status = 'reserved' AND lot_holds IS NOT NULL GROUP BY 1
+                 ) AS open ON open.lot_id = lot.id
+                WHERE account.lots IS NOT NULL AND lot.held > coalesce(open.held, 0)""",
+        ),
+        Check(
+            "Plain tokens are below zero only when no lot is left",
+            ACCOUNTS,
+            """SELECT id AS account, balance, lots FROM billing_tokenaccount
+                WHERE lots IS NOT NULL AND NOT billing_lots_are_sound(lots, balance)""",
+        ),
+    ),
+    "15": (
+        Check(
+            "After its end a lot pays for nothing but operations held before",
+            "billing_tokenlot",
+            """SELECT entry.account_id AS account, entry.id AS transaction, lot.id AS lot, lot.expires_at,
+                      entry.created_at
+                 FROM billing_tokentransaction AS entry
+                CROSS JOIN LATERAL jsonb_each_text(lot_amounts)
+                 JOIN billing_tokenlot AS lot ON lot.id = key::bigint
+                 LEFT JOIN billing_tokenusage AS usage ON usage.id = entry.usage_id
+                WHERE entry.lot_amounts IS NOT NULL AND value::bigint < 0 AND entry.type <> 'expiry'
+                  AND entry.created_at > lot.expires_at + interval '1 second'
+                  AND NOT coalesce(usage.lot_holds ? key, false)""",
+        ),
+        Check(
+            "No lot was booked as ended before its end",
+            f"{LEDGER} WHERE type = 'expiry'",
+            """SELECT entry.account_id AS account, entry.id AS transaction, lot.id AS lot, lot.expires_at
+                 FROM billing_tokentransaction AS entry JOIN billing_tokenlot AS lot ON lot.id = entry.lot_id
+                WHERE entry.type = 'expiry'
+                  AND (entry.created_at < lot.expires_at OR entry.account_id <> lot.account_id)""",
+        ),
+        Check(
+            "What has ended is booked, unless an operation still holds it",
+            ACCOUNTS,
+            f"""SELECT account.id AS account, lot.id AS lot, lot.remaining, lot.ends
+                  FROM billing_tokenaccount AS account
+                 CROSS JOIN LATERAL jsonb_to_recordset(account.lots)
+                       AS lot(id bigint, remaining bigint, held bigint, ends timestamptz)
+                 WHERE account.lots IS NOT NULL AND lot.held = 0
+                   AND lot.ends < clock_timestamp() - interval '{EXPIRY_GRACE}'""",  # noqa: S608 – our own names and constants, no input
         ),
     ),
     "16": (

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from decimal import Decimal
 from functools import partial
 from io import StringIO
@@ -11,14 +13,16 @@ from typing import TypeVar
 import pytest
 from django.core.management import CommandError, call_command
 from django.db import connection
+from django.utils import timezone
 from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from billing import ledger
 from billing.catalogue import system_settings
 from billing.ledger import Operation, Posting, statements, welcome
-from billing.models import TokenAccount, TokenTransaction, TokenUsage
+from billing.models import TokenAccount, TokenLot, TokenTransaction, TokenUsage
 from billing.pricing import TokenPools
+from tests.billing.ledger.test_lots import end
 from tests.conftest import MakeUser
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -29,6 +33,18 @@ DRAFT = Operation("generation", "openai", "gpt-6.1-terra", multiplier=Decimal("1
 WITHOUT_LOCK = "AND pg_sleep(0.02)::text IS NOT NULL"
 
 Result = TypeVar("Result")
+
+
+def without_lock(statement: statements.Statement) -> statements.Statement:
+    def form(locked: statements.Form) -> statements.Form:
+        assert "FOR UPDATE" in locked.sql
+        return replace(locked, sql=locked.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1))
+
+    return replace(
+        statement,
+        without_lots=statement.without_lots and form(statement.without_lots),
+        with_lots=form(statement.with_lots),
+    )
 
 
 def all_at_once(calls: Sequence[Callable[[], Result]]) -> list[Result | Exception]:
@@ -89,9 +105,7 @@ def test_as_many_reservations_succeed_as_fit(alice: User) -> None:
 
 def test_without_the_lock_the_same_tokens_are_promised_twice(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
     """The control of 48: it is the lock that holds, and the storm is strong enough to show it."""
-    unlocked = statements.RESERVE.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
-    assert unlocked != statements.RESERVE.sql
-    monkeypatch.setattr(statements, "RESERVE", statements.Statement(unlocked, statements.RESERVE.names))
+    monkeypatch.setattr(statements, "RESERVE", without_lock(statements.RESERVE))
     assert storm_of_reservations(alice)["Posting"] > 100
     with pytest.raises(CommandError, match="broken"):
         verify_ledger()
@@ -117,9 +131,7 @@ def test_without_the_lock_extensions_promise_the_same_tokens_twice(
     alice: User, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the one above."""
-    unlocked = statements.EXTEND.sql.replace("FOR UPDATE", WITHOUT_LOCK, 1)
-    assert unlocked != statements.EXTEND.sql
-    monkeypatch.setattr(statements, "EXTEND", statements.Statement(unlocked, statements.EXTEND.names))
+    monkeypatch.setattr(statements, "EXTEND", without_lock(statements.EXTEND))
     assert storm_of_extensions(alice)["Posting"] > 50
     with pytest.raises(CommandError, match="broken"):
         verify_ledger()
@@ -261,4 +273,72 @@ def test_debits_and_credits_in_parallel_keep_the_chain(alice: User, bob: User) -
         assert (account.balance, account.reserved) == (10_000 + 20 * (2 * 7 - 2 * 30 - 15), 0)
         sequences = TokenTransaction.objects.filter(account=account).order_by("id").values_list("sequence", flat=True)
         assert sorted(sequences) == list(range(1, 1 + 1 + 20 * 5))
+    verify_ledger()
+
+
+# --- Lots -----------------------------------------------------------------------------------------------------------
+
+
+def give_lot(user: User, tokens: int, number: int) -> None:
+    ledger.add_tokens(
+        user_id=user.pk, tokens=tokens, type="bonus", description="A promotion", idempotency_key=f"lot-{number}",
+        expires_at=timezone.now() + timedelta(days=number + 1),
+    )  # fmt: skip
+
+
+def storm_over_lots(user: User) -> Counter[str]:
+    """200 debits of 60 tokens over three lots of 100, a fourth of 200 that comes meanwhile, and 10,000 plain ones."""
+    for number in range(3):
+        give_lot(user, 100, number)
+
+    def debit(number: int) -> Posting:
+        return ledger.deduct_tokens(
+            user_id=user.pk, tokens=60, operation=DRAFT, pools=TokenPools(output_tokens=40),
+            idempotency_key=f"debit-{number}",
+        )  # fmt: skip
+
+    calls: list[Callable[[], object]] = [partial(debit, number) for number in range(200)]
+    calls.insert(100, partial(give_lot, user, 200, 9))
+    return kinds(all_at_once(calls))
+
+
+def test_what_lots_and_plain_tokens_gave_is_what_was_charged(alice: User) -> None:
+    """85: 10,500 tokens in all; 175 fit."""
+    outcomes = storm_over_lots(alice)
+    account = TokenAccount.objects.get(user=alice)
+    assert account.balance == 10_500 - 60 * outcomes["Posting"]
+    assert outcomes["Posting"] >= 171  # what was refused before the fourth lot came fits no more
+    assert outcomes["Posting"] + outcomes["InsufficientTokens"] == 200
+    given: Counter[str] = Counter()
+    for lot_amounts in TokenTransaction.objects.filter(type="usage").values_list("lot_amounts", flat=True):
+        given.subtract(lot_amounts or {})
+    left = sum(lot.remaining_tokens for lot in account.lot_balances)
+    assert given.total() == 500 - left
+    verify_ledger()
+
+
+def test_without_the_lock_lots_give_what_they_have_not(alice: User, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of 85: the same lots and the same number of a ledger row are taken twice, which its index refuses."""
+    monkeypatch.setattr(statements, "DEBIT_WITH_USAGE", without_lock(statements.DEBIT_WITH_USAGE))
+    outcomes = storm_over_lots(alice)
+    assert outcomes["IntegrityError"] > 0
+    assert outcomes["Posting"] < 171
+
+
+def test_sweeps_and_settlements_meet_and_a_lot_ends_once(alice: User) -> None:
+    """86"""
+    give_lot(alice, 500, 1)
+    give_lot(alice, 300, 2)
+    held = [reserve(alice, 30, f"held-{number}") for number in range(8)]
+    end(*TokenLot.objects.all())
+    closing: list[Callable[[], object]] = [
+        partial(ledger.settle_usage, usage_id=posting.usage_id or 0, pools=TokenPools(output_tokens=number))
+        for number, posting in enumerate(held, start=1)
+    ]
+    outcomes = all_at_once([*closing, *[ledger.expire_lots] * 8])
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    ended = TokenTransaction.objects.filter(type="expiry").values_list("lot_id", flat=True)
+    assert sorted(ended) == sorted(TokenLot.objects.values_list("pk", flat=True))
+    account = TokenAccount.objects.get(user=alice)
+    assert (account.lots, account.balance, account.reserved) == (None, 10_000, 0)
     verify_ledger()
