@@ -14,6 +14,7 @@ from zipfile import ZipFile
 import httpx2
 import pytest
 
+from kit import outgoing
 from tests.production.conftest import Production, row_of_free_ports, wait_until
 from tests.production.test_container_files import tool
 from tests.servers import PROJECT
@@ -164,7 +165,7 @@ def test_a_page_is_answered_while_files_are_not_taken(production: Production, fi
     """Each has its beginning and takes no more of it. Who does take it gets all of it, with what a browser needs."""
     slow = [taking(files, production.port, files["image"])] * SENDERS + [
         taking(files, production.port, files["export"])
-    ] * 4
+    ] * outgoing.AT_ONCE
     with senders(production, production.port, *slow) as readers:
         for reader in readers:
             assert reader.recv(15).startswith(b"HTTP/1.1 200")
