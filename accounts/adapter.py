@@ -144,11 +144,14 @@ class AccountAdapter(DefaultAccountAdapter):
                 return
         site = urlsplit(settings.SITE_URL)
         links = {name: _at_our_site(value) for name, value in context.items() if name.endswith("_url")}
-        super().send_mail(
-            template_prefix,
-            email,
-            {**context, **links, "current_site": SimpleNamespace(name=site.netloc, domain=site.netloc)},
-        )
+        said = {
+            "request": current.request,  # none in a worker
+            "email": email,
+            **context,
+            **links,
+            "current_site": SimpleNamespace(name=site.netloc, domain=site.netloc),
+        }
+        self.render_mail(template_prefix, email, said).send()
 
     def send_notification_mail(
         self,

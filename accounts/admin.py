@@ -20,7 +20,7 @@ from django.http import HttpRequest, HttpResponse
 from django.shortcuts import redirect, render
 from django.utils.functional import cached_property
 
-from accounts import access, audit, roles
+from accounts import access, audit, roles, teams
 from accounts.models import ApiKey, AuditEntry, ChangeRequest, Invitation, Membership, User, UserKept, Workspace
 
 
@@ -154,6 +154,13 @@ class UserAdmin(GuardedAdmin):
         superadmin = cast(User, request.user)
         with transaction.atomic():
             others = [name for name in form.changed_data if name != "role"]
+            if "is_active" in others and not obj.is_active and teams.list_last_owned(user_id=obj.pk):
+                others.remove("is_active")
+                messages.error(
+                    request,
+                    "They are the last owner of a team, so they were not switched off: have them hand it over or "
+                    "close it first.",
+                )
             if others:
                 obj.save(update_fields=others)
                 audit.write(

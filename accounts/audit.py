@@ -43,6 +43,7 @@ class Action(models.TextChoices):
     EVENT_SETTLED = "event_settled", "Event of Stripe dealt with"
     BULK_JOB = "bulk_job", "Bulk action"
     CONTENT_READ = "content_read", "Content of a person read"
+    TEAM = "team", "Team or its members changed"
     ACCESS = "access", "Page opened"  # refused, always
 
 

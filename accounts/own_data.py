@@ -13,7 +13,7 @@ from django.db.models import CharField, Q, Value
 from django.db.models.functions import Cast, Coalesce, Concat, Now
 from django.utils import timezone
 
-from accounts.models import ApiKey, User, Workspace
+from accounts.models import ApiKey, Membership, User, Workspace
 
 ANONYMOUS_HOST = "anonymised.invalid"  # a domain that never receives mail (RFC 2606)
 Row = dict[str, Any]
@@ -32,6 +32,9 @@ def describe_person(user: User) -> Row:
             EmailAddress.objects.filter(user=user).order_by("pk").values("email", "verified", "primary")
         ),
         "workspaces": list(Workspace.objects.filter(owner=user).order_by("pk").values("id", "name", "created_at")),
+        "teams": list(
+            Membership.objects.filter(user=user).order_by("pk").values("workspace__name", "role", "created_at")
+        ),
         "two_factor": list(
             Authenticator.objects.filter(user=user).order_by("pk").values("type", "created_at", "last_used_at")
         ),

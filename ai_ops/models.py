@@ -91,6 +91,10 @@ class ContentVersion(models.Model):
     # False: an unfinished text, or one whose base was changed meanwhile. It is kept beside the piece's body.
     is_used = models.BooleanField(default=True)
     usage_id = models.BigIntegerField(null=True, blank=True)
+    # Who wrote it, or had it written; those of before versions said so were the piece's author's.
+    author = models.ForeignKey(
+        settings.AUTH_USER_MODEL, on_delete=models.SET_NULL, null=True, blank=True, related_name="+", db_index=False
+    )
     created_at = models.DateTimeField(auto_now_add=True)
 
     class Meta:

@@ -38,6 +38,7 @@ from ai_ops.pieces import (
     get_chat,
     get_piece,
     get_project,
+    get_workspace,
     keep_new_piece,
     keep_revision,
     save_edit,
@@ -56,7 +57,7 @@ from ai_ops.requests import (
     SelectionRequest,
     ShownPrice,
 )
-from billing import ledger
+from billing import ledger, payer
 from billing.models import TokenUsage
 from kit import database
 from kit.database import in_thread, repeated_after_conflicts
@@ -111,7 +112,7 @@ def generate_draft(*, user_id: int, request: DraftRequest, idempotency_key: str)
 
     def open_piece() -> ContentPiece:
         return ContentPiece.objects.create(
-            project=get_project(user_id=user_id, name=request.project),
+            project=get_project(user_id=user_id, team_id=request.team_id, name=request.project),
             author_id=user_id,
             title=request.title,
             topic=request.topic,
@@ -132,7 +133,10 @@ def continue_draft(*, user_id: int, request: ContinuationRequest, idempotency_ke
         if text:
             is_used = piece.body == base  # else it is kept aside
             state = state_of(text, is_complete)
-            add_version(piece, base + text, Origin.CONTINUATION, usage_id=usage_id, is_used=is_used, state=state)
+            add_version(
+                piece, base + text, Origin.CONTINUATION, author_id=user_id, usage_id=usage_id, is_used=is_used,
+                state=state,
+            )  # fmt: skip
 
     return _run_text(user_id, request, idempotency_key, open_piece, keep)
 
@@ -142,7 +146,7 @@ def generate_chat_response(*, user_id: int, request: ChatRequest, idempotency_ke
 
     def open_turn() -> ChatTurn:
         if request.chat_id is None:
-            project = get_project(user_id=user_id, name=request.project)
+            project = get_project(user_id=user_id, team_id=request.team_id, name=request.project)
             title = " ".join(request.question.split())
             chat = Chat.objects.create(project=project, author_id=user_id, title=_shortened(title, 80))
         else:
@@ -167,7 +171,9 @@ def refine_content(*, user_id: int, request: RefinementRequest, idempotency_key:
         )
 
     def keep(piece: ContentPiece, usage_id: int, text: str, is_complete: bool) -> None:
-        keep_revision(piece, request.body, text, is_complete, Origin.REFINEMENT, note, usage_id)
+        keep_revision(
+            piece, request.body, text, is_complete, Origin.REFINEMENT, note, author_id=user_id, usage_id=usage_id
+        )
 
     return _run_text(user_id, request, idempotency_key, open_piece, keep)
 
@@ -185,7 +191,9 @@ def refine_selection(*, user_id: int, request: SelectionRequest, idempotency_key
         leading, trailing = _outer_space(request.selection)
         revised = f"{before}{leading}{text.strip()}{trailing}{after}" if text else ""
         note = _shortened(request.instruction, 300)
-        keep_revision(piece, request.body, revised, is_complete, Origin.SELECTION, note, usage_id)
+        keep_revision(
+            piece, request.body, revised, is_complete, Origin.SELECTION, note, author_id=user_id, usage_id=usage_id
+        )
 
     return _run_text(user_id, request, idempotency_key, open_piece, keep)
 
@@ -211,7 +219,7 @@ def generate_image_prompt(*, user_id: int, request: ImagePromptRequest, idempote
     """Turn an idea into a description that a model can make an image of."""
 
     def open_prompt() -> ImagePrompt:
-        project = get_project(user_id=user_id, name=request.project)
+        project = get_project(user_id=user_id, team_id=request.team_id, name=request.project)
         return ImagePrompt.objects.create(project=project, author_id=user_id, idea=request.idea, style=request.style)
 
     def keep(prompt: ImagePrompt, usage_id: int, text: str, is_complete: bool) -> None:
@@ -226,7 +234,7 @@ async def generate_images(*, user_id: int, request: ImageRequest, idempotency_ke
 
     def open_batch() -> ImageBatch:
         return ImageBatch.objects.create(
-            project=get_project(user_id=user_id, name=request.project),
+            project=get_project(user_id=user_id, team_id=request.team_id, name=request.project),
             author_id=user_id,
             prompt=request.prompt,
             style=request.style,
@@ -342,8 +350,10 @@ def _quote_and_hold(
 ) -> tuple[Started, Quote] | Replayed:
     asked_for = {"request": type(request).__name__} | dataclasses.asdict(request)
     del asked_for["shown_price"]
+    if request.team_id is None:
+        del asked_for["team_id"]  # as requests of before teams were
+    account = payer.account_of_workspace(get_workspace(user_id=user_id, team_id=request.team_id))
     # First of all: a retry must not fail because its first time spent the balance or changed the text.
-    account = ledger.get_account(user_id=user_id)
     replay = ledger.find_reservation(
         account_id=account.pk, actor_id=user_id, idempotency_key=idempotency_key, request=asked_for
     )

@@ -16,6 +16,7 @@ from django.db import transaction
 from django.utils import timezone
 
 from accounts import own_data as accounts_data
+from accounts import teams
 from accounts.models import User
 from ai_ops.models import Chat, ContentPiece, GeneratedImage, ImageBatch, ImagePrompt, Project
 from ai_ops.operations import FILE_ENDINGS
@@ -187,6 +188,7 @@ def anonymize_user(*, user_id: int) -> None:
     deleted by then, the sweeps delete. Twice changes nothing more.
     """
     _require_plain_user(User.objects.get(pk=user_id))
+    _require_no_last_owner(user_id)
     billing_data.close_open_checkouts(user_id=user_id)
     billing_data.find_customers(user_id=user_id)
     with transaction.atomic(durable=True):
@@ -194,6 +196,10 @@ def anonymize_user(*, user_id: int) -> None:
         account = billing_data.lock_account(user_id=user_id)
         user = User.objects.select_for_update().get(pk=user_id)
         _require_plain_user(user)
+        try:
+            teams.leave_all(user=user)  # while somebody still knows their addresses
+        except teams.TeamError as error:
+            raise NotNow(error.message) from error
         billing_data.anonymize_account(account)
         accounts_data.anonymize_person(user)
     logger.info("A person was anonymised", user_id=user_id)
@@ -201,6 +207,13 @@ def anonymize_user(*, user_id: int) -> None:
         erase_content(user_id=user_id)
     except Exception:  # the person is gone already; their work follows with the next sweep
         logger.exception("Content was not erased yet", user_id=user_id)
+
+
+def _require_no_last_owner(user_id: int) -> None:
+    try:
+        teams.require_no_last_owner(user_id=user_id)
+    except teams.TeamError as error:
+        raise NotNow(error.message) from error
 
 
 def _require_plain_user(user: User) -> None:
@@ -212,16 +225,20 @@ def _require_plain_user(user: User) -> None:
 
 
 def erase_content(*, user_id: int) -> None:
-    """Delete an anonymised user's projects with all that is in them, image files first.
+    """Delete an anonymised user's projects with all that is in them, image files first, and their chats in teams. What
+    else they made in a team is the team's.
 
     A file goes before the row that names it: interrupted anywhere, the next call finds what is left.
     """
     user = User.objects.get(pk=user_id, anonymised_at__isnull=False)
-    for image in GeneratedImage.objects.filter(batch__author=user).iterator(ROWS_AT_A_TIME):
+    for model in (Chat, ImagePrompt):
+        model.objects.filter(author=user).delete()
+    own_images = GeneratedImage.objects.filter(batch__author=user, batch__project__workspace__owner=user)
+    for image in own_images.iterator(ROWS_AT_A_TIME):
         image.file.delete(save=False)
         image.delete()
-    for model in (ContentPiece, Chat, ImagePrompt, ImageBatch):
-        model.objects.filter(author=user).delete()
+    ContentPiece.objects.filter(author=user, project__workspace__owner=user).delete()
+    ImageBatch.objects.filter(author=user, project__workspace__owner=user).delete()
     Project.objects.filter(workspace__owner=user).delete()
 
 

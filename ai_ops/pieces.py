@@ -3,6 +3,7 @@
 from django.db import transaction
 
 from accounts.models import Workspace
+from accounts.workspaces import visible_to
 from ai_ops.models import Chat, ContentPiece, ContentVersion, Project, ResultState
 from kit.refusal import Refusal
 
@@ -25,27 +26,53 @@ class TextChanged(OperationError):
     http_status = 409
 
 
-def get_project(*, user_id: int, name: str) -> Project:
-    """The user's project of that name; made if there is none."""
-    workspace = Workspace.objects.filter(owner_id=user_id).earliest("id")
+class ElsewhereNow(OperationError):
+    """It belongs to another workspace than the one that would pay."""
+
+    http_status = 409
+
+
+def get_workspace(*, user_id: int, team_id: int | None) -> Workspace:
+    """The team's workspace, or without one the user's own. Raises NotYours to who is not in the team any more."""
+    own = visible_to(user_id).filter(owner_id=user_id) if team_id is None else visible_to(user_id).filter(pk=team_id)
+    workspace = own.order_by("pk").first()
+    if workspace is None:
+        raise NotYours("You are not in this team any more.")
+    return workspace
+
+
+def get_project(*, user_id: int, team_id: int | None = None, name: str) -> Project:
+    """The project of that name in the team's workspace, or in the user's own; made if there is none. Raises
+    NotYours."""
+    workspace = get_workspace(user_id=user_id, team_id=team_id)
     return Project.objects.get_or_create(workspace=workspace, name=name)[0]
 
 
 def get_piece(*, user_id: int, content_id: int, is_locked: bool = False) -> ContentPiece:
-    """The author's piece, `is_locked` until the end of the transaction. Raises NotYours."""
-    pieces = ContentPiece.objects.select_for_update() if is_locked else ContentPiece.objects
-    piece = pieces.filter(pk=content_id, author_id=user_id).first()
+    """A piece of the user's own or of a team they are in, `is_locked` until the end of the transaction. Raises
+    NotYours."""
+    pieces = ContentPiece.objects.select_for_update(of=("self",)) if is_locked else ContentPiece.objects
+    visible = pieces.filter(pk=content_id, project__workspace__in=visible_to(user_id))
+    piece = visible.select_related("project__workspace").first()
     if piece is None:
         raise NotYours("There is no such piece. It may have been deleted.")
     return piece
 
 
 def get_chat(*, user_id: int, chat_id: int) -> Chat:
-    """Raises NotYours."""
-    chat = Chat.objects.filter(pk=chat_id, author_id=user_id).first()
+    """The user's chat, while they are in the team it was held in. Raises NotYours."""
+    own = Chat.objects.filter(pk=chat_id, author_id=user_id, project__workspace__in=visible_to(user_id))
+    chat = own.select_related("project__workspace").first()
     if chat is None:
         raise NotYours("There is no such chat. It may have been deleted.")
     return chat
+
+
+def require_in(workspace: Workspace, team_id: int | None) -> None:
+    """Raises ElsewhereNow unless it is the team's workspace, or without one a personal one: what is paid for is never
+    paid by another account than the one that was named."""
+    if team_id != (workspace.pk if workspace.is_team else None):
+        raise ElsewhereNow("This belongs to another workspace than the one you work in. Reload the page.")
 
 
 def newest_number(piece: ContentPiece) -> int:
@@ -59,7 +86,7 @@ def save_edit(*, user_id: int, content_id: int, base_number: int, body: str) -> 
     piece = get_piece(user_id=user_id, content_id=content_id, is_locked=True)
     if body != piece.body:
         require_newest(piece, base_number)
-        add_version(piece, body, Origin.EDIT)
+        add_version(piece, body, Origin.EDIT, author_id=user_id)
     return piece
 
 
@@ -71,7 +98,7 @@ def restore_version(*, user_id: int, content_id: int, number: int) -> ContentPie
     if version is None:
         raise NotYours("There is no such version.")
     if version.body != piece.body:
-        add_version(piece, version.body, Origin.RESTORED, note=f"Version {number}")
+        add_version(piece, version.body, Origin.RESTORED, note=f"Version {number}", author_id=user_id)
     return piece
 
 
@@ -80,20 +107,28 @@ def keep_new_piece(origin: str, note: str, piece: ContentPiece, usage_id: int, t
     piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
     state = state_of(text, is_complete)
     if text:
-        add_version(piece, text, origin, note=note, usage_id=usage_id, state=state)
+        add_version(piece, text, origin, author_id=piece.author_id, note=note, usage_id=usage_id, state=state)
     else:
         piece.state = state
         piece.save(update_fields=["state", "updated_at"])
 
 
 def keep_revision(
-    piece: ContentPiece, base: str, text: str, is_complete: bool, origin: str, note: str, usage_id: int
+    piece: ContentPiece,
+    base: str,
+    text: str,
+    is_complete: bool,
+    origin: str,
+    note: str,
+    *,
+    author_id: int,
+    usage_id: int,
 ) -> None:
     """A revision becomes the text, unless it is unfinished or its base was changed meanwhile: then it is kept aside."""
     piece = ContentPiece.objects.select_for_update().get(pk=piece.pk)
     if text:
         is_used = is_complete and piece.body == base
-        add_version(piece, text, origin, note=note, usage_id=usage_id, is_used=is_used)
+        add_version(piece, text, origin, author_id=author_id, note=note, usage_id=usage_id, is_used=is_used)
 
 
 def add_version(
@@ -101,6 +136,7 @@ def add_version(
     body: str,
     origin: str,
     *,
+    author_id: int,
     note: str = "",
     usage_id: int | None = None,
     is_used: bool = True,
@@ -112,6 +148,7 @@ def add_version(
         number=newest_number(piece) + 1,
         body=body,
         origin=origin,
+        author_id=author_id,
         note=note,
         is_used=is_used,
         usage_id=usage_id,

@@ -5,8 +5,8 @@ from decimal import Decimal
 
 from ai_ops import counting, prompts
 from ai_ops.metering import Ask
-from ai_ops.models import Chat
-from ai_ops.pieces import OperationError, TextChanged, get_chat, get_piece, require_newest
+from ai_ops.models import Chat, ContentPiece
+from ai_ops.pieces import OperationError, TextChanged, get_chat, get_piece, require_in, require_newest
 from ai_ops.providers import Message
 from billing import catalogue
 from billing.models import TokenUsage
@@ -44,10 +44,16 @@ class Request:
     """
 
     shown_price: ShownPrice | None = field(default=None, kw_only=True)
+    team_id: int | None = field(default=None, kw_only=True)  # whose workspace it is for, and pays; None: one's own
 
     def ask(self, user_id: int) -> Ask:
         """What the model is asked. Reads, writes nothing; raises OperationError."""
         raise NotImplementedError
+
+    def _get_piece(self, user_id: int, content_id: int) -> ContentPiece:
+        piece = get_piece(user_id=user_id, content_id=content_id)
+        require_in(piece.project.workspace, self.team_id)
+        return piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +86,7 @@ class ContinuationRequest(Request):
     model: str
 
     def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        piece = self._get_piece(user_id, self.content_id)
         if not piece.body:
             raise NothingToDo("There is no text to continue yet.")
         return Ask(
@@ -107,6 +113,8 @@ class ChatRequest(Request):
 
     def ask(self, user_id: int) -> Ask:
         chat = None if self.chat_id is None else get_chat(user_id=user_id, chat_id=self.chat_id)
+        if chat:
+            require_in(chat.project.workspace, self.team_id)
         history = _history(chat, self) if chat else []
         return Ask(
             operation_type=Type.CHAT,
@@ -133,7 +141,7 @@ class RefinementRequest(Request):
     model: str
 
     def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        piece = self._get_piece(user_id, self.content_id)
         _require_text(self.body)
         require_newest(piece, self.base_number)
         return Ask(
@@ -176,7 +184,7 @@ class SelectionRequest(Request):
         raise TextChanged("This passage is not in the text any more. Select it again.")
 
     def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        piece = self._get_piece(user_id, self.content_id)
         _require_text(self.selection)
         require_newest(piece, self.base_number)
         before, after = self.around
@@ -214,7 +222,7 @@ class RepurposeRequest(Request):
     model: str
 
     def ask(self, user_id: int) -> Ask:
-        piece = get_piece(user_id=user_id, content_id=self.content_id)
+        piece = self._get_piece(user_id, self.content_id)
         _require_text(piece.body)
         return Ask(
             operation_type=Type.REPURPOSE,

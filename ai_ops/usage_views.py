@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any, TypedDict, cast, get_args
+from typing import Any, TypedDict, cast
 
 from django.contrib.auth.decorators import login_required
 from django.http import Http404, HttpResponse
@@ -11,7 +11,7 @@ from django.shortcuts import get_object_or_404, render
 from django.utils import timezone
 from django.views.decorators.http import require_GET
 
-from accounts.models import Workspace
+from accounts.models import User, Workspace
 from accounts.permissions import SignedInRequest
 from accounts.workspaces import find_place, place_of
 from ai_ops import operations
@@ -30,7 +30,9 @@ DEFAULT_PERIOD = "30d"
 LOG_PAGE = 25
 MAX_SERIES = 7  # colours that are told apart; what is less used is added up as "Other"
 MAX_BARS = 10
-DIMENSION_LABELS: dict[Dimension, str] = {"operation": "Operation", "model": "Model", "project": "Project"}
+DIMENSION_LABELS: dict[Dimension, str] = {
+    "operation": "Operation", "model": "Model", "project": "Project", "member": "Member",
+}  # fmt: skip
 OTHER = "Other"
 AUTHORS_ALONE = (TokenUsage.OperationType.CHAT, TokenUsage.OperationType.PROMPT)  # whose results no colleague reads
 
@@ -278,14 +280,17 @@ def usage(request: SignedInRequest) -> HttpResponse:
     if bucket not in offered:
         bucket = stats.default_bucket(since=span.since, until=span.until)
     dimension = cast(Dimension, request.GET.get("split"))
-    if dimension not in get_args(Dimension):
+    place = place_of(request)
+    # Who it was is of interest to those alone who look after a team.
+    dimensions = [each for each in DIMENSION_LABELS if each != "member" or (place.is_team and place.manages)]
+    if dimension not in dimensions:
         dimension = "operation"
 
     groups = stats.usage_groups(**whose, since=span.since, until=span.until)
     total = sum((group.figures for group in groups), Figures())
     edges = stats.time_edges(since=span.since, until=span.until, bucket=bucket)
     over_time = stats.usage_over_time(**whose, edges=edges, dimension=dimension)
-    name_of = _names(place_of(request).workspace, groups)
+    name_of = _names(place.workspace, groups)
     comparison = _compare(whose, span)
     context = {
         "span": span,
@@ -295,13 +300,13 @@ def usage(request: SignedInRequest) -> HttpResponse:
         "target": "usage",
         "buckets": {name: BUCKET_LABELS[name] for name in offered},
         "bucket": bucket,
-        "dimensions": DIMENSION_LABELS,
+        "dimensions": {each: DIMENSION_LABELS[each] for each in dimensions},
         "dimension": dimension,
         "total": total,
         "cards": _cards(total, comparison),
         "comparison": comparison,
         "charts": _charts_over_time(edges, bucket, dimension, over_time, name_of) if total.operations else [],
-        "breakdowns": [_breakdown(each, groups, name_of) for each in get_args(Dimension)] if total.operations else [],
+        "breakdowns": [_breakdown(each, groups, name_of) for each in dimensions] if total.operations else [],
         "max_operations": stats.MAX_OPERATIONS,
         "hours_up_to_days": stats.BUCKET_DAYS["hour"][1],
         "days_up_to_days": stats.BUCKET_DAYS["day"][1],
@@ -337,12 +342,15 @@ def _names(workspace: Workspace, groups: Sequence[UsageGroup]) -> Callable[[Dime
     projects = dict(Project.objects.filter(workspace=workspace, pk__in=ids).values_list("pk", "name"))
     models = _model_names()
     types = dict(TokenUsage.OperationType.choices)
+    people = User.objects.in_bulk({group.user_id for group in groups})
 
     def name_of(dimension: Dimension, key: Any) -> str:
         if dimension == "operation":
             return str(types[key])
         if dimension == "model":
             return models.get(key, key[1])
+        if dimension == "member":
+            return str(people[key])
         # Two that are gone are told apart by their numbers.
         return "No project" if key is None else projects.get(key, f"Deleted project ({key})")
 
@@ -427,7 +435,7 @@ def _cursor(request: SignedInRequest, name: str) -> int | None:
 def usage_entry(request: SignedInRequest, pk: int) -> HttpResponse:
     """One operation, with every field of its row: of one's own, or of a team that one manages."""
     row = get_object_or_404(TokenUsage.objects.select_related("workspace", "user"), pk=pk)
-    place = find_place(request.user, row.workspace_id)
+    place = find_place(request, row.workspace_id)
     is_own = row.user_id == request.user.pk
     if place is None or not (place.manages or is_own):
         raise Http404

@@ -9,8 +9,9 @@ from uuid import uuid4
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
 from django.contrib.auth.views import redirect_to_login
+from django.core.exceptions import PermissionDenied
 from django.core.paginator import Paginator
-from django.db.models import Count
+from django.db.models import Count, Model, Q, QuerySet
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404, redirect, render
@@ -18,6 +19,7 @@ from django.views.decorators.cache import cache_control
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
+from accounts.workspaces import enter, place_of, visible_to
 from ai_ops import metering, operations, pieces, prompts, providers
 from ai_ops.forms import (
     IMAGE_SIZES,
@@ -48,10 +50,10 @@ from ai_ops.operations import Event, Events, Replayed, Started
 from ai_ops.pieces import OperationError
 from ai_ops.providers import ProviderError
 from ai_ops.streams import outcome_of, stream, why_stopped
-from billing import catalogue
+from billing import catalogue, payer
 from billing.catalogue import CatalogueError, system_settings
 from billing.ledger import IdempotencyConflict, InsufficientTokens, LedgerError
-from billing.models import ModelPrice, TokenUsage
+from billing.models import ModelPrice, TokenAccount, TokenUsage
 from kit import outgoing
 from kit.database import in_thread
 from kit.text import read_id
@@ -70,19 +72,26 @@ def home(request: SignedInRequest) -> HttpResponse:
 
 
 def _render_home(request: SignedInRequest, form: OperationForm | None = None, status: int = 200) -> HttpResponse:
-    pieces = ContentPiece.objects.filter(author=request.user).select_related("project").order_by("-updated_at")
+    pieces = _made_here(request, ContentPiece).select_related("project").order_by("-updated_at")
     context = {"form": form or DraftForm(), "key": _new_key(), "pieces": pieces[:8]}
     return render(request, "ai_ops/studio.html", context, status=status)
+
+
+def _made_here(request: SignedInRequest, model: type[Model], *, is_shared: bool = True) -> QuerySet[Any]:
+    """What was made in the workspace that the page works in: all of it, or unless it `is_shared` the person's own."""
+    place = place_of(request)
+    here: QuerySet[Any] = model._default_manager.filter(project__workspace=place.workspace)
+    return here if place.is_team and is_shared else here.filter(author=request.user)
 
 
 @require_GET
 @login_required
 def projects(request: SignedInRequest) -> HttpResponse:
     rows = (
-        Project.objects.filter(workspace__owner=request.user)
+        Project.objects.filter(workspace=place_of(request).workspace)
         .annotate(
             piece_count=Count("pieces", distinct=True),
-            chat_count=Count("chats", distinct=True),
+            chat_count=Count("chats", distinct=True, filter=Q(chats__author=request.user)),
             batch_count=Count("image_batches", distinct=True),
         )
         .order_by("name")
@@ -93,11 +102,12 @@ def projects(request: SignedInRequest) -> HttpResponse:
 @require_GET
 @login_required
 def project(request: SignedInRequest, pk: int) -> HttpResponse:
-    row = get_object_or_404(Project, pk=pk, workspace__owner=request.user)
+    row = get_object_or_404(Project, pk=pk, workspace__in=visible_to(request.user.pk))
+    enter(request, row.workspace_id)
     context = {
         "project": row,
-        "page": _page(request, row.pieces.order_by("-updated_at")),
-        "chats": row.chats.order_by("-updated_at")[:PAGE_SIZE],
+        "page": _page(request, row.pieces.select_related("author").order_by("-updated_at")),
+        "chats": row.chats.filter(author=request.user).order_by("-updated_at")[:PAGE_SIZE],
         "batches": row.image_batches.order_by("-id").prefetch_related("images")[:PAGE_SIZE],
     }
     return render(request, "ai_ops/project.html", context)
@@ -116,8 +126,11 @@ def _render_content(
     if content_id is None:
         content_id = _number(form.data.get("content_id"))
     piece = get_object_or_404(
-        ContentPiece.objects.select_related("project", "source"), pk=content_id, author=request.user
+        ContentPiece.objects.select_related("project", "source", "author"),
+        pk=content_id,
+        project__workspace__in=visible_to(request.user.pk),
     )
+    enter(request, piece.project.workspace_id)
     number = pieces.newest_number(piece)
     about = {"content_id": piece.pk, "base_number": number, "body": piece.body}
     forms = {
@@ -136,7 +149,8 @@ def _render_content(
         forms["edit"] = EditForm(initial=about | {"body": body, "base_number": form.data.get("base_number")})
     for name, shown in forms.items():
         shown.auto_id = f"{name}_%s"  # they stand on one page, and share names of fields
-    usages = TokenUsage.objects.filter(content_id=piece.pk, user=request.user).in_bulk()
+    operations_here = TokenUsage.objects.filter(content_id=piece.pk, account=payer.account_of(request))
+    usages = _may_be_read(request, operations_here).in_bulk()
     context = {
         "piece": piece,
         "forms": forms,
@@ -146,12 +160,24 @@ def _render_content(
         ),
         "key": _new_key(),
         "newest_number": number,
-        "versions": [(version, usages.get(version.usage_id or 0)) for version in piece.versions.all()[:50]],
+        "versions": [
+            (version, usages.get(version.usage_id or 0)) for version in piece.versions.select_related("author")[:50]
+        ],
         "derived": piece.derived.order_by("-id")[:20],
         "usages": sorted(usages.values(), key=lambda usage: -usage.pk),
-        "is_running": any(usage.status == TokenUsage.Status.RESERVED for usage in usages.values()),
+        "is_running": operations_here.filter(status=TokenUsage.Status.RESERVED).exists(),
     }
     return render(request, "ai_ops/content.html", context, status=status)
+
+
+def _may_be_read(request: SignedInRequest, usages: QuerySet[TokenUsage]) -> QuerySet[TokenUsage]:
+    """Of a team's operations its owners and admins see all, members what they did themselves."""
+    return usages if place_of(request).manages else usages.filter(user=request.user)
+
+
+def _usage_of(request: SignedInRequest, usage_id: int | None) -> TokenUsage | None:
+    found = TokenUsage.objects.filter(pk=usage_id or 0, account=payer.account_of(request))
+    return _may_be_read(request, found).first()
 
 
 @require_http_methods(["GET", "POST"])
@@ -177,9 +203,11 @@ def save_content(request: SignedInRequest, pk: int) -> HttpResponse:
 @login_required
 def version(request: SignedInRequest, pk: int, number: int) -> HttpResponse:
     row = get_object_or_404(
-        ContentVersion.objects.select_related("piece"), piece_id=pk, number=number, piece__author=request.user
-    )
-    usage = TokenUsage.objects.filter(pk=row.usage_id or 0, user=request.user).first()
+        ContentVersion.objects.select_related("piece__project", "author"), piece_id=pk, number=number,
+        piece__project__workspace__in=visible_to(request.user.pk),
+    )  # fmt: skip
+    enter(request, row.piece.project.workspace_id)
+    usage = _usage_of(request, row.usage_id)
     newest_number = pieces.newest_number(row.piece)
     context = {"version": row, "piece": row.piece, "usage": usage, "newest_number": newest_number}
     return render(request, "ai_ops/version.html", context)
@@ -216,7 +244,11 @@ def _render_chat(
     """A chat, or the page that opens one, beside the list of all."""
     if form is not None:
         chat_id = _number(form.data.get("chat_id"))
-    row = get_object_or_404(Chat, pk=chat_id, author=request.user) if chat_id else None
+    row = None
+    if chat_id:
+        own = Chat.objects.select_related("project").filter(project__workspace__in=visible_to(request.user.pk))
+        row = get_object_or_404(own, pk=chat_id, author=request.user)
+        enter(request, row.project.workspace_id)
     turns = list(row.turns.all()) if row else []
     usages = TokenUsage.objects.in_bulk([turn.usage_id for turn in turns if turn.usage_id])
     last = usages.get(turns[-1].usage_id or 0) if turns else None
@@ -224,7 +256,7 @@ def _render_chat(
     context = {
         "chat": row,
         "turns": [(turn, usages.get(turn.usage_id or 0)) for turn in turns],
-        "chats": Chat.objects.filter(author=request.user).select_related("project").order_by("-updated_at")[:30],
+        "chats": _made_here(request, Chat, is_shared=False).select_related("project").order_by("-updated_at")[:30],
         "form": form or ChatForm(initial={key: value for key, value in initial.items() if value}),
         "key": _new_key(),
         "paid_tokens": sum(usage.billable_tokens for usage in usages.values()),
@@ -244,9 +276,9 @@ def _render_images(request: SignedInRequest, form: Any = None, status: int = 200
     """The gallery, with the forms for an image prompt and for images."""
     prompt_form = form if isinstance(form, ImagePromptForm) else ImagePromptForm()
     prompt_form.auto_id = "id_prompt_%s"  # both forms have a model, a style and a project
-    written = list(ImagePrompt.objects.filter(author=request.user).exclude(text="").order_by("-id")[:5])
+    written = list(_made_here(request, ImagePrompt, is_shared=False).exclude(text="").order_by("-id")[:5])
     usages = TokenUsage.objects.in_bulk([row.usage_id for row in written if row.usage_id])
-    batches = ImageBatch.objects.filter(author=request.user).prefetch_related("images").order_by("-id")
+    batches = _made_here(request, ImageBatch).prefetch_related("images").order_by("-id")
     context = {
         "image_form": form if isinstance(form, ImageForm) else ImageForm(initial=_image_initial(request)),
         "prompt_form": prompt_form,
@@ -261,10 +293,11 @@ def _render_images(request: SignedInRequest, form: Any = None, status: int = 200
 
 def _image_initial(request: SignedInRequest) -> dict[str, Any]:
     """What the form begins with: a description that a model wrote (`?prompt=`), or images made before (`?like=`)."""
-    prompt = ImagePrompt.objects.filter(pk=_number(request.GET.get("prompt")) or 0, author=request.user).first()
+    prompts_here = _made_here(request, ImagePrompt, is_shared=False)
+    prompt = prompts_here.filter(pk=_number(request.GET.get("prompt")) or 0).first()
     if prompt:
         return {"prompt": prompt.text, "style": prompt.style, "project": prompt.project.name}
-    batch = ImageBatch.objects.filter(pk=_number(request.GET.get("like")) or 0, author=request.user).first()
+    batch = _made_here(request, ImageBatch).filter(pk=_number(request.GET.get("like")) or 0).first()
     if batch is None:
         return {}
     usage = TokenUsage.objects.filter(pk=batch.usage_id or 0).first()
@@ -297,9 +330,12 @@ def _image_prices() -> list[dict[str, Any]]:
 @login_required
 def image_batch(request: SignedInRequest, pk: int) -> HttpResponse:
     batch = get_object_or_404(
-        ImageBatch.objects.select_related("project").prefetch_related("images"), pk=pk, author=request.user
+        ImageBatch.objects.select_related("project", "author").prefetch_related("images"),
+        pk=pk,
+        project__workspace__in=visible_to(request.user.pk),
     )
-    usage = TokenUsage.objects.filter(pk=batch.usage_id or 0, user=request.user).first()
+    enter(request, batch.project.workspace_id)
+    usage = _usage_of(request, batch.usage_id)
     style = prompts.IMAGE_STYLES.get(batch.style)
     context = {"batch": batch, "usage": usage, "style": style.label if style and batch.style else ""}
     return render(request, "ai_ops/image_batch.html", context)
@@ -309,8 +345,8 @@ def image_batch(request: SignedInRequest, pk: int) -> HttpResponse:
 @login_required
 @cache_control(private=True, max_age=31_536_000, immutable=True)
 def image_file(request: SignedInRequest, pk: int) -> HttpResponseBase:
-    """The file of an image, to its author alone. It never changes."""
-    image = get_object_or_404(GeneratedImage, pk=pk, batch__author=request.user)
+    """The file of an image, to those alone who may work where it was made. It never changes."""
+    image = get_object_or_404(GeneratedImage, pk=pk, batch__project__workspace__in=visible_to(request.user.pk))
     try:
         return outgoing.send(
             request,
@@ -378,8 +414,11 @@ def quote(request: SignedInRequest, name: str) -> HttpResponse:
     context: dict[str, Any] = {"operation": name}
     if form.is_valid():
         try:
-            ask = form.request.ask(request.user.pk)
-            context["quote"] = operation.quote(user_id=request.user.pk, ask=ask)
+            place = place_of(request)
+            ask = dataclasses.replace(form.request, team_id=place.team_id).ask(request.user.pk)
+            account_id = payer.account_of(request).pk
+            context["quote"] = operation.quote(user_id=request.user.pk, account_id=account_id, ask=ask)
+            context["payer"] = place.workspace.name if place.is_team else ""
         except InsufficientTokens as error:
             context["shortfall_tokens"] = error.missing_tokens
         except REFUSALS as error:
@@ -402,9 +441,13 @@ async def operate(request: SignedInRequest, name: str) -> HttpResponse | Streami
     if not await in_thread(form.is_valid)() or not sending.is_valid():
         message = "" if form.errors else "This form is out of date. Reload the page and try again."
         return await _refuse(request, operation, form, wants_stream, message, 400)
+    try:
+        place = await in_thread(place_of)(request)
+    except PermissionDenied as error:
+        return await _refuse(request, operation, form, wants_stream, str(error), 403)
     events = operation.run(
         user_id=user_id,
-        request=dataclasses.replace(form.request, shown_price=sending.shown_price),
+        request=dataclasses.replace(form.request, shown_price=sending.shown_price, team_id=place.team_id),
         idempotency_key=sending.cleaned_data["idempotency_key"],
     )
     try:
@@ -435,7 +478,8 @@ def outcome(request: SignedInRequest) -> JsonResponse:
     usage = None
     if sending.is_valid():
         key = sending.cleaned_data["idempotency_key"]
-        usage = TokenUsage.objects.filter(account__user=request.user, idempotency_key=key).first()
+        accounts = TokenAccount.objects.filter(workspace__in=visible_to(request.user.pk))
+        usage = TokenUsage.objects.filter(account__in=accounts, user=request.user, idempotency_key=key).first()
     if usage is None:
         return JsonResponse({"state": "unknown"})
     if usage.status == TokenUsage.Status.RESERVED:

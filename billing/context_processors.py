@@ -2,8 +2,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from django.core.exceptions import PermissionDenied
 from django.http import HttpRequest
 
+from accounts.workspaces import place_of, places_of
 from billing import payer
 from billing.catalogue import system_settings
 from billing.models import TokenAccount
@@ -43,10 +45,19 @@ class BalanceBadge:
 
 
 def balance(request: HttpRequest) -> dict[str, Any]:
-    """`balance` for signed-in people, in every template."""
+    """For signed-in people, in every template: `place`, where the page works, its `balance`, and `places`, where they
+    may work."""
     if not getattr(request, "user", None) or not request.user.is_authenticated:
         return {}
-    return {"balance": BalanceBadge.of(payer.account_of(request))}
+    try:
+        place = place_of(request)
+    except PermissionDenied:  # the page that says so has a header, too
+        place = places_of(request)[0]
+    return {
+        "balance": BalanceBadge.of(payer.account_of_workspace(place.workspace)),
+        "place": place,
+        "places": places_of(request),
+    }
 
 
 def unread_notifications(request: HttpRequest) -> dict[str, Any]:

@@ -3,7 +3,8 @@ from typing import Any, cast
 
 from django import forms
 
-from accounts.models import User
+from accounts import teams
+from accounts.models import TeamRole, User, Workspace
 from accounts.profile import ProfileForm
 from billing.catalogue import packages
 from billing.ledger import MAX_TOKENS
@@ -221,6 +222,58 @@ class SettingsForm(ProfileForm):
             # Disabled, the field keeps the account's whatever a browser sends.
             currency.disabled = True
             currency.help_text = reason
+
+
+# --- Teams ----------------------------------------------------------------------------------------------------------
+
+
+class TeamForm(forms.Form):
+    name = forms.CharField(
+        label="Name of the team",
+        max_length=teams.MAX_NAME_LENGTH,
+        help_text="As it stands on quotes and receipts.",
+        widget=forms.TextInput(attrs={"autocomplete": "organization"}),
+    )
+
+
+class TeamReceiptsForm(TeamForm):
+    billing_email = forms.EmailField(
+        label="Receipts go to", required=False, help_text="Empty: to the address that is entered at the payment."
+    )
+
+
+class InvitationForm(forms.Form):
+    email = forms.EmailField(label="E-mail address", widget=forms.EmailInput(attrs={"autocomplete": "off"}))
+    role = forms.ChoiceField(choices=[(TeamRole.MEMBER, "Member"), (TeamRole.ADMIN, "Admin")], initial=TeamRole.MEMBER)
+
+    def __init__(self, *args: Any, may_invite_admins: bool, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not may_invite_admins:
+            self.fields["role"].choices = [(TeamRole.MEMBER, "Member")]  # type: ignore[attr-defined]
+
+
+class HandOverForm(forms.Form):
+    receiver = forms.ModelChoiceField(label="New owner", queryset=User.objects.none(), empty_label="Choose a member")
+
+    def __init__(self, *args: Any, workspace: Workspace, owner: User, **options: Any) -> None:
+        super().__init__(*args, **options)
+        others = User.objects.filter(memberships__workspace=workspace, is_active=True).exclude(pk=owner.pk)
+        self.fields["receiver"].queryset = others.order_by("email")  # type: ignore[attr-defined]
+
+
+class CloseTeamForm(forms.Form):
+    typed_name = forms.CharField(
+        label="Type the name of the team", widget=forms.TextInput(attrs={"autocomplete": "off"})
+    )
+
+    def __init__(self, *args: Any, name: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.name = name
+
+    def clean_typed_name(self) -> str:
+        if self.cleaned_data["typed_name"] != self.name:
+            raise forms.ValidationError(f"That is not it. Type “{self.name}” to go on.")
+        return self.name
 
 
 # --- The dashboard --------------------------------------------------------------------------------------------------

@@ -377,6 +377,7 @@ CELERY_TASK_ROUTES = {
     "billing.tasks.resume_refunds": {"queue": "payments"},
     "billing.tasks.sweep_auto_recharges": {"queue": "payments"},
     "billing.tasks.sweep_purchases": {"queue": "payments"},
+    "accounts.tasks.send_invitations": {"queue": "mail"},
     "billing.tasks.send_notifications": {"queue": "mail"},
     "billing.tasks.weekly_summary": {"queue": "mail"},
     "ai_ops.tasks.sweep_content": {"queue": "slow"},
@@ -411,6 +412,7 @@ CELERY_BEAT_SCHEDULE = {
         "schedule": crontab(minute=37, hour=3),
         "args": [35],
     },
+    "mail invitations that were not mailed yet": {"task": "accounts.tasks.send_invitations", "schedule": 60.0},
     "close grant requests that nobody decided": {"task": "billing.tasks.expire_grant_requests", "schedule": 3_600.0},
     "go on with bulk actions": {"task": "billing.tasks.sweep_bulk_jobs", "schedule": 60.0},
     "add up finished hours for the dashboard": {

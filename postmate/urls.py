@@ -12,7 +12,7 @@ import billing.views.live
 import billing.views.settings
 from accounts.permissions import may_enter_django_admin, superadmin_required
 from billing import dashboard
-from billing.views import history, notifications, tokens, webhook
+from billing.views import history, notifications, team, tokens, webhook
 from postmate.api import api_urls, docs_urlpatterns
 from postmate.web import views
 
@@ -64,6 +64,22 @@ tokens_urls = [
     path("notifications/bell/", notifications.bell, name="bell"),
     path("notifications/read/", notifications.mark_all_read, name="notifications_read"),
     path("notifications/settings/", notifications.settings, name="notification_settings"),
+]
+
+team_urls = [
+    path("", team.home, name="home"),
+    path("new/", team.found, name="found"),
+    path("switch/", team.switch, name="switch"),
+    path("join/<str:token>/", team.join, name="join"),
+    path("<int:workspace_id>/", team.members, name="members"),
+    path("<int:workspace_id>/enter/", team.enter_team, name="enter"),
+    path("<int:workspace_id>/invitations/", team.invite, name="invite"),
+    path("<int:workspace_id>/invitations/<int:pk>/revoke/", team.revoke, name="revoke"),
+    path("<int:workspace_id>/members/<int:user_id>/role/", team.role, name="role"),
+    path("<int:workspace_id>/members/<int:user_id>/remove/", team.remove, name="remove"),
+    path("<int:workspace_id>/hand-over/", team.hand_over, name="hand-over"),
+    path("<int:workspace_id>/settings/", team.settings, name="settings"),
+    path("<int:workspace_id>/close/", team.close, name="close"),
 ]
 
 # Above Django admin, whose prefix it shares.
@@ -122,6 +138,7 @@ urlpatterns = [
     path("accounts/", include("allauth.urls")),
     path("studio/", include((studio_urls, "studio"))),
     path("tokens/", include((tokens_urls, "tokens"))),
+    path("team/", include((team_urls, "team"))),
     path("live/", include((live_urls, "live"))),
     path("stripe/webhook/", webhook.stripe_webhook, name="stripe-webhook"),
     path("api/v1/", api_urls),

@@ -27,10 +27,10 @@ from django.urls import URLPattern, URLResolver, get_resolver, reverse
 from django.utils import timezone
 
 from accounts import api_keys
-from accounts.models import ApiKey, ChangeRequest, Membership, User, Workspace
+from accounts.models import ApiKey, ChangeRequest, Invitation, Membership, User, Workspace
 from ai_ops.models import Chat, ChatTurn, ContentPiece, ContentVersion, GeneratedImage, ImageBatch, Project
 from billing import ledger
-from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenUsage
+from billing.models import BulkJob, Drift, Purchase, StripeEvent, TokenAccount, TokenUsage
 from billing.staff import grants
 from tests.conftest import MakeUser
 from tests.environment import BILLING_SECRET
@@ -139,6 +139,19 @@ ROUTES: dict[str, tuple[str, str]] = {
     "studio/projects/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
     "studio/projects/<int:pk>/": ("login 200 404 404 404 login", "405 405 405 405 405 405"),
     "studio/quote/<slug:name>/": ("405 405 405 405 405 405", "login 200 200 200 200 login"),
+    "team/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
+    "team/<int:workspace_id>/": ("login 200 403 403 403 login", "405 405 405 405 405 405"),
+    "team/<int:workspace_id>/close/": ("login 200 403 403 403 login", "login 200 403 403 403 login"),
+    "team/<int:workspace_id>/enter/": ("login 302 403 403 403 login", "405 405 405 405 405 405"),
+    "team/<int:workspace_id>/hand-over/": ("405 405 405 405 405 405", "login 302 403 403 403 login"),
+    "team/<int:workspace_id>/invitations/": ("405 405 405 405 405 405", "login 400 403 403 403 login"),
+    "team/<int:workspace_id>/invitations/<int:pk>/revoke/": ("405 405 405 405 405 405", "login 302 403 403 403 login"),
+    "team/<int:workspace_id>/members/<int:user_id>/remove/": ("login 200 403 403 403 login", "login 302 403 403 403 login"),
+    "team/<int:workspace_id>/members/<int:user_id>/role/": ("405 405 405 405 405 405", "login 400 403 403 403 login"),
+    "team/<int:workspace_id>/settings/": ("login 200 403 403 403 login", "login 200 403 403 403 login"),
+    "team/join/<str:token>/": ("login 404 404 404 404 login", "login 404 404 404 404 login"),
+    "team/new/": ("login 200 200 200 200 login", "login 200 200 200 200 login"),
+    "team/switch/": ("405 405 405 405 405 405", "login 403 403 403 403 login"),
     "tokens/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
     "tokens/auto-recharge/": ("405 405 405 405 405 405", "login 400 400 400 400 login"),
     "tokens/balance/": ("401 200 200 200 200 401", "405 405 405 405 405 405"),
@@ -160,6 +173,64 @@ ROUTES: dict[str, tuple[str, str]] = {
     "tokens/usage/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
     "tokens/usage/<int:pk>/": ("login 200 404 404 404 login", "405 405 405 405 405 405"),
     "tokens/usage/log/": ("login 200 200 200 200 login", "405 405 405 405 405 405"),
+}
+# fmt: on
+
+
+# What a team's roles open, at addresses that are about a workspace: all others ask for the platform's roles alone. The
+# things are Bob's, a member's; the superadmin is in no team. One cell for each of TEAM_ROLES.
+TEAM_ROLES = ("team owner", "team admin", "member", "its author", "superadmin")
+ABOUT_WORKSPACES = ("team/", "studio/", "tokens/")
+# fmt: off
+TEAM_ROUTES: dict[str, tuple[str, str]] = {
+    "studio/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "studio/chats/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "studio/chats/<int:pk>/": ("404 404 404 200 404", "405 405 405 405 405"),
+    "studio/content/<int:pk>/": ("200 200 200 200 404", "405 405 405 405 405"),
+    "studio/content/<int:pk>/save/": ("302 302 302 302 302", "400 400 400 400 404"),
+    "studio/content/<int:pk>/versions/<int:number>/": ("200 200 200 200 404", "405 405 405 405 405"),
+    "studio/content/<int:pk>/versions/<int:number>/restore/": ("302 302 302 302 302", "302 302 302 302 404"),
+    "studio/images/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "studio/images/<int:pk>/": ("200 200 200 200 404", "405 405 405 405 405"),
+    "studio/images/files/<int:pk>/": ("200 200 200 200 404", "405 405 405 405 405"),
+    "studio/outcome/": ("200 200 200 200 200", "405 405 405 405 405"),
+    "studio/projects/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "studio/projects/<int:pk>/": ("200 200 200 200 404", "405 405 405 405 405"),
+    "studio/quote/<slug:name>/": ("405 405 405 405 405", "200 200 200 200 200"),
+    "team/": ("200 200 200 200 200", "405 405 405 405 405"),
+    "team/<int:workspace_id>/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "team/<int:workspace_id>/close/": ("200 403 403 403 403", "200 403 403 403 403"),
+    "team/<int:workspace_id>/enter/": ("302 302 302 302 403", "405 405 405 405 405"),
+    "team/<int:workspace_id>/hand-over/": ("405 405 405 405 405", "302 403 403 403 403"),
+    "team/<int:workspace_id>/invitations/": ("405 405 405 405 405", "400 400 403 403 403"),
+    "team/<int:workspace_id>/invitations/<int:pk>/revoke/": ("405 405 405 405 405", "302 302 403 403 403"),
+    "team/<int:workspace_id>/members/<int:user_id>/remove/": ("200 200 403 200 403", "302 302 403 302 403"),
+    "team/<int:workspace_id>/members/<int:user_id>/role/": ("405 405 405 405 405", "400 403 403 403 403"),
+    "team/<int:workspace_id>/settings/": ("200 200 403 403 403", "200 200 403 403 403"),
+    "team/join/<str:token>/": ("404 404 404 404 404", "404 404 404 404 404"),
+    "team/new/": ("200 200 200 200 200", "200 200 200 200 200"),
+    "team/switch/": ("405 405 405 405 405", "403 403 403 403 403"),
+    "tokens/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "tokens/auto-recharge/": ("405 405 405 405 405", "400 400 403 403 403"),
+    "tokens/balance/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "tokens/cancelled/<int:pk>/": ("200 200 403 403 404", "405 405 405 405 405"),
+    "tokens/card/": ("302 302 403 403 403", "302 302 403 403 403"),
+    "tokens/checkout/": ("405 405 405 405 405", "400 400 403 403 403"),
+    "tokens/confirm/<int:pk>/": ("404 404 404 404 404", "404 404 404 404 404"),
+    "tokens/export.csv": ("200 200 403 403 403", "405 405 405 405 405"),
+    "tokens/history/": ("200 200 403 403 403", "405 405 405 405 405"),
+    "tokens/notifications/": ("200 200 200 200 200", "405 405 405 405 405"),
+    "tokens/notifications/bell/": ("200 200 200 200 200", "405 405 405 405 405"),
+    "tokens/notifications/read/": ("405 405 405 405 405", "302 302 302 302 302"),
+    "tokens/notifications/settings/": ("200 200 200 200 200", "302 302 302 302 302"),
+    "tokens/price/": ("200 200 200 200 200", "405 405 405 405 405"),
+    "tokens/receipts/<int:pk>.pdf": ("404 404 404 404 404", "405 405 405 405 405"),
+    "tokens/statements/": ("200 200 403 403 403", "405 405 405 405 405"),
+    "tokens/statements/(?P<year>[0-9]{4})-(?P<month>[0-9]{2})\\.pdf$": ("200 200 403 403 403", "405 405 405 405 405"),
+    "tokens/success/<int:pk>/": ("200 200 403 403 404", "405 405 405 405 405"),
+    "tokens/usage/": ("200 200 200 200 403", "405 405 405 405 405"),
+    "tokens/usage/<int:pk>/": ("200 200 404 200 404", "405 405 405 405 405"),
+    "tokens/usage/log/": ("200 200 200 200 403", "405 405 405 405 405"),
 }
 # fmt: on
 
@@ -187,9 +258,10 @@ def things(alice: User) -> dict[str, dict[str, Any]]:
     return make_things(alice, "Hello")
 
 
-def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
-    """A row of Alice's for every address that names one: the arguments by the beginning of the address."""
-    account = ledger.get_account(user_id=alice.pk)
+def make_things(alice: User, text: str, *, account: TokenAccount | None = None) -> dict[str, dict[str, Any]]:
+    """A row of Alice's for every address that names one: the arguments by the beginning of the address. With `account`
+    they are in its team."""
+    account = account or ledger.get_account(user_id=alice.pk)
     project = Project.objects.create(workspace=account.workspace, name=text)
     piece = ContentPiece.objects.create(project=project, author=alice, title=text, topic=text, body=text)
     ContentVersion.objects.create(piece=piece, number=1, body=text, origin="edit")
@@ -201,7 +273,8 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
     image = GeneratedImage(batch=batch, position=1, media_type="image/png")
     image.file.save("fox.png", ContentFile(b"\x89PNG"))
     posting = ledger.reserve_tokens(
-        user_id=alice.pk,
+        account_id=account.pk,
+        actor_id=alice.pk,
         tokens=5,
         operation=ledger.Operation("chat", "openai", "gpt-6-luna", fixed_cost_tokens=5),
         idempotency_key="alices",
@@ -223,8 +296,12 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         kind="role", subject=alice, changes={"role": "admin"}, reason=text, requested_by=asker,
         expires_at=timezone.now() + timedelta(days=1),
     )  # fmt: skip
-    team = Workspace.objects.create(kind="team", name="Team")
-    Membership.objects.create(workspace=team, user=alice, role="owner")
+    team = account.workspace if account.user_id is None else Workspace.objects.create(kind="team", name=text)
+    Membership.objects.get_or_create(workspace=team, user=alice, defaults={"role": "owner"})
+    invitation = Invitation.objects.create(
+        workspace=team, email="x@example.com", role="member", invited_by=alice,
+        expires_at=timezone.now() + timedelta(days=1),
+    )  # fmt: skip
     team_account = ledger.open_team_account(workspace_id=team.pk)
     job = BulkJob.objects.create(kind="export", filters={}, requested_by=asker, request_key="job")
     own: dict[str, dict[str, Any]] = {
@@ -238,6 +315,7 @@ def make_things(alice: User, text: str) -> dict[str, dict[str, Any]]:
         "tokens/usage/": {"pk": posting.usage_id},
         "tokens/statements/": {"year": f"{date.today():%Y}", "month": f"{date.today():%m}"},  # noqa: DTZ011
         "tokens/": {"pk": purchase.pk},
+        "team/": {"workspace_id": team.pk, "user_id": alice.pk, "pk": invitation.pk, "token": "x"},
         "accounts/api-keys/": {"pk": key.pk},
         "accounts/": {"key": "x", "uidb36": "1", "key_": "x"},
         "admin/tokens/": {"user_id": alice.pk, "pk": account.pk, "account_id": team_account.pk},
@@ -419,8 +497,50 @@ def test_what_people_write_is_text_on_every_page(make_user: MakeUser, susan: Use
     assert shown >= 10  # and it was there to be shown
 
 
+def test_every_role_of_a_team_opens_what_it_should(bob: User, susan: User, make_user: MakeUser) -> None:
+    """Row 96: the platform's roles and a team's open nothing of each other. A new address about workspaces needs a
+    line in TEAM_ROUTES."""
+    team = Workspace.objects.create(kind="team", name="Acme")
+    people = {"team owner": make_user("olga"), "team admin": make_user("tina"), "member": make_user("mia")}
+    people |= {"its author": bob, "superadmin": susan}
+    for name, role in {
+        "team owner": "owner",
+        "team admin": "admin",
+        "member": "member",
+        "its author": "member",
+    }.items():
+        Membership.objects.create(workspace=team, user=people[name], role=role)
+    account = ledger.open_team_account(workspace_id=team.pk)
+    ledger.add_tokens(account_id=account.pk, tokens=99, type="bonus", description="Test", idempotency_key="test")
+    own = make_things(bob, "Hello", account=account)
+    cookies = {}
+    for role, person in people.items():
+        client = Client()
+        client.force_login(person)
+        cookies[role] = client.cookies.output(header="", sep=";")
+
+    def ask(method: str, path: str) -> str:
+        cells = []
+        for role in TEAM_ROLES:
+            savepoint, client = transaction.savepoint(), Client()
+            client.cookies = SimpleCookie(cookies[role])
+            response = client.generic(method, f"{path}?workspace={team.pk}", content_type=_FORM)
+            transaction.savepoint_rollback(savepoint)
+            cells.append(outcome(response))
+        return " ".join(cells)
+
+    wrong = []
+    for address, _ in routes():
+        if address.startswith(ABOUT_WORKSPACES):
+            path = path_of(address, own)
+            actual = (ask("GET", path), ask("POST", path))
+            if TEAM_ROUTES.get(address) != actual:
+                wrong.append(f"    {json.dumps(address)}: ({json.dumps(actual[0])}, {json.dumps(actual[1])}),")
+    assert not wrong, "TEAM_ROUTES says otherwise, or nothing, of these:\n" + "\n".join(wrong)
+
+
 def test_no_line_is_left_over() -> None:
-    assert set(ROUTES) <= {address for address, _ in routes()}
+    assert set(ROUTES) | set(TEAM_ROUTES) <= {address for address, _ in routes()}
 
 
 def test_every_role_has_a_cell() -> None:

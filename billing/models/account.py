@@ -56,6 +56,8 @@ class TokenAccount(models.Model):
     DEBT = "debt"
     # The `status_reason` of an account that is blocked for ever, since nobody knows any more whose it was.
     ANONYMISED = "anonymised"
+    # Of a team's account that was closed with it.
+    CLOSED = "closed with its team"
 
     # Who may buy, themselves or by auto-recharge: a person's block or suspension ends it, a debt is paid by it.
     MAY_BUY = Q(status=AccountStatus.ACTIVE) | Q(status=AccountStatus.SUSPENDED, status_reason=DEBT)

@@ -374,8 +374,7 @@ def _tell(account: TokenAccount, *, kind: Kind, title: str, link: str, **message
     it is and the link takes there."""
     if account.user_id is None:
         title = f"{account.workspace.name}: {title}"
-        path, _, section = link.partition("#")
-        link = f"{path}?workspace={account.workspace_id}" + (f"#{section}" if section else "")
+        link = reverse("team:enter", args=[account.workspace_id], query={"next": link})
     told = [account.user_id] if account.user_id else teams.manager_ids(account.workspace)
     for user_id in told:
         notify(user_id=user_id, kind=kind, title=title, link=link, **message)

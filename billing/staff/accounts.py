@@ -23,7 +23,7 @@ from kit.refusal import Refusal
 from kit.text import one_line, read_id
 
 MAX_REASON_LENGTH = 200
-RESERVED_REASONS = (TokenAccount.DEBT, TokenAccount.ANONYMISED)
+RESERVED_REASONS = (TokenAccount.DEBT, TokenAccount.ANONYMISED, TokenAccount.CLOSED)
 HIGH_BALANCE_FACTOR = 100  # of the low balance: 100,000 tokens by default
 
 Band = Literal["debt", "critical", "low", "healthy", "high"]
@@ -93,8 +93,13 @@ def _set_status(superadmin: User, payer: Party, status: Status, reason: str) -> 
         account = TokenAccount.objects.select_for_update().filter(**payer.of_account).first()
         if account is None:
             raise StatusNotPossible("There is no such token account.")
-        if account.status_reason == TokenAccount.ANONYMISED:
-            raise StatusNotPossible("This account was anonymised and stays blocked for ever.")
+        if account.status_reason in (TokenAccount.ANONYMISED, TokenAccount.CLOSED):
+            raise StatusNotPossible(f"This account was {account.status_reason} and stays blocked for ever.")
+        if status == Status.BLOCKED and account.user_id is not None:
+            try:
+                teams.require_no_last_owner(user_id=account.user_id, who="They are")
+            except teams.TeamError as error:
+                raise StatusNotPossible(error.message) from error
         before = {"status": account.status, "status_reason": account.status_reason}
         kept_reason = reason
         if status == Status.ACTIVE:

@@ -364,8 +364,8 @@ def give_waiting_bonus(*, admin: User, user_id: int) -> TokenAccount:
 
 def _carry_out(request: GrantRequest, *, by: User, action: Action) -> GrantRequest:
     """Move the tokens, close the request, tell the user: all in the caller's transaction, so all of it or nothing."""
-    if request.account.status_reason == TokenAccount.ANONYMISED:
-        raise GrantNotPossible("This account was anonymised: nobody can use its tokens.")
+    if request.account.status_reason in (TokenAccount.ANONYMISED, TokenAccount.CLOSED):
+        raise GrantNotPossible(f"This account was {request.account.status_reason}: nobody can use its tokens.")
     entry: dict[str, Any] = {
         "account_id": request.account_id,
         "tokens": request.tokens,

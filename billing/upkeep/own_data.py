@@ -81,6 +81,10 @@ def list_tables(user: User) -> dict[str, tuple[tuple[str, ...], Iterator[Row]]]:
     tables = {
         "ledger": (TokenTransaction.objects.filter(account__user=user).order_by("sequence"), ENTRY_FIELDS),
         "usage": (TokenUsage.objects.filter(account__user=user).order_by("created_at", "id"), USAGE_FIELDS),
+        "team-usage": (
+            TokenUsage.objects.filter(user=user, account__workspace__memberships__user=user).order_by("id"),
+            USAGE_FIELDS,
+        ),
         "purchases": (Purchase.objects.filter(account__user=user).order_by("id"), PURCHASE_FIELDS),
         "refunds-and-disputes": (PaymentReversal.objects.filter(purchase__user=user).order_by("id"), REVERSAL_FIELDS),
         "notifications": (Notification.objects.filter(user=user).order_by("id"), NOTIFICATION_FIELDS),

@@ -10,9 +10,10 @@ from datetime import UTC, date, datetime, timedelta
 from typing import Any, Literal, TypeAlias
 
 from django.contrib.postgres.fields import ArrayField
-from django.db.models import Avg, Count, DateTimeField, F, Func, IntegerField, Q, Sum, Value
+from django.db.models import Avg, Count, DateTimeField, F, Func, IntegerField, Max, Q, Sum, Value
 from django.utils import timezone
 
+from accounts.models import User
 from billing import usage
 from billing.models import TokenAccount, TokenUsage
 from kit.periods import add_months, midnight
@@ -27,6 +28,7 @@ MAX_AVERAGED_OPERATIONS = 1_000
 MIN_AVERAGED_OPERATIONS = 3
 MAX_PACE_OPERATIONS = 50_000
 PACE_DAYS = 30
+ACTIVE_DAYS = 90
 
 # Where hardly anybody has run such an operation yet: rough figures, to be shown as such.
 DEFAULT_TOKENS = {
@@ -39,7 +41,7 @@ DEFAULT_TOKENS = {
 }
 
 BucketName: TypeAlias = Literal["hour", "day", "week", "month"]
-Dimension: TypeAlias = Literal["operation", "model", "project"]
+Dimension: TypeAlias = Literal["operation", "model", "project", "member"]
 
 # How long a span each bucket is offered for, in days: from where it tells something to where bars become hairs.
 BUCKET_DAYS: dict[BucketName, tuple[int, int]] = {
@@ -53,6 +55,7 @@ _DIMENSION_FIELDS: dict[Dimension, tuple[str, ...]] = {
     "operation": ("operation_type",),
     "model": ("provider", "model"),
     "project": ("project_id",),
+    "member": ("user_id",),
 }
 _Status = TokenUsage.Status
 _CHARGED = Q(status=_Status.SUCCEEDED, is_free=False)
@@ -126,16 +129,17 @@ class UsageGroup:
     provider: str
     model: str
     project_id: int | None
+    user_id: int
     figures: Figures
 
     def key(self, dimension: Dimension) -> Any:
-        """What it is by that dimension: an operation type, (provider, model), or a project's id."""
+        """What it is by that dimension: an operation type, (provider, model), or the id of a project or a person."""
         return _key(dimension, {name: getattr(self, name) for name in _DIMENSION_FIELDS[dimension]})
 
 
 def usage_groups(*, account_id: int, actor_id: int | None = None, since: datetime, until: datetime) -> list[UsageGroup]:
-    """The sums of `usage_totals`, for each combination of operation, model and project."""
-    fields = ("operation_type", "provider", "model", "project_id")
+    """The sums of `usage_totals`, for each combination of operation, model, project and person."""
+    fields = ("operation_type", "provider", "model", "project_id", "user_id")
     rows = _operations(account_id, actor_id, since, until).order_by().values(*fields).annotate(**_SUMS)
     return [UsageGroup(**{name: row[name] for name in fields}, figures=_figures(row)) for row in rows]
 
@@ -163,6 +167,35 @@ def usage_over_time(
 def _key(dimension: Dimension, row: dict[str, Any]) -> Any:
     values = tuple(row[name] for name in _DIMENSION_FIELDS[dimension])
     return values if len(values) > 1 else values[0]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberUse:
+    """What somebody did of what a team paid for."""
+
+    user: User
+    month_tokens: int  # since the first of the month, in the current time zone; holds that run count as nothing yet
+    last_active_at: datetime  # within the last 90 days
+
+
+def use_by_member(*, account_id: int) -> dict[int, MemberUse]:
+    """By their id, each person who used the account within the last 90 days, also who is in the team no more."""
+    month_began_at = midnight(timezone.localdate().replace(day=1))
+    rows = (
+        usage.operations_of(account_id)
+        .filter(created_at__gt=timezone.now() - timedelta(days=ACTIVE_DAYS))
+        .order_by()
+        .values("user_id")
+        .annotate(
+            month_tokens=Sum("billable_tokens", filter=Q(created_at__gte=month_began_at), default=0),
+            last_active_at=Max("created_at"),
+        )
+    )
+    found = {row["user_id"]: row for row in rows}
+    return {
+        pk: MemberUse(user, int(found[pk]["month_tokens"]), found[pk]["last_active_at"])
+        for pk, user in User.objects.in_bulk(list(found)).items()
+    }
 
 
 # --- Spans ----------------------------------------------------------------------------------------------------------

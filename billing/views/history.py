@@ -20,6 +20,7 @@ ENTRIES_PER_PAGE = 25
 
 @require_GET
 @login_required
+@payer.manager_required
 def home(request: SignedInRequest) -> HttpResponse:
     """Any part of the person's ledger. The address says which; an invalid filter is answered with its error."""
     order = request.GET.get("sort", "")
@@ -56,6 +57,7 @@ def home(request: SignedInRequest) -> HttpResponse:
 @require_GET
 @login_required
 @outgoing.limited
+@payer.manager_required
 def export(request: SignedInRequest) -> HttpResponseBase:
     """What the history shows for the same query, all of it, as a file."""
     wanted = TransactionFilter(request.GET, account_id=payer.account_of(request).pk)
@@ -67,6 +69,7 @@ def export(request: SignedInRequest) -> HttpResponseBase:
 
 @require_GET
 @login_required
+@payer.manager_required
 def statement_list(request: SignedInRequest) -> HttpResponse:
     months = statements.list_months(account_id=payer.account_of(request).pk)
     return render(request, "billing/statements.html", {"months": months, "today": timezone.localdate()})
@@ -75,6 +78,7 @@ def statement_list(request: SignedInRequest) -> HttpResponse:
 @require_GET
 @login_required
 @outgoing.limited
+@payer.manager_required
 def statement(request: SignedInRequest, year: str, month: str) -> HttpResponse:
     try:
         account = payer.account_of(request)

@@ -9,8 +9,9 @@ from allauth.account.models import EmailAddress
 from django.conf import settings
 from django.contrib import messages
 from django.contrib.auth.decorators import login_required
-from django.core.exceptions import ValidationError
+from django.core.exceptions import PermissionDenied, ValidationError
 from django.db import transaction
+from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.middleware.csrf import get_token
 from django.shortcuts import get_object_or_404, redirect, render
@@ -18,6 +19,7 @@ from django.urls import reverse
 from django.views.decorators.http import require_GET, require_http_methods, require_POST
 
 from accounts.permissions import SignedInRequest
+from accounts.workspaces import enter, place_of, visible_to
 from billing import history, payer
 from billing.catalogue import packages, system_settings
 from billing.forms import AmountForm, AutoRechargeForm, CheckoutForm, ConfirmForm
@@ -54,6 +56,8 @@ def _render_home(
     status: int = 200,
 ) -> HttpResponse:
     account = payer.account_of(request)
+    if not place_of(request).manages:
+        return render(request, "billing/tokens_of_member.html", {"account": account}, status=status)
     currencies = [account.currency] if why_currency_is_fixed(account) else packages.list_currencies()
     asked_currency = request.POST.get("currency") or request.GET.get("currency", account.currency)
     currency = asked_currency if asked_currency in currencies else next(iter(currencies), Currency.USD)
@@ -101,11 +105,13 @@ def _contact_address() -> str:
 @require_GET
 def balance(request: HttpRequest) -> HttpResponse:
     """The badge in the header, for pages whose live stream is down; and a token for the forms of a page that a sign-in
-    elsewhere has outdated: no script can read it from the cookie."""
+    elsewhere has outdated: no script can read it from the cookie. X-Reader says who is signed in by now."""
     if not request.user.is_authenticated:
         return HttpResponse(status=401)  # a redirect would bring the sign-in page into the header
+    place_of(request)  # refused to who is in the workspace no more
     response = render(request, "billing/_balance.html")
     response["X-CSRFToken"] = get_token(request)
+    response["X-Reader"] = str(request.user.pk)
     return response
 
 
@@ -126,6 +132,7 @@ def price(request: SignedInRequest) -> HttpResponse:
 
 @require_POST
 @login_required
+@payer.manager_required
 def checkout(request: SignedInRequest) -> HttpResponse:
     form = CheckoutForm(request.POST)
     if not form.is_valid():
@@ -180,12 +187,8 @@ def cancelled(request: SignedInRequest, pk: int) -> HttpResponse:
 @outgoing.limited
 def receipt(request: SignedInRequest, pk: int) -> HttpResponse:
     """Our receipt for a paid purchase, as a PDF."""
-    purchase = get_object_or_404(
-        Purchase.objects.select_related("user", "account__workspace"),
-        pk=pk,
-        account=payer.account_of(request),
-        state=Purchase.State.PAID,
-    )
+    paid = Purchase.objects.select_related("user", "account__workspace").filter(state=Purchase.State.PAID)
+    purchase = _purchase_here(request, paid, pk)
     if purchase.receipt_number is None:  # paid before receipts had numbers
         with transaction.atomic():
             purchases.number_receipt(purchase)
@@ -197,7 +200,16 @@ def receipt(request: SignedInRequest, pk: int) -> HttpResponse:
 
 
 def _own_purchase(request: SignedInRequest, pk: int) -> Purchase:
-    return purchases.refresh_from_stripe(get_object_or_404(Purchase, pk=pk, account=payer.account_of(request)))
+    return purchases.refresh_from_stripe(_purchase_here(request, Purchase.objects.all(), pk))
+
+
+def _purchase_here(request: SignedInRequest, purchases_of_a_kind: QuerySet[Purchase], pk: int) -> Purchase:
+    """The purchase, and its workspace entered, of which it is: Stripe and mails lead here, wherever somebody works."""
+    visible = purchases_of_a_kind.filter(workspace__in=visible_to(request.user.pk))
+    purchase = get_object_or_404(visible, pk=pk)
+    if not enter(request, purchase.workspace_id).manages:
+        raise PermissionDenied
+    return purchase
 
 
 # --- Auto-recharge --------------------------------------------------------------------------------------------------
@@ -215,6 +227,7 @@ def _require_password(request: SignedInRequest) -> None:
 
 @require_POST
 @login_required
+@payer.manager_required
 def auto_recharge(request: SignedInRequest) -> HttpResponse:
     account = payer.account_of(request)
     form = AutoRechargeForm(request.POST, account=account)
@@ -237,6 +250,7 @@ def auto_recharge(request: SignedInRequest) -> HttpResponse:
 
 @require_http_methods(["GET", "POST"])
 @login_required
+@payer.manager_required
 def card(request: SignedInRequest) -> HttpResponse:
     """POST leads to Stripe's page where the saved card is changed or removed; GET is where that page leads back."""
     if request.method == "GET":
@@ -271,7 +285,7 @@ def card(request: SignedInRequest) -> HttpResponse:
 @login_required
 def confirm(request: SignedInRequest, pk: int) -> HttpResponse:
     """An auto-recharge whose bank wants to see the card's owner. POST leads to the bank; GET says what Stripe says."""
-    purchase = get_object_or_404(Purchase, pk=pk, account=payer.account_of(request), kind=Purchase.Kind.AUTO_RECHARGE)
+    purchase = _purchase_here(request, Purchase.objects.filter(kind=Purchase.Kind.AUTO_RECHARGE), pk)
     if request.method == "GET":
         context = {"purchase": confirmation.refresh_from_stripe(purchase), "confirm_key": uuid4().hex}
         return render(request, "billing/confirm_payment.html", context)

@@ -171,7 +171,7 @@
 
   // ---- signed out while a page is open: what was typed stays, and goes on after a sign-in in another tab -------------
   const [SAME, OTHER, NOBODY, UNKNOWN] = ["same", "other", "nobody", "unknown"];
-  const reader = document.querySelector("#balance .balance")?.dataset.account;
+  const reader = document.body.dataset.reader;
   let signIn = document.body.dataset.signIn; // which one this page belongs to: forms of another are refused
   const SIGN_IN_TAB = "sign-in"; // it is closed again as soon as somebody has signed in there
   let signInTab = null;
@@ -181,8 +181,7 @@
     const response = await fetch("/tokens/balance/", { credentials: "same-origin" }).catch(() => null);
     if (response?.status === 401) return NOBODY;
     if (!response?.ok) return UNKNOWN;
-    const page = new DOMParser().parseFromString(await response.text(), "text/html");
-    if (page.querySelector(".balance")?.dataset.account !== reader) return OTHER;
+    if (response.headers.get("X-Reader") !== reader) return OTHER;
     const token = response.headers.get("X-CSRFToken");
     document.querySelectorAll("input[name=csrfmiddlewaretoken]").forEach((input) => {
       if (token) input.value = token;

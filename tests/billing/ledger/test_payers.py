@@ -190,7 +190,7 @@ def test_a_team_buys_with_its_own_card(
     # Those are told who look after the team, with its name and the way into it.
     told = Notification.objects.get(kind="purchase_confirmed")
     assert (told.user_id, told.title.partition(":")[0]) == (alice.pk, "Acme")
-    assert f"workspace={acme.workspace_id}" in told.link
+    assert told.link.startswith(f"/team/{acme.workspace_id}/enter/?next=%2Ftokens%2F")
 
     recharge_settings.update_auto_recharge(
         account_id=acme.pk, enabled=True, threshold_tokens=package.tokens, package_id=package.pk
