@@ -1067,6 +1067,11 @@ class Account:
             raise invalid(message, "customer")
         if "customer" in params:
             self.load("customer", params["customer"], "customer")
+        asks_for_tax_id = params.get("tax_id_collection", {}).get("enabled") and "customer" in params
+        if asks_for_tax_id and params.get("customer_update", {}).get("name") != "auto":
+            # As Stripe: whose customer is given must let it keep the name.
+            message = "Tax ID collection requires updating the customer's name: set `customer_update[name]` to `auto`."
+            raise invalid(message, "customer_update[name]")
         expires_at = params.get("expires_at", now() + DAY_SECONDS)
         if not now() + SHORTEST_SESSION_SECONDS - 60 <= expires_at <= now() + DAY_SECONDS + 60:
             raise invalid("`expires_at` must be between 30 minutes and 24 hours from now.", "expires_at")
@@ -1159,6 +1164,13 @@ class Account:
         self.apply_promotion(session, form.get("promotion_code", "").strip().upper())
         details = {"email": form.get("email") or None, "name": form.get("name") or None, "phone": None}
         session["customer_details"] = details | {"address": None, "tax_exempt": "none", "tax_ids": []}
+        if session.get("billing_address_collection") == "required":
+            names = ("line1", "line2", "postal_code", "city", "state", "country")
+            session["customer_details"]["address"] = {name: form.get(name) or None for name in names}
+        if session.get("tax_id_collection", {}).get("enabled"):
+            company, number = form.get("company", "").strip(), form.get("tax_id", "").strip()
+            session["customer_details"]["business_name"] = company or None
+            session["customer_details"]["tax_ids"] = [{"type": "eu_vat", "value": number}] if number else []
         if session["mode"] == "payment" and session["amount_total"] == 0:
             return self.complete_session(session, "no_payment_required")
         method = self.method_from_form(form)

@@ -142,6 +142,14 @@ def checkout(session: Object, items: list[Object], email: str, cards: Iterable[A
         if session.get("allow_promotion_codes")
         else ""
     )
+    company = ""
+    if session.get("tax_id_collection", {}).get("enabled"):
+        asked = {"company": "Company", "tax_id": "Tax ID"}
+        if session.get("billing_address_collection") == "required":
+            asked |= {"line1": "Address", "postal_code": "Postal code", "city": "City", "country": "Country"}
+        company = "".join(
+            f'<label for="{name}">{label}</label><input id="{name}" name="{name}">' for name, label in asked.items()
+        )
     back = f'<p><a href="{escape(session["cancel_url"])}">← Back</a></p>' if session["cancel_url"] else ""
     heading, action = ("Save a card", "Save card") if setup else ("Pay Postmate", f"Pay {total}")
     summary = f'{back}<h1>{heading}</h1><p class="amount">{total}</p><ul class="items">{lines}</ul>'
@@ -150,7 +158,7 @@ def checkout(session: Object, items: list[Object], email: str, cards: Iterable[A
         f'<input id="email" name="email" type="email" autocomplete="email" value="{escape(email)}">'
         f'{card_fields()}<label for="name">Name on card</label>'
         '<input id="name" name="name" autocomplete="cc-name">'
-        f'{promotion}<button class="main">{action}</button>{test_cards(cards)}</form>'
+        f'{company}{promotion}<button class="main">{action}</button>{test_cards(cards)}</form>'
     )
     content = f'<div class="columns"><section>{summary}</section><section>{form}</section></div>'
     return layout(f"{heading} – Checkout", content, note="Local stand-in for Stripe Checkout – no real money")

@@ -37,9 +37,9 @@ class Server:
 class StripeStandIn(Server):
     """The Stripe stand-in, with what a buyer and its control page do."""
 
-    def pay(self, checkout_url: str, test_card: str = "4242424242424242") -> httpx2.Response:
+    def pay(self, checkout_url: str, test_card: str = "4242424242424242", **fields: str) -> httpx2.Response:
         """Pay on the Checkout page, as its button does; the answer is the redirect back, or the page with its error."""
-        return httpx2.post(checkout_url, data={"test_card": test_card}, timeout=30)
+        return httpx2.post(checkout_url, data={"test_card": test_card} | fields, timeout=30)
 
     def control(self, path: str, **parameters: Any) -> Any:
         """Do what a button of the control page does: `control("deliveries/hold")`."""

@@ -29,6 +29,8 @@ def render_receipt(purchase: Purchase) -> bytes:
         pdf.fact("Tax ID", settings.SELLER_TAX_ID)
     pdf.rule()
     pdf.fact("Paid by", "\n".join(_payer(purchase)))
+    if purchase.buyer_tax_ids:
+        pdf.fact("Buyer’s tax ID", purchase.buyer_tax_ids)
     pdf.fact("Paid on", f"{paid_at:%-d %B %Y, %H:%M %Z}")
     pdf.fact("Paid with", _way_of_payment(purchase))
     pdf.fact("Payment", purchase.stripe_payment_intent_id or "No payment was needed")
@@ -47,8 +49,9 @@ def render_receipt(purchase: Purchase) -> bytes:
 
 
 def _payer(purchase: Purchase) -> list[str]:
-    """A team by its name, with who of it bought; a person by theirs."""
-    team = [] if purchase.account.user_id else [purchase.account.workspace.name]
+    """A team by the company's name and address that were entered, or by its own name, with who of it bought."""
+    company = [purchase.buyer_name or purchase.account.workspace.name, *purchase.buyer_address.splitlines()]
+    team = [] if purchase.account.user_id else company
     return [*team, *(filter(None, (purchase.user.name, purchase.user.email)) if purchase.user else ())]
 
 

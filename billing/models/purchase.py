@@ -66,6 +66,10 @@ class Purchase(models.Model):
     is_card_distrusted = models.BooleanField(
         "its bank or a dispute says that the card's owner knows nothing of it", default=False, db_default=False
     )
+    # What a team's buyer wrote at the payment, for its receipt.
+    buyer_name = models.CharField("company", max_length=200, blank=True, default="", db_default="")
+    buyer_address = models.CharField(max_length=500, blank=True, default="", db_default="")
+    buyer_tax_ids = models.CharField("tax numbers", max_length=200, blank=True, default="", db_default="")
     # A series without gaps, in the order of the credits.
     receipt_number = models.BigIntegerField(unique=True, null=True, blank=True)
 

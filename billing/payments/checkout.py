@@ -245,7 +245,7 @@ def _open_purchase(
                     currency=terms.currency,
                     stripe_price_id=terms.stripe_price_id,
                     installation=installation,
-                    checkout_options=gateway.checkout_options(),
+                    checkout_options=gateway.checkout_options(is_for_team=account.user_id is None),
                     # A form that is sent again after its purchase has ended begins a new one.
                     checkout_key=None if sent_before.exists() else checkout_key,
                 )
@@ -316,7 +316,9 @@ def _try_to_open_session(purchase: Purchase) -> None:
         currency=purchase.currency,
         stripe_price_id=purchase.stripe_price_id,
         installation=purchase.installation,
-        options=gateway.checkout_options() if purchase.checkout_options is None else purchase.checkout_options,
+        options=gateway.checkout_options(is_for_team=purchase.account.user_id is None)
+        if purchase.checkout_options is None
+        else purchase.checkout_options,
         # Each line of the key's parameters is a snapshot, so that a retry sends the same and gets the same session.
         success_url=f"{settings.SITE_URL}{reverse('tokens:success', args=[purchase.pk])}",
         cancel_url=f"{settings.SITE_URL}{reverse('tokens:cancelled', args=[purchase.pk])}",

@@ -274,6 +274,11 @@ def create_checkout_session(
     if "automatic_tax" in options:
         parameters["automatic_tax"] = {"enabled": True}
         parameters["customer_update"] = {"address": "auto"}
+    if "company" in options:
+        parameters["tax_id_collection"] = {"enabled": True}
+        parameters["billing_address_collection"] = "required"
+        # Stripe asks for a customer's tax number only where it may keep their name as well.
+        parameters["customer_update"] = {"address": "auto", "name": "auto"}
     if "promotion_codes" in options:
         parameters["allow_promotion_codes"] = True
     if "invoices" in options:
@@ -282,9 +287,11 @@ def create_checkout_session(
     return read_checkout_session(session.to_dict())
 
 
-def checkout_options() -> list[str]:
-    """What a payment page that is made now has beside the price, by the settings."""
+def checkout_options(*, is_for_team: bool) -> list[str]:
+    """What a payment page that is made now has beside the price: by the settings, and for a team the company's name,
+    address and tax number."""
     wanted = {
+        "company": is_for_team,
         "automatic_tax": settings.STRIPE_AUTOMATIC_TAX,
         "promotion_codes": settings.STRIPE_PROMOTION_CODES,
         "invoices": settings.STRIPE_INVOICES,

@@ -27,6 +27,13 @@ Asked = Mapping[str, Held]
 
 
 @dataclass(frozen=True, slots=True)
+class Buyer:
+    name: str
+    address: str  # in lines; empty where none was asked for
+    tax_ids: str  # "DE123456789", more than one with commas between them
+
+
+@dataclass(frozen=True, slots=True)
 class CheckoutSession:
     id: str
     url: str
@@ -44,6 +51,8 @@ class CheckoutSession:
     amount_total_cents: int | None = None
     discount_cents: int = 0  # by promotion codes
     tax_cents: int = 0  # in the price or on top of it
+    # Who bought, as they wrote it on the page: the name of a person or a company, the lines of an address, tax numbers.
+    buyer: "Buyer | None" = None
 
     @property
     def is_paid(self) -> bool:
@@ -182,7 +191,19 @@ def read_checkout_session(session: Mapping[str, Any]) -> CheckoutSession:
         amount_total_cents=session.get("amount_total"),
         discount_cents=inner(session, "total_details").get("amount_discount") or 0,
         tax_cents=inner(session, "total_details").get("amount_tax") or 0,
+        buyer=_read_buyer(session),
     )
+
+
+def _read_buyer(session: Mapping[str, Any]) -> Buyer | None:
+    details, address = inner(session, "customer_details"), inner(session, "customer_details", "address")
+    tax_ids = ", ".join(str(each.get("value") or "") for each in details.get("tax_ids") or [])
+    place = " ".join(str(address.get(name) or "") for name in ("postal_code", "city", "state")).strip()
+    lines = (address.get("line1"), address.get("line2"), place, address.get("country"))
+    if not (tax_ids or any(lines)):
+        return None
+    name = details.get("business_name") or details.get("name") or ""
+    return Buyer(str(name)[:200], "\n".join(str(line) for line in lines if line)[:500], tax_ids[:200])
 
 
 def read_payment_intent(payment_intent: Mapping[str, Any]) -> PaymentIntent:

@@ -95,6 +95,10 @@ def apply_checkout_session(session: CheckoutSession, *, asked: Asked | None = No
         if asked is not None and is_settled(purchase):
             return purchase
         if session.is_paid:
+            if session.buyer and purchase.state != State.PAID and purchase.account.user_id is None:
+                purchase.buyer_name, purchase.buyer_address = session.buyer.name, session.buyer.address
+                purchase.buyer_tax_ids = session.buyer.tax_ids
+                purchase.save(update_fields=["buyer_name", "buyer_address", "buyer_tax_ids"])
             credit(
                 purchase,
                 amount_cents=session.amount_subtotal_cents,

@@ -173,7 +173,14 @@ def anonymize_account(account: TokenAccount) -> None:
     # What other servers wrote beside an operation, and providers about its failure, may repeat what a person wrote.
     TokenUsage.objects.filter(account=account).update(metadata={}, error_message="", request_fingerprint="")
     Purchase.objects.filter(account=account).update(
-        checkout_url="", receipt_url="", message="", card_brand="", card_last4=""
+        checkout_url="",
+        receipt_url="",
+        message="",
+        card_brand="",
+        card_last4="",
+        buyer_name="",
+        buyer_address="",
+        buyer_tax_ids="",
     )
     Purchase.objects.filter(account=account, is_card_distrusted=False).update(card_fingerprint="")
     Notification.objects.filter(user=account.user).delete()

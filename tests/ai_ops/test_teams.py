@@ -58,7 +58,7 @@ def test_the_workspace_of_the_form_pays_until_its_member_is_removed(
     assert ContentVersion.objects.get(usage_id=usage.pk).author_id == bob.pk
     assert writer.draft(**here).status_code == 403
     assert writer.http.post("/studio/quote/draft/", data=writer.form(**here)).status_code == 403
-    edit = {"content_id": usage.content_id, "base_number": 1, "body": "Mine", "refinement": "shorter", "wishes": ""}
+    edit = {"content_id": usage.content_id, "base_number": 1, "body": "Mine", "refinement": "improve", "wishes": ""}
     assert writer.run("refinement", **edit).status_code == 404
     assert ledger.get_account(user_id=bob.pk).balance == own_tokens
     # It is a text of the team's, and no other account can be made to pay for work on it.

@@ -151,7 +151,7 @@ def test_entry_spells_its_price_out(reader: Client, alice: User) -> None:
         ({"status": "failed", "error_message": "It broke."}, "nothing: it did not succeed"),
         ({"status": "reserved"}, "it is still running"),
         ({"operation_type": "image", "image_count": 2, "billable_tokens": 20}, "2 × 10 = 20"),
-        ({}, "it was recorded after it had run"),
+        ({}, "it was recorded after it ran"),
     ],
 )
 def test_entry_of_every_kind(reader: Client, alice: User, fields: dict[str, object], words: str) -> None:

@@ -4,6 +4,7 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from allauth.account.adapter import get_adapter
 from django.db.models import QuerySet
 
 from accounts import teams
@@ -32,7 +33,7 @@ def both_leave(team: Workspace, *people: User) -> list[object]:
 
 
 def test_of_two_owners_who_leave_at_once_one_stays(owned_by_two: tuple[Workspace, User, User]) -> None:
-    """98."""
+    """98: whoever comes second is told that the team would be left without one."""
     team, alice, bob = owned_by_two
     assert kinds(both_leave(team, alice, bob)) == {"NoneType": 1, "TeamError": 1}
     assert Membership.objects.get(workspace=team).role == "owner"
@@ -62,7 +63,7 @@ def test_an_invitation_opened_many_times_at_once_is_one_member(
     team, alice, _ = owned_by_two
     carol = make_user("carol")
     mails: list[str] = []
-    adapter = teams.get_adapter()
+    adapter = get_adapter()
     monkeypatch.setattr(
         type(adapter), "send_mail", lambda self, prefix, email, said: mails.append(said["invitation_url"])
     )

@@ -2,6 +2,7 @@
 docstrings are rows of FAULTS.md."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
@@ -14,7 +15,7 @@ from pytest_django import DjangoAssertNumQueries
 from accounts.models import ApiKey, Membership, User, Workspace
 from billing import history, ledger, tasks, usage
 from billing.catalogue import packages
-from billing.history import statements
+from billing.history import receipts, statements
 from billing.ledger import ActorRequired, IdempotencyConflict, InsufficientTokens, Operation
 from billing.models import Notification, Purchase, TokenAccount, TokenTransaction, TokenUsage
 from billing.payments import cards, checkout, recharge, recharge_settings
@@ -181,12 +182,21 @@ def test_a_team_buys_with_its_own_card(
         account_id=acme.pk, actor_id=alice.pk, terms=checkout.terms_of_package(package.pk, currency="usd"),
         checkout_key="2",
     )  # fmt: skip
-    stripe.pay(purchase.checkout_url)
+    company = {"company": "Acme GmbH", "line1": "Am Markt 1", "postal_code": "10115", "city": "Berlin", "country": "DE"}
+    stripe.pay(purchase.checkout_url, **company, tax_id="DE123456789")
     with django_capture_on_commit_callbacks(execute=True):
         deliver(event_of(stripe, "checkout.session.completed"))
     cards.remember_card(purchase_id=purchase.pk)
     entry = TokenTransaction.objects.get(purchase=purchase)
     assert (entry.account_id, entry.user_id, entry.balance_after) == (acme.pk, alice.pk, 5_000 + package.tokens)
+    # The company stands on the receipt.
+    purchase.refresh_from_db()
+    command = ["pdftotext", "-layout", "-", "-"]
+    receipt = subprocess.run(
+        command, input=receipts.render_receipt(purchase), capture_output=True, check=True
+    ).stdout.decode()
+    for words in ("Acme GmbH", "Am Markt 1", "10115 Berlin", "DE123456789", alice.email):
+        assert words in receipt
     # Those are told who look after the team, with its name and the way into it.
     told = Notification.objects.get(kind="purchase_confirmed")
     assert (told.user_id, told.title.partition(":")[0]) == (alice.pk, "Acme")

@@ -85,6 +85,7 @@ def plain_key(row: TokenUsage, dimension: Dimension) -> Any:
         "operation": row.operation_type,
         "model": (row.provider, row.model),
         "project": row.project_id,
+        "member": row.user_id,
     }
     return keys[dimension]
 
