@@ -23,6 +23,7 @@ import tempfile
 import time
 import uuid
 from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from decimal import Decimal
 from multiprocessing.synchronize import Barrier
 from threading import Thread
@@ -33,10 +34,14 @@ from django.db import connection
 from billing import announcements, ledger
 from billing.ledger import statements
 from billing.pricing import TokenPools
+from kit import database
 from postmate.local import embedded
 from tests.benchmarks import SCRATCH, scratch_database
 
 ACCOUNTS = 1_000
+EVERYBODY = range(1, ACCOUNTS + 1)
+WITH_LOTS = {1: range(1, 101), 3: range(101, 201), 30: range(201, 301)}  # how many lots: whose
+WITHOUT_LOTS = range(901, 1_001)
 PROCESSES, THREADS = 2, 4
 REPETITIONS, SECONDS, WARM_UP_DEBITS = 5, 6, 100
 TARGET = 0.5
@@ -158,17 +163,17 @@ def _pgbench() -> str:
 
 def measure_pgbench(script: str) -> float:
     """Transactions per second."""
-    database = settings.DATABASES["default"]
+    server = settings.DATABASES["default"]
     with tempfile.NamedTemporaryFile("w", suffix=".sql") as file:
         file.write(script)
         file.flush()
         output = subprocess.run(
             [
                 *(_pgbench(), "-n", "-M", "prepared", "-c", str(PROCESSES * THREADS), "-j", str(PROCESSES)),
-                *("-T", str(SECONDS), "-f", file.name, "-h", database["HOST"] or "localhost"),
-                *("-p", str(database["PORT"] or 5432), "-U", database["USER"] or "postgres", SCRATCH),
+                *("-T", str(SECONDS), "-f", file.name, "-h", server["HOST"] or "localhost"),
+                *("-p", str(server["PORT"] or 5432), "-U", server["USER"] or "postgres", SCRATCH),
             ],
-            env=os.environ | {"PGPASSWORD": database["PASSWORD"]},
+            env=os.environ | {"PGPASSWORD": server["PASSWORD"]},
             check=True,
             capture_output=True,
             text=True,
@@ -178,7 +183,7 @@ def measure_pgbench(script: str) -> float:
     return float(rate[1])
 
 
-def ledger_statement_for_pgbench() -> str:
+def ledger_statement_for_pgbench(users: range = EVERYBODY, *, have_lots: bool = False) -> str:
     """ledger.py's own statement, with the values of the debit above: what is left without any Python."""
     null = {"reserved_tokens", "fixed_cost_tokens", "duration_ms", "lifetime_seconds", "purchase_id",
             "admin_id", "paid_cents", "stripe_payment_intent_id", "entry_key", "project_id", "content_id",
@@ -207,15 +212,19 @@ def ledger_statement_for_pgbench() -> str:
         "is_free": "false",
     }
     texts = {"image_size", "image_quality", "currency", "entry_fingerprint"}
-    statement = statements.DEBIT_WITH_USAGE.without_lots
-    assert statement
 
-    def value(match: re.Match[str]) -> str:
-        name = statement.names[int(match[1]) - 1]
-        return f"({values.get(name, chr(39) * 2 if name in texts else '0')})"
+    def filled(form: statements.Form) -> str:
+        def value(match: re.Match[str]) -> str:
+            name = form.names[int(match[1]) - 1]
+            return f"({values.get(name, chr(39) * 2 if name in texts else '0')})"
 
-    filled = re.sub(r"[$](\d+)", value, statement.sql)
-    return f"\\set user random(1, {ACCOUNTS})\n{filled};\n"
+        return re.sub(r"[$](\d+)", value, form.sql)
+
+    debit = statements.DEBIT_WITH_USAGE
+    assert debit.without_lots
+    # With lots the first form finds nobody, and the other one runs.
+    forms = [debit.without_lots, debit.with_lots] if have_lots else [debit.without_lots]
+    return f"\\set user random({users[0]}, {users[-1]})\n" + "".join(f"{filled(form)};\n" for form in forms)
 
 
 # --- The comparison -----------------------------------------------------------------------------------------
@@ -250,6 +259,30 @@ def compare() -> None:
     )
 
 
+def compare_lots() -> None:
+    """The statement alone, on 100 accounts each: with lots that a debit goes through, beside none."""
+    for number, users in WITH_LOTS.items():
+        for user_id in users:
+            for lot in range(number):
+                ledger.add_tokens(
+                    user_id=user_id,
+                    tokens=10**9,
+                    type="bonus",
+                    description="Lot",
+                    idempotency_key=f"lot-{lot}",
+                    expires_at=database.now() + timedelta(days=lot + 1),
+                )
+    ratios: dict[int, list[float]] = {number: [] for number in WITH_LOTS}
+    for _ in range(REPETITIONS):
+        floor = measure_pgbench(ledger_statement_for_pgbench(WITHOUT_LOTS))
+        for number, users in WITH_LOTS.items():
+            rate = measure_pgbench(ledger_statement_for_pgbench(users, have_lots=True))
+            ratios[number].append(rate / floor)
+    print("\nthe statement alone, to that of an account without lots:")
+    for number, found in ratios.items():
+        print(f"{number:>3} lots: min {min(found):.2f}, median {statistics.median(found):.2f}, max {max(found):.2f}")
+
+
 def main() -> None:
     with scratch_database():
         with connection.cursor() as cursor:
@@ -260,6 +293,7 @@ def main() -> None:
         with connection.cursor() as cursor:
             cursor.execute("VACUUM ANALYZE")
         compare()
+        compare_lots()
 
 
 if __name__ == "__main__":
