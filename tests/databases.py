@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from typing import Any
 
 from django.conf import settings
 from django.core.management import call_command
@@ -55,12 +56,19 @@ def _fingerprint() -> str:
 
 
 @contextmanager
-def connected_to(database: str) -> Iterator[None]:
-    """Until the end of the context `connection` leads there."""
-    usual = connection.settings_dict["NAME"]
-    for name in (database, usual):
-        connection.close()
-        connection.close_pool()  # type: ignore[attr-defined]
-        settings.DATABASES["default"]["NAME"] = connection.settings_dict["NAME"] = name
-        if name == database:
-            yield
+def connected_to(database: str, **server: Any) -> Iterator[None]:
+    """Until the end of the context `connection` leads there; `server`, in Django's words, when it is another."""
+    there = {"NAME": database, **server}
+    usual = {key: connection.settings_dict[key] for key in there}
+    _lead_to(there)
+    try:
+        yield
+    finally:
+        _lead_to(usual)
+
+
+def _lead_to(place: dict[str, Any]) -> None:
+    connection.close()
+    connection.close_pool()  # type: ignore[attr-defined]
+    settings.DATABASES["default"].update(place)
+    connection.settings_dict.update(place)
