@@ -255,7 +255,9 @@ class Balance(BaseModel):
     user_id: int | None = Field(description="Whose account it is; null: a team's.")
     balance_tokens: int = Field(description="Tokens owned; negative while there is a debt.")
     reserved_tokens: int = Field(description="The part held by operations that are running.")
-    available_tokens: int = Field(description="Balance − reserved: what a new operation may reserve.")
+    available_tokens: int = Field(
+        description="What a new operation may reserve: balance − reserved, without what has ended."
+    )
     status: AccountStatus
 
     @classmethod

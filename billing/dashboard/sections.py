@@ -110,6 +110,7 @@ def system(span: Span, request: SignedInRequest) -> Content:
         figure("Tokens granted", TOKENS, lambda each: each.granted_tokens),
         figure("Tokens taken back", TOKENS, lambda each: each.refunded_tokens),
         figure("Tokens deducted", TOKENS, lambda each: each.deducted_tokens),
+        figure("Tokens ended", TOKENS, lambda each: each.ended_tokens),
         figure("New accounts", COUNT, lambda each: each.new_accounts),
         figure("Failed payments", COUNT, lambda each: each.failed_payments),
         figure("Refunds", COUNT, lambda each: each.refunds),
@@ -444,11 +445,12 @@ def liability(span: Span, request: SignedInRequest) -> Content:
         used_tokens=sum(each.used_tokens for each in rows),
         refunded_tokens=sum(each.refunded_tokens for each in rows),
         deducted_tokens=sum(each.deducted_tokens for each in rows),
+        ended_tokens=sum(each.ended_tokens for each in rows),
         closing_tokens=rows[-1].closing_tokens,
     )
     labels = [*charts.bucket_labels(edges, bucket), "Whole period"]
-    columns = ("opening", "sold", "granted", "used", "refunded", "deducted", "closing")
-    names = ("Opening", "+ Sold", "+ Granted", "− Used", "− Refunded", "− Deducted", "= Closing")
+    columns = ("opening", "sold", "granted", "used", "refunded", "deducted", "ended", "closing")
+    names = ("Opening", "+ Sold", "+ Granted", "− Used", "− Refunded", "− Deducted", "− Ended", "= Closing")
 
     def amounts(row: LiabilityRow) -> list[Amount]:
         return [Amount(getattr(row, f"{name}_tokens"), TOKENS) for name in columns]

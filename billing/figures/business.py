@@ -31,8 +31,8 @@ class RevenueRate:
 
     Bought and given tokens lie in one balance, and nobody can say which of them an operation used. So each counts the
     same: what all sales until then brought in (after discounts and refunds, without tax), over all tokens that came
-    into circulation (bought, granted, given as a bonus, less those taken back). Given tokens brought in nothing and
-    so lower the average.
+    into circulation (bought, granted, given as a bonus, less those taken back and those that ended unspent). Given
+    tokens brought in nothing and so lower the average.
 
     There are no exchange rates here. Revenue is kept by currency, and the real margin, whose costs are in USD, is
     that of the sales in USD: they bear the part of the costs that they have in the tokens sold.
@@ -126,6 +126,7 @@ class TokenStats:
     granted_tokens: int  # grants and bonuses
     refunded_tokens: int  # taken back
     deducted_tokens: int
+    ended_tokens: int  # of lots, unspent at their end
     new_accounts: int
     failed_payments: int  # begun in the span and failed; unpaid ones that expired are not among them
     refunds: int  # refunds of the span whose money is, or may be, gone
@@ -173,6 +174,7 @@ def get_token_stats(*, since: datetime, until: datetime) -> TokenStats:
         granted_tokens=tokens(Type.ADMIN_GRANT, Type.BONUS),
         refunded_tokens=-tokens(Type.REFUND),
         deducted_tokens=-tokens(Type.ADMIN_DEDUCTION),
+        ended_tokens=-tokens(Type.EXPIRY),
         new_accounts=TokenAccount.objects.filter(created_at__gte=since, created_at__lt=until).count(),
         failed_payments=Purchase.objects.filter(
             state=Purchase.State.FAILED, created_at__gte=since, created_at__lt=until

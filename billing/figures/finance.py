@@ -148,6 +148,7 @@ def _check(day: date, liability: LiabilityRow, tokens: dict[str, int]) -> None:
         -tokens[Type.USAGE],
         -tokens[Type.REFUND],
         -tokens[Type.ADMIN_DEDUCTION],
+        -tokens[Type.EXPIRY],
     )
     rolled = (
         liability.sold_tokens,
@@ -155,9 +156,10 @@ def _check(day: date, liability: LiabilityRow, tokens: dict[str, int]) -> None:
         liability.used_tokens,
         liability.refunded_tokens,
         liability.deducted_tokens,
+        liability.ended_tokens,
     )
-    sold, granted, used, refunded, deducted = listed
-    closing = liability.opening_tokens + sold + granted - used - refunded - deducted
+    sold, granted, used, refunded, deducted, ended = listed
+    closing = liability.opening_tokens + sold + granted - used - refunded - deducted - ended
     if listed != rolled or closing != liability.closing_tokens:
         raise LiabilityDoesNotBalance(
             f"The ledger of {day.isoformat()} comes to {closing:,} tokens at its end, the roll-forward to "
@@ -251,10 +253,10 @@ def _reversals(since: datetime, until: datetime) -> Iterator[list[Cell]]:
 
 
 def _liability(day: date, row: LiabilityRow) -> Iterator[list[Cell]]:
-    yield ["Day", "Opening", "Sold", "Granted", "Used", "Refunded", "Deducted", "Closing"]
+    yield ["Day", "Opening", "Sold", "Granted", "Used", "Refunded", "Deducted", "Ended", "Closing"]
     yield [
         day.isoformat(), row.opening_tokens, row.sold_tokens, row.granted_tokens, row.used_tokens,
-        row.refunded_tokens, row.deducted_tokens, row.closing_tokens,
+        row.refunded_tokens, row.deducted_tokens, row.ended_tokens, row.closing_tokens,
     ]  # fmt: skip
 
 

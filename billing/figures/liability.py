@@ -22,7 +22,7 @@ class LiabilityDoesNotBalance(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LiabilityRow:
-    """Tokens owed to users over one span: opening + sold + granted − used − refunded − deducted = closing."""
+    """Tokens owed to users over one span: opening + sold + granted − used − refunded − deducted − ended = closing."""
 
     since: datetime
     until: datetime
@@ -32,6 +32,7 @@ class LiabilityRow:
     used_tokens: int
     refunded_tokens: int  # taken back by refunds and disputes, less what was given back
     deducted_tokens: int
+    ended_tokens: int  # of lots, unspent at their end
     closing_tokens: int
 
 
@@ -62,6 +63,7 @@ def liability_roll_forward(*, edges: Sequence[datetime]) -> list[LiabilityRow]:
             used_tokens=-tokens[number, Type.USAGE],
             refunded_tokens=-tokens[number, Type.REFUND],
             deducted_tokens=-tokens[number, Type.ADMIN_DEDUCTION],
+            ended_tokens=-tokens[number, Type.EXPIRY],
             closing_tokens=opening + sum(tokens[number, type] for type in Type.values),
         )
         rows.append(row)

@@ -21,7 +21,7 @@ _FORMULA = re.compile(r"""(^|[;\t\r\n])(?=[\s"\ufeff\u200b-\u200f\u2060]*[=+\-@ï
 TRANSACTION_COLUMNS = {
     "Entry": "its number in your ledger, counted from 1 without a gap",
     "Date": "when it was written, in your time zone, with the distance from UTC",
-    "Type": "purchase, auto-recharge, bonus, grant, usage, refund or deduction",
+    "Type": "purchase, auto-recharge, bonus, grant, usage, refund, deduction or ended",
     "Description": "what it was for",
     "Tokens": "the change: positive came in, negative went out",
     "Balance before": "what you had before it, in tokens",

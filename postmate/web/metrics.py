@@ -212,7 +212,7 @@ def _usage_metrics(found: list[Row]) -> Iterator[Metric]:
 
 
 def _ledger_metrics(found: list[Row]) -> Iterator[Metric]:
-    debits = refunded_tokens = deducted_tokens = all_tokens = 0
+    debits = refunded_tokens = deducted_tokens = ended_tokens = all_tokens = 0
     credited: dict[Row, int] = dict.fromkeys([(each,) for each in CREDITS], 0)
     revenue_cents: dict[Row, int] = {
         (currency, type): 0 for currency in Currency.values for type in TokenTransaction.CREDITS_FOR_MONEY
@@ -225,6 +225,8 @@ def _ledger_metrics(found: list[Row]) -> Iterator[Metric]:
             debits += transactions
         elif type == "admin_deduction":
             deducted_tokens -= tokens
+        elif type == "expiry":
+            ended_tokens -= tokens
         elif type == "refund":
             refunded_tokens -= tokens
             refunded_cents[(currency,)] = -paid_cents
@@ -235,6 +237,7 @@ def _ledger_metrics(found: list[Row]) -> Iterator[Metric]:
     yield _counter("postmate_debits", "Debits for operations.", {(): debits})
     yield _counter("postmate_credited_tokens", "Tokens bought, granted and given.", credited, ("type",))
     yield _counter("postmate_deducted_tokens", "Tokens that superadmins took away.", {(): deducted_tokens})
+    yield _counter("postmate_ended_tokens", "Tokens with an end that nobody had spent by then.", {(): ended_tokens})
     help = "Taken for tokens, after discounts, without tax, before refunds (cents)."
     yield _counter("postmate_revenue_cents", help, revenue_cents, ("currency", "type"))
     # No counters: a dispute that is won gives back what it took.

@@ -67,8 +67,8 @@ def test_admin_reads_the_figures(admin: User, page: Page, tmp_path: Path) -> Non
     file = tmp_path / "figures.csv"
     download.value.save_as(file)
     rows = list(csv.reader(io.StringIO(file.read_text("utf-8-sig"))))
-    opening, sold, granted, used, refunded, deducted, closing = (int(cell) for cell in rows[-1][1:])
-    assert opening + sold + granted - used - refunded - deducted == closing
+    opening, sold, granted, used, refunded, deducted, ended, closing = (int(cell) for cell in rows[-1][1:])
+    assert opening + sold + granted - used - refunded - deducted - ended == closing
     assert AuditEntry.objects.get(action="export").actor == admin
     for title in SECTIONS:
         with page.expect_download() as download:
@@ -102,9 +102,11 @@ def test_accountant_takes_the_books_of_a_day(admin: User, page: Page, tmp_path: 
             for name in ("ledger", "liability")
         }
     [books] = rows["liability"]
-    opening, sold, granted, used, refunded, deducted, closing = (int(value) for value in list(books.values())[1:])
+    opening, sold, granted, used, refunded, deducted, ended, closing = (
+        int(value) for value in list(books.values())[1:]
+    )
     assert books["Day"] == yesterday.isoformat()
-    assert closing == opening + sold + granted - used - refunded - deducted
+    assert closing == opening + sold + granted - used - refunded - deducted - ended
     assert closing - opening == sum(int(row["Tokens"]) for row in rows["ledger"]) != 0
     shutil.rmtree(finance.folder())
 

@@ -130,8 +130,8 @@ def test_liability_balances_in_the_file(history: None, admin: Client) -> None:
     begin = found.index(next(row for row in found if row and row[0] == "Month"))
     table = [[int(cell) for cell in row[1:]] for row in found[begin + 1 :]]
     assert len(table) == 13
-    for opening, sold, granted, used, refunded, deducted, closing in table:
-        assert opening + sold + granted - used - refunded - deducted == closing
+    for opening, sold, granted, used, refunded, deducted, ended, closing in table:
+        assert opening + sold + granted - used - refunded - deducted - ended == closing
     owed = int(next(row for row in rows(admin, "live") if row[:1] == ["Owed to users"])[1])
     assert table[-1][-1] == owed
 

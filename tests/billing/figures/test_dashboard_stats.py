@@ -189,12 +189,13 @@ def test_models_now_and_before(history: datetime) -> None:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rolled=Moments, moments=st.lists(Moments, min_size=2, max_size=5, unique=True))
 def test_liability_rolls_forward_to_the_token(history: datetime, rolled: timedelta, moments: list[timedelta]) -> None:
-    """opening + sold + granted − used − refunded − deducted = closing, and the rows listed for it come to the same."""
+    """opening + sold + granted − used − refunded − deducted − ended = closing, and the rows listed come to the same."""
     roll_up_until(history + rolled)
     edges = sorted(history + moment for moment in moments)
     rows = liability.liability_roll_forward(edges=edges)
     for row in rows:
-        changes = row.sold_tokens + row.granted_tokens - row.used_tokens - row.refunded_tokens - row.deducted_tokens
+        lost = row.used_tokens + row.refunded_tokens + row.deducted_tokens + row.ended_tokens
+        changes = row.sold_tokens + row.granted_tokens - lost
         assert row.opening_tokens + changes == row.closing_tokens
         before = plain_ledger(BEGINNING, row.since).values()
         assert row.opening_tokens == sum(sums.tokens for sums in before)

@@ -110,14 +110,15 @@ def test_days_of_a_random_history_balance(yesterday: date, seed: int) -> None:
     for day in days:
         found = read(finance.export_day(day))
         ledger, [liability] = found["ledger"], found["liability"]
-        opening, sold, granted, used, taken, deducted, closed = (int(value) for value in list(liability.values())[1:])
+        opening, sold, granted, used, taken, deducted, ended, closed = map(int, list(liability.values())[1:])
         assert opening == closing
-        assert opening + sold + granted - used - taken - deducted == closed
+        assert opening + sold + granted - used - taken - deducted - ended == closed
         assert sold == tokens(ledger, "purchase", "auto_recharge") == tokens(found["purchases"])
         assert granted == tokens(ledger, "admin_grant", "bonus")
         assert used == -tokens(ledger, "usage")
         assert taken == -tokens(ledger, "refund") == -tokens(found["refunds"])
         assert deducted == -tokens(ledger, "admin_deduction")
+        assert ended == -tokens(ledger, "expiry")
         numbers = {row["Entry"] for row in ledger}
         assert len(numbers) == len(ledger)
         assert not numbers & seen
