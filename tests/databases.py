@@ -1,14 +1,22 @@
-"""The test database of each process: a copy of one that the first to come has migrated."""
+"""The test database of each process: a copy of one that the first to come has migrated. And the same of a server."""
 
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from django.conf import settings
 from django.core.management import call_command
 from django.db import OperationalError, connection
 
+from postmate.local import embedded, keeper
 from tests.servers import PROJECT
 
 ONE_AT_A_TIME = 7_265_901  # an advisory lock of the server
@@ -72,3 +80,28 @@ def _lead_to(place: dict[str, Any]) -> None:
     connection.close_pool()  # type: ignore[attr-defined]
     settings.DATABASES["default"].update(place)
     connection.settings_dict.update(place)
+
+
+def migrate_before_start(directory: Path) -> None:
+    """Put an embedded PostgreSQL into the data directory as it is at every start but the first: with all tables.
+
+    What is copied stays in the data directory of the tests until a migration or a dependency is another.
+    """
+    home = embedded.data_dir()
+    migrated = home / f"migrated-{_fingerprint()}"
+    with (home / "migrated.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not migrated.exists():
+            for older in home.glob("migrated-*"):
+                shutil.rmtree(older)
+            unfinished = home / "migrated-unfinished"
+            unfinished.mkdir(mode=0o700)
+            url = embedded.start_postgres(unfinished)
+            migrate = [sys.executable, "manage.py", "migrate", "--verbosity=0"]
+            try:
+                subprocess.run(migrate, cwd=PROJECT, env=os.environ | {"DATABASE_URL": url}, check=True)
+            finally:
+                with (unfinished / "postgresql.lock").open() as server:
+                    keeper.end(server, signal.SIGINT)
+            unfinished.rename(migrated)
+        shutil.copytree(migrated / "postgresql", directory / "postgresql")

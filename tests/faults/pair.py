@@ -17,7 +17,7 @@ import redis
 from psycopg.rows import dict_row
 
 from postmate.local import embedded, keeper
-from tests import servers
+from tests import databases, servers
 from tests.environment import free_port
 from tests.servers import PROJECT, Server, StripeStandIn
 
@@ -132,7 +132,6 @@ class Pair:
 
 PREPARE = """
 from django.core.management import call_command
-call_command("migrate", verbosity=0)
 call_command("seed_billing")
 call_command("seed_demo")
 """
@@ -140,9 +139,10 @@ call_command("seed_demo")
 
 @contextmanager
 def running(directory: Path) -> Iterator[Pair]:
-    """All of it, on an empty database with packages, models and the demo people, until the end of the context."""
+    """All of it, on a database with packages, models and the demo people, until the end of the context."""
     with ExitStack() as stack:
         postgres, memory = Postgres(directory), Redis(directory)
+        databases.migrate_before_start(directory)
         postgres.start()
         stack.callback(lambda: postgres.stop("immediate"))
         memory.start()

@@ -17,6 +17,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from tests import databases
 from tests.environment import free_port, given_ports
 from tests.servers import PROJECT
 
@@ -112,6 +113,7 @@ def production() -> Iterator[Production]:
     if not Path(sys.executable).with_name("caddy").exists() and shutil.which("caddy") is None:
         pytest.skip("NOT TESTED: there is no Caddy for this machine, so production is not run here.")
     directory = Path(tempfile.mkdtemp(prefix="postmate-production-"))
+    databases.migrate_before_start(directory)
     running = Production(directory, row_of_free_ports(PORTS))
     try:
         wait_until(
