@@ -38,7 +38,7 @@ README = """What Postmate keeps about {email}, made on {now:%-d %B %Y at %H:%M} 
 profile.json                 who you are: name, addresses, workspaces, two-factor, signed-in browsers
 account.json                 your token account and your e-mail preferences
 api-keys.json                your API keys by name; the keys themselves are kept nowhere
-ledger, usage, purchases, refunds-and-disputes, notifications
+ledger, tokens-with-an-end, usage, purchases, refunds-and-disputes, notifications
                              each as .json and as .csv; times are UTC, tokens and cents are whole numbers
 projects.json, pieces.json   your projects; your texts with all their versions
 chats.json                   your chats, with each question and answer

@@ -45,6 +45,7 @@ from billing.models import (
     StripeEvent,
     SystemSettings,
     TokenAccount,
+    TokenLot,
     TokenPricing,
     TokenTransaction,
     TokenUsage,
@@ -73,6 +74,14 @@ class TokenAccountAdmin(ReadOnlyAdmin):
     )
     list_filter = ("status", "bonus_withheld", "auto_recharge_enabled", "currency")
     search_fields = ("user__email", "workspace__name", "stripe_customer_id__exact")
+
+
+@admin.register(TokenLot)
+class TokenLotAdmin(ReadOnlyAdmin):
+    list_display = ("id", "created_at", "account", "kind", "tokens", "expires_at")
+    list_filter = ("kind",)
+    search_fields = ("account__user__email", "account__workspace__name")
+    ordering = ("-id",)
 
 
 @admin.register(TokenTransaction)

@@ -23,6 +23,7 @@ class BalanceBadge:
     state: str  # healthy, low, critical
     mark: str
     account_id: int
+    ending_soon_tokens: int  # of the available ones, within a week
 
     @classmethod
     def of(cls, account: TokenAccount) -> "BalanceBadge":
@@ -41,6 +42,7 @@ class BalanceBadge:
             state=state,
             mark=account.mark,
             account_id=account.pk,
+            ending_soon_tokens=account.ending_soon_tokens,
         )
 
 

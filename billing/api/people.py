@@ -8,7 +8,7 @@ from billing.api.access import PersonalKey, PersonRequest
 from billing.api.problems import refusals
 from billing.api.schemas import (
     AddressId,
-    Balance,
+    BalanceWithLots,
     Moment,
     PackageItem,
     PackageList,
@@ -27,12 +27,12 @@ router = Router(tags=["People"])
 @router.get(
     "/balance",
     auth=PersonalKey(ApiKey.Scope.BALANCE_READ),
-    response=Balance,
+    response=BalanceWithLots,
     openapi_extra=refusals("missing_scope"),
 )
-def get_own_balance(request: PersonRequest) -> Balance:
+def get_own_balance(request: PersonRequest) -> BalanceWithLots:
     """What you own, what running operations hold, what is available. Scope `balance:read`."""
-    return Balance.of(ledger.get_account(user_id=request.auth.pk))
+    return BalanceWithLots.of(ledger.get_account(user_id=request.auth.pk))
 
 
 @router.get(

@@ -31,6 +31,7 @@ from billing.catalogue.packages import Offer
 from billing.models import TokenAccount, TokenTransaction, TokenUsage
 from billing.models.account import AccountStatus
 from billing.models.fields import Currency, Provider
+from billing.models.lot import LotKind
 from billing.models.transaction import TransactionType
 from billing.models.usage import ChargeType, OperationType, UsageStatus
 from kit.text import require_storable
@@ -270,6 +271,32 @@ class Balance(BaseModel):
             available_tokens=account.available,
             status=AccountStatus(account.status),
         )
+
+
+class Lot(BaseModel):
+    """Tokens with an end, a part of the balance. What ends soonest is spent first; bought tokens never end."""
+
+    kind: LotKind
+    given_tokens: int
+    remaining_tokens: int = Field(description="What is left, held by running operations or not.")
+    expires_at: _Stamp = Field(description="From this moment on they cannot be spent.")
+
+
+class BalanceWithLots(Balance):
+    lots: list[Lot] = Field(description="Those that have not ended, in the order of spending.")
+
+    @classmethod
+    def of(cls, account: TokenAccount) -> Self:
+        lots = [
+            Lot(
+                kind=lot.kind,
+                given_tokens=lot.given_tokens,
+                remaining_tokens=lot.remaining_tokens,
+                expires_at=lot.expires_at,
+            )
+            for lot in account.live_lots
+        ]
+        return cls(**Balance.of(account).model_dump(), lots=lots)
 
 
 class Quote(BaseModel):

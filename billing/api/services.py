@@ -14,7 +14,7 @@ from billing.api.schemas import (
     PAYER_FIELDS,
     POOL_FIELDS,
     AddressId,
-    Balance,
+    BalanceWithLots,
     IdempotencyKey,
     Outcome,
     PageSize,
@@ -37,21 +37,23 @@ router = Router(auth=BillingSecret(), tags=["Services"])
 
 
 @router.get(
-    "/accounts/{user_id}/balance", response=Balance, openapi_extra=refusals("invalid_request", "account_not_found")
+    "/accounts/{user_id}/balance",
+    response=BalanceWithLots,
+    openapi_extra=refusals("invalid_request", "account_not_found"),
 )
-def get_balance(request: HttpRequest, user_id: AddressId) -> Balance:
+def get_balance(request: HttpRequest, user_id: AddressId) -> BalanceWithLots:
     """What the user owns, what is held, what is available. A hint: only a reservation decides."""
-    return Balance.of(ledger.get_account(user_id=user_id))
+    return BalanceWithLots.of(ledger.get_account(user_id=user_id))
 
 
 @router.get(
     "/token-accounts/{account_id}/balance",
-    response=Balance,
+    response=BalanceWithLots,
     openapi_extra=refusals("invalid_request", "account_not_found"),
 )
-def get_account_balance(request: HttpRequest, account_id: AddressId) -> Balance:
+def get_account_balance(request: HttpRequest, account_id: AddressId) -> BalanceWithLots:
     """The same of any account, such as a team's."""
-    return Balance.of(ledger.get_account(account_id=account_id))
+    return BalanceWithLots.of(ledger.get_account(account_id=account_id))
 
 
 @router.post(

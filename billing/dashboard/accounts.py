@@ -147,6 +147,7 @@ def _render_account(
     open_requests = GrantRequest.objects.filter(account=account, state__in=GrantRequest.OPEN_STATES)
     context = {
         "account": account,
+        "lots": account.live_lots,
         "bonus_waits": account.bonus_withheld == WithheldBonus.WAITS,
         "person": person,
         "is_anonymised": is_anonymised,

@@ -14,7 +14,7 @@ from typing import Any
 from django.db.models import Count, Q, QuerySet, Sum, prefetch_related_objects
 
 from billing import ledger
-from billing.models import TokenAccount, TokenTransaction
+from billing.models import TokenAccount, TokenLot, TokenTransaction
 from kit.text import read_id
 
 Type = TokenTransaction.Type
@@ -162,8 +162,8 @@ class Page:
 
 def get_page(selection: Selection, *, order: str = NEWEST_FIRST, cursor: Cursor | None = None, limit: int = 25) -> Page:
     """One page of the selection in one of ORDERS, as quickly wherever it is. Entries that are alike in what they are
-    sorted by come newest first. Sorted by amount or balance are the newest SORTED_ENTRIES. Each entry has its purchase.
-    """
+    sorted by come newest first. Sorted by amount or balance are the newest SORTED_ENTRIES. Each entry has its purchase
+    and its `moved_lots`."""
     is_sort_bounded = False
     if order.lstrip("-") in ("amount", "balance_after"):
         newest = selection.newest(SORTED_ENTRIES)
@@ -173,17 +173,28 @@ def get_page(selection: Selection, *, order: str = NEWEST_FIRST, cursor: Cursor 
         if len(entries) == limit:
             before_it = _walk(selection, order, past=entries[0].sequence, limit=1, is_backward=True)
             previous = Cursor(entries[0].sequence, is_backward=True) if before_it else None
-            prefetch_related_objects(entries, "purchase__reversals")
+            _complete(entries)
             return Page(entries, previous, Cursor(entries[-1].sequence), is_sort_bounded)
         cursor = None  # back at the beginning, where new entries may have come
     entries = _walk(selection, order, past=cursor.sequence if cursor else None, limit=limit + 1)
-    prefetch_related_objects(entries, "purchase__reversals")
+    _complete(entries)
     return Page(
         entries[:limit],
         Cursor(entries[0].sequence, is_backward=True) if cursor and entries else None,
         Cursor(entries[limit - 1].sequence) if len(entries) > limit else None,
         is_sort_bounded,
     )
+
+
+def _complete(entries: list[TokenTransaction]) -> None:
+    """What a page says of each entry, in one query for all of them where there is any."""
+    prefetch_related_objects(entries, "purchase__reversals")
+    lot_ids = {int(lot_id) for entry in entries for lot_id in entry.lot_amounts or ()}
+    lots = TokenLot.objects.in_bulk(lot_ids) if lot_ids else {}
+    for entry in entries:
+        entry.moved_lots = sorted(
+            (lots[int(lot_id)] for lot_id in entry.lot_amounts or ()), key=lambda lot: (lot.expires_at, lot.pk)
+        )
 
 
 def _walk(

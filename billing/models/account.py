@@ -1,3 +1,5 @@
+from datetime import timedelta
+
 from django.conf import settings
 from django.db import models
 from django.db.models import F, Q, Value
@@ -9,6 +11,8 @@ from kit import database
 
 from .fields import ClockTimestamp, Currency, choices_constraint, created_at_field
 from .lot import LotBalance
+
+ENDING_SOON = timedelta(days=7)
 
 
 class AccountStatus(models.TextChoices):
@@ -219,6 +223,20 @@ class TokenAccount(models.Model):
     def lot_balances(self) -> list[LotBalance]:
         """The lots with something left, in the order of spending; ended ones, too, until that is booked."""
         return [LotBalance.of(lot) for lot in self.lots or []]
+
+    @property
+    def live_lots(self) -> list[LotBalance]:
+        """The lots that can still be spent, in the order of spending. Costs a look at the clock where there are any."""
+        lots = self.lot_balances
+        now = database.now() if lots else None
+        return [lot for lot in lots if now and lot.expires_at > now]
+
+    @property
+    def ending_soon_tokens(self) -> int:
+        """What is left of lots that end within a week, and nothing holds."""
+        lots = self.live_lots
+        soon = database.now() + ENDING_SOON if lots else None
+        return sum(lot.remaining_tokens - lot.held_tokens for lot in lots if soon and lot.expires_at <= soon)
 
     @property
     def plain_tokens(self) -> int:

@@ -5,6 +5,7 @@ from django.db import models
 from django.db.models import F, Q, Value
 
 from .fields import Currency, choices_constraint, created_at_field
+from .lot import TokenLot
 
 
 class TransactionType(models.TextChoices):
@@ -72,6 +73,9 @@ class TokenTransaction(models.Model):
     description = models.CharField(max_length=500, blank=True, db_default="")
     metadata = models.JSONField(db_default=Value({}, models.JSONField()), blank=True, encoder=DjangoJSONEncoder)
     created_at = created_at_field()
+
+    # The lots of `lot_amounts`, on entries of `billing.history.get_page`.
+    moved_lots: "list[TokenLot]"
 
     CREDITS_FOR_MONEY = (Type.PURCHASE, Type.AUTO_RECHARGE)
 

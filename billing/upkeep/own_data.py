@@ -16,6 +16,7 @@ from billing.models import (
     PaymentReversal,
     Purchase,
     TokenAccount,
+    TokenLot,
     TokenTransaction,
     TokenUsage,
 )
@@ -37,8 +38,9 @@ ACCOUNT_FIELDS = (
 )  # fmt: skip
 ENTRY_FIELDS = (
     "sequence", "created_at", "type", "amount", "balance_before", "balance_after", "description", "usage_id",
-    "purchase_id", "paid_cents", "currency", "stripe_payment_intent_id", "metadata",
+    "purchase_id", "paid_cents", "currency", "stripe_payment_intent_id", "lot_amounts", "metadata",
 )  # fmt: skip
+LOT_FIELDS = ("id", "kind", "tokens", "expires_at", "created_at")
 USAGE_FIELDS = (
     "id", "created_at", "completed_at", "status", "operation_type", "provider", "model", "input_tokens",
     "cached_input_tokens", "cache_write_tokens", "output_tokens", "reasoning_tokens", "image_count", "image_size",
@@ -80,6 +82,7 @@ def list_tables(user: User) -> dict[str, tuple[tuple[str, ...], Iterator[Row]]]:
     """The rows that are the user's: by table, its columns and its rows in order. Never all of them in memory."""
     tables = {
         "ledger": (TokenTransaction.objects.filter(account__user=user).order_by("sequence"), ENTRY_FIELDS),
+        "tokens-with-an-end": (TokenLot.objects.filter(account__user=user).order_by("id"), LOT_FIELDS),
         "usage": (TokenUsage.objects.filter(account__user=user).order_by("created_at", "id"), USAGE_FIELDS),
         "team-usage": (
             TokenUsage.objects.filter(user=user, account__workspace__memberships__user=user).order_by("id"),

@@ -64,6 +64,8 @@ def _render_home(
     averages = stats.average_tokens_by_operation(account)
     context = {
         "account": account,
+        "lots": account.live_lots,
+        "ended_tokens": account.ended_tokens,
         "withheld_bonus": _withheld_bonus(account),
         "contact_address": _contact_address(),
         "average_tokens_per_operation": stats.average_tokens_per_operation(account),

@@ -85,6 +85,7 @@ def test_a_generated_client_has_every_call_and_holds_settles_and_releases(
         "reserved_tokens": 0,
         "available_tokens": 9_025,
         "status": "active",
+        "lots": [],
     }
     assert len(call("list_usage", alice.pk, client=service, limit=2).items) == 2
 

@@ -189,6 +189,7 @@ def test_balance(service: Service, alice: User) -> None:
         "reserved_tokens": 1_500,
         "available_tokens": 8_500,
         "status": "active",
+        "lots": [],
     }
 
 

@@ -11,11 +11,11 @@ from pytest_django.fixtures import Settings
 
 from accounts.models import User
 from billing import history, ledger
-from billing.figures import business, finance, roll_ups
+from billing.figures import business, finance
 from billing.figures.liability import liability_roll_forward
 from billing.figures.sums import BEGINNING
 from billing.history import exports, statements
-from billing.models import TokenAccount, TokenTransaction
+from billing.models import LedgerHour, TokenAccount, TokenTransaction
 from kit import database
 from tests.billing.figures.test_finance import read as read_books
 from tests.billing.figures.test_finance import tokens
@@ -52,7 +52,7 @@ def test_what_ended_is_in_every_sum(
     for rolled in (False, True):
         if rolled:
             roll_up_until(booked_at + 2 * timedelta(hours=1))
-            assert roll_ups.LedgerHour.objects.get(type="expiry").tokens == -450
+            assert LedgerHour.objects.get(type="expiry").tokens == -450
         since, until = booked_at - DAY, booked_at + DAY
         [row] = liability_roll_forward(edges=[BEGINNING, until])
         assert (row.ended_tokens, row.used_tokens, row.closing_tokens) == (450, 150, owed)
