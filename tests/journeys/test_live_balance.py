@@ -68,7 +68,7 @@ def test_window_that_is_not_seen_keeps_no_stream(alice: User, open_context: Open
 
     # Whoever was signed out meanwhile is told to stop, which is no error on the page.
     context.clear_cookies(name="sessionid")
-    with windows[2].expect_response("**/live/balance/"):
+    with windows[2].expect_response("**/live/balance/**"):
         windows[2].evaluate(SEE)
     windows[2].goto("/tokens/")
     expect(windows[2].get_by_role("button", name="Sign in", exact=True)).to_be_visible()
