@@ -8,6 +8,7 @@ import pytest
 import redis
 from playwright.sync_api import Browser, Page, expect
 
+from billing.announcements import BALANCE_CHANNEL
 from billing.demo import DEMO_PASSWORD
 from tests.faults.pair import Pair, until
 from tests.faults.people import USER, Person, call, new_key, usage_of
@@ -174,7 +175,7 @@ def test_the_header_without_it(pair: Pair, user_id: int, page: Page) -> None:
     shown_balance(page).to_have_text(expected)
     pair.redis.start()
     with redis.Redis.from_url(pair.redis.url) as client:
-        until(lambda: client.pubsub_numsub("postmate:balance-changed")[0][1])
+        until(lambda: client.pubsub_numsub(BALANCE_CHANNEL)[0][1])
     # The process that debits may still be in its pause.
     until(lambda: "RateLimit-Limit" in call(pair.web, "usage", usage_of(user_id), new_key()).headers)
     shown_balance(page).to_have_text(debit(pair, user_id))
