@@ -1,7 +1,9 @@
+from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from typing import Any, cast
 
 from django import forms
+from django.utils import timezone
 
 from accounts import teams
 from accounts.models import TeamRole, User, Workspace
@@ -12,11 +14,12 @@ from billing.models import Purchase, SystemSettings, TokenAccount, TokenPricing
 from billing.models.bulk_job import BulkKind
 from billing.models.fields import Currency
 from billing.models.grant_request import GrantKind
-from billing.models.system_settings import DisposableBonus
+from billing.models.system_settings import MAX_BONUS_DAYS, DisposableBonus
 from billing.payments import checkout, refund_requests
 from billing.payments.checkout import Terms
 from billing.pricing import display_price
 from billing.staff import accounts, grants
+from kit.periods import midnight
 
 CURRENCY_NAMES: dict[str, str] = {Currency.USD: "US dollars", Currency.EUR: "euros", Currency.GBP: "pounds sterling"}
 
@@ -289,12 +292,35 @@ class GrantForm(forms.Form):
         widget=forms.RadioSelect,
     )
     tokens = WholeNumberField(label="Tokens", min_value=1, max_value=MAX_TOKENS)
+    last_day = forms.DateField(
+        label="Last day",
+        required=False,
+        widget=forms.DateInput(attrs={"type": "date"}, format="%Y-%m-%d"),
+        input_formats=["%Y-%m-%d"],
+        help_text="On which they can be spent, by your clock. Empty: they never end.",
+    )
     reason = forms.CharField(
         label="Reason",
         max_length=grants.MAX_REASON_LENGTH,
         help_text="The person reads it in their history and in the notice.",
     )
     request_key = KeyField(widget=forms.HiddenInput)
+
+    @property
+    def expires_at(self) -> datetime | None:
+        """The first moment at which they can be spent no more. The form must be valid."""
+        last_day = self.cleaned_data["last_day"]
+        return midnight(last_day + timedelta(days=1)) if last_day else None
+
+    def clean(self) -> dict[str, Any]:
+        cleaned = super().clean() or {}
+        if last_day := cleaned.get("last_day"):
+            today = timezone.localdate()
+            if cleaned.get("kind") == GrantKind.DEDUCTION:
+                self.add_error("last_day", "Only tokens that are given can have an end.")
+            elif not today <= last_day <= today + timedelta(days=grants.MAX_LOT_DAYS):
+                self.add_error("last_day", "Choose a day from today on, within ten years.")
+        return cleaned
 
     def clean_reason(self) -> str:
         try:
@@ -373,9 +399,11 @@ class BulkForm(forms.Form):
         return cleaned
 
 
-def _tokens_setting(label: str, help_text: str = "", *, min_value: int = 0, required: bool = True) -> WholeNumberField:
+def _tokens_setting(
+    label: str, help_text: str = "", *, min_value: int = 0, max_value: int = MAX_TOKENS, required: bool = True
+) -> WholeNumberField:
     return WholeNumberField(
-        label=label, help_text=help_text, min_value=min_value, max_value=MAX_TOKENS, required=required
+        label=label, help_text=help_text, min_value=min_value, max_value=max_value, required=required
     )
 
 
@@ -411,6 +439,13 @@ class SystemSettingsForm(forms.Form):
         choices=DisposableBonus,
         help_text="For people whose only addresses come from services of throw-away mailboxes or masks.",
     )
+    welcome_bonus_days = _tokens_setting(
+        "Welcome bonus ends after",
+        "Days. Empty: it never ends. What was given before stays as it is.",
+        min_value=1,
+        max_value=MAX_BONUS_DAYS,
+        required=False,
+    )
     low_balance_tokens = _tokens_setting("Low balance", "With this many tokens or fewer, people are told.")
     critical_balance_tokens = _tokens_setting("Critical balance", "With fewer tokens, they are told again.")
     admin_grant_limit_tokens = _tokens_setting(
@@ -428,7 +463,13 @@ class SystemSettingsForm(forms.Form):
         ("Images without a price of their own", ("dalle3_cost_tokens", "dalle2_cost_tokens", "imagen_cost_tokens")),
         (
             "Purchases and the welcome bonus",
-            ("tokens_per_usd", "minimum_purchase_cents", "welcome_bonus_tokens", "welcome_bonus_disposable"),
+            (
+                "tokens_per_usd",
+                "minimum_purchase_cents",
+                "welcome_bonus_tokens",
+                "welcome_bonus_disposable",
+                "welcome_bonus_days",
+            ),
         ),
         ("Balances", ("low_balance_tokens", "critical_balance_tokens")),
         ("Grants", ("admin_grant_limit_tokens", "grant_approval_tokens")),

@@ -55,13 +55,11 @@ def _grant(request: SignedInRequest) -> HttpResponse:
         if "confirmed" not in request.POST:
             preview = grants.preview(admin=request.user, **asked, kind=kind)
             return _render_grant(request, form, account=account, preview=preview)
-        give_or_take = grants.grant_tokens if kind == GrantKind.GRANT else grants.deduct_granted_tokens
-        outcome = give_or_take(
-            admin=request.user,
-            **asked,
-            reason=form.cleaned_data["reason"],
-            request_key=form.cleaned_data["request_key"],
-        )
+        asked |= {name: form.cleaned_data[name] for name in ("reason", "request_key")}
+        if kind == GrantKind.GRANT:
+            outcome = grants.grant_tokens(admin=request.user, **asked, expires_at=form.expires_at)
+        else:
+            outcome = grants.deduct_granted_tokens(admin=request.user, **asked)
     except grants.GrantKeyConflict as error:
         # What was typed stays; the key of the earlier form goes, so that sending it again can succeed.
         data = request.POST.copy()

@@ -12,7 +12,7 @@ Locks are taken in one order: purchase, account, operation.
 """
 
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from hashlib import sha256
 from typing import Any, cast
@@ -150,6 +150,8 @@ def _give_welcome_bonus(account: TokenAccount, *, may_be_disposable: bool) -> No
             type=Type.BONUS,
             description="Welcome bonus",
             idempotency_key=WELCOME_BONUS_KEY,
+            expires_at=database.now() + timedelta(days=days) if (days := settings.welcome_bonus_days) else None,
+            lot_kind=LotKind.BONUS,
         )
 
 

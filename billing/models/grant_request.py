@@ -36,6 +36,7 @@ class GrantRequest(models.Model):
         settings.AUTH_USER_MODEL, on_delete=models.PROTECT, null=True, blank=True, related_name="+", db_index=False
     )
     tokens = models.BigIntegerField()
+    tokens_end_at = models.DateTimeField("when the given tokens end; empty: never", null=True, blank=True)
     reason = models.CharField(max_length=500)
 
     requested_by = models.ForeignKey(
@@ -77,6 +78,9 @@ class GrantRequest(models.Model):
         constraints = [
             models.UniqueConstraint(fields=["requested_by", "request_key"], name="grant_request_once_per_form"),
             models.CheckConstraint(condition=Q(tokens__gt=0) & ~Q(reason=""), name="grant_request_sane"),
+            models.CheckConstraint(
+                condition=Q(tokens_end_at=None) | Q(kind="grant"), name="grant_request_only_grants_end"
+            ),
             # Tokens have moved exactly when it is done.
             models.CheckConstraint(
                 condition=Q(state="done", transaction__isnull=False, decided_by__isnull=False)

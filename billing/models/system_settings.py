@@ -6,6 +6,8 @@ from django.db.models import Q
 
 from .fields import choices_constraint, created_at_field
 
+MAX_BONUS_DAYS = 3_650
+
 
 class DisposableBonus(models.TextChoices):
     """What becomes of the welcome bonus of somebody whose addresses are all disposable."""
@@ -34,6 +36,9 @@ class SystemSettings(models.Model):
     welcome_bonus_disposable = models.CharField(
         "the bonus for disposable addresses", max_length=4, choices=DisposableBonus, default=DisposableBonus.WAIT
     )
+    welcome_bonus_days = models.IntegerField(
+        "the welcome bonus ends after (days)", null=True, blank=True, default=None, help_text="Empty: it never ends."
+    )
     low_balance_tokens = models.BigIntegerField("low balance up to (tokens)", default=1_000)
     critical_balance_tokens = models.BigIntegerField("critical balance below (tokens)", default=100)
     admin_grant_limit_tokens = models.BigIntegerField(
@@ -55,6 +60,10 @@ class SystemSettings(models.Model):
         constraints = [
             models.CheckConstraint(condition=Q(key="global"), name="settings_one_row"),
             choices_constraint("welcome_bonus_disposable", DisposableBonus, "settings_disposable_bonus_known"),
+            models.CheckConstraint(
+                condition=Q(welcome_bonus_days=None) | Q(welcome_bonus_days__range=(1, MAX_BONUS_DAYS)),
+                name="settings_bonus_days_sane",
+            ),
             models.CheckConstraint(
                 condition=Q(
                     token_multiplier__gt=0,

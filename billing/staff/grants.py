@@ -9,7 +9,7 @@ Locks are taken in one order: the request, whose word it is, whom it is for, the
 """
 
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from django.db import IntegrityError, transaction
@@ -27,6 +27,7 @@ from billing.models.account import WithheldBonus
 from billing.models.fields import ClockTimestamp
 from billing.models.grant_request import GrantKind as Kind
 from billing.models.grant_request import GrantState as State
+from billing.models.lot import LotKind
 from billing.notifications import messages
 from kit import database
 from kit.database import repeated_after_conflicts
@@ -35,6 +36,7 @@ from kit.refusal import Refusal
 from kit.text import one_line
 
 MAX_REASON_LENGTH = 500
+MAX_LOT_DAYS = 3_650
 LIMIT_SPAN = timedelta(hours=24)
 REQUEST_LIFETIME = timedelta(days=14)
 
@@ -110,14 +112,15 @@ def grant_tokens(
     tokens: int,
     reason: str,
     request_key: str,
+    expires_at: datetime | None = None,
 ) -> GrantRequest:
     """Give tokens to an account, or to the user's own, or ask for it: the returned request is `done`, or open and waits
-    for a superadmin.
+    for a superadmin. With `expires_at` they are a lot and end then, also where the request is approved later.
 
     `request_key` is the form's: sent twice it is one grant, and the second time returns the first outcome (law 8).
     Raises GrantNotAllowed for non-admins, GrantNotPossible, GrantKeyConflict.
     """
-    return _ask(Kind.GRANT, admin, ledger.Party(user_id, account_id), tokens, reason, request_key)
+    return _ask(Kind.GRANT, admin, ledger.Party(user_id, account_id), tokens, reason, request_key, expires_at)
 
 
 def deduct_granted_tokens(
@@ -134,7 +137,15 @@ def deduct_granted_tokens(
 
 
 @repeated_after_conflicts
-def _ask(kind: Kind, admin: User, receiver: ledger.Party, tokens: int, reason: str, request_key: str) -> GrantRequest:
+def _ask(
+    kind: Kind,
+    admin: User,
+    receiver: ledger.Party,
+    tokens: int,
+    reason: str,
+    request_key: str,
+    expires_at: datetime | None = None,
+) -> GrantRequest:
     require_tokens(tokens)
     reason = clean_reason(reason)
     asker = User.objects.filter(pk=admin.pk, is_active=True).first()  # the role of this moment, not of the sign-in
@@ -153,6 +164,7 @@ def _ask(kind: Kind, admin: User, receiver: ledger.Party, tokens: int, reason: s
                     account=account,
                     user_id=account.user_id,
                     tokens=tokens,
+                    tokens_end_at=expires_at,
                     reason=reason,
                     requested_by=asker,
                     requested_by_role=asker.role,
@@ -164,7 +176,10 @@ def _ask(kind: Kind, admin: User, receiver: ledger.Party, tokens: int, reason: s
                 )
         except IntegrityError:
             # Law 8: the unique key of the form. The first one has committed by now.
-            return _sent_before(kind, asker, account, tokens, reason, request_key)
+            return _sent_before(kind, asker, account, tokens, reason, request_key, expires_at)
+        now = database.now()
+        if expires_at and not now < expires_at <= now + timedelta(days=MAX_LOT_DAYS + 1):
+            raise GrantNotPossible("The end of these tokens must lie in the future, within ten years.")
         is_own = _is_own(asker, account)
         if _is_at_once(asker, kind, is_own=is_own, tokens=tokens, settings=settings, needs_two=needs_two):
             return _carry_out(request, by=asker, action=Action(kind))
@@ -222,10 +237,17 @@ def _one_at_a_time(settings: SystemSettings, by: User, account: TokenAccount) ->
 
 
 def _sent_before(
-    kind: str, asker: User, account: TokenAccount, tokens: int, reason: str, request_key: str
+    kind: str,
+    asker: User,
+    account: TokenAccount,
+    tokens: int,
+    reason: str,
+    request_key: str,
+    expires_at: datetime | None,
 ) -> GrantRequest:
     request = GrantRequest.objects.get(requested_by=asker, request_key=request_key)
-    if (request.kind, request.account_id, request.tokens, request.reason) != (kind, account.pk, tokens, reason):
+    sent = (request.kind, request.account_id, request.tokens, request.reason, request.tokens_end_at)
+    if sent != (kind, account.pk, tokens, reason, expires_at):
         raise GrantKeyConflict("This form was already sent with other contents. Reload the page.")
     return request
 
@@ -385,9 +407,17 @@ def _carry_out(request: GrantRequest, *, by: User, action: Action) -> GrantReque
     try:
         # Laws 1 and 2: the ledger writes balance and entry; law 12: a grant is recorded for suspended accounts, too.
         if request.kind == Kind.GRANT:
-            posting = ledger.add_tokens(type=TokenTransaction.Type.ADMIN_GRANT, **entry)
+            # Laws 14 and 15: with an end they are a lot, written by the same statement.
+            posting = ledger.add_tokens(
+                type=TokenTransaction.Type.ADMIN_GRANT,
+                expires_at=request.tokens_end_at,
+                lot_kind=LotKind.GRANT,
+                **entry,
+            )
         else:
             posting = ledger.deduct_tokens(type=TokenTransaction.Type.ADMIN_DEDUCTION, **entry)  # law 4: no debt
+    except ledger.InvalidExpiry as error:
+        raise GrantNotPossible("These tokens would have ended already. Decline it and ask anew.") from error
     except (ledger.InsufficientTokens, ledger.AccountNotActive) as error:  # the latter: a suspended account
         raise _too_much(request) from error
     request.transaction_id = posting.transaction_id

@@ -24,6 +24,7 @@ def test_the_defaults_are_the_products() -> None:
         "tokens_per_usd": Decimal(10_000),
         "minimum_purchase_cents": 500,
         "welcome_bonus_tokens": 10_000,
+        "welcome_bonus_days": None,
         "welcome_bonus_disposable": "wait",
         "low_balance_tokens": 1_000,
         "critical_balance_tokens": 100,
