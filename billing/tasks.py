@@ -12,6 +12,7 @@ from billing.payments import cards, customers, purchases, recharge, reconcile, r
 from billing.payments.gateway import GatewayError
 from billing.staff import bulk, grants
 from billing.upkeep import retention, verification
+from billing.usage.after_debit import follow_debit
 from kit import outgoing
 
 
@@ -22,7 +23,10 @@ def expire_reservations() -> int:
 
 @shared_task
 def expire_lots() -> int:
-    return ledger.expire_lots()
+    postings = ledger.expire_lots()
+    for posting in postings:
+        follow_debit(posting)
+    return len(postings)
 
 
 @shared_task

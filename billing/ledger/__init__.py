@@ -12,7 +12,7 @@ Locks are taken in one order: purchase, account, operation.
 """
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from hashlib import sha256
 from typing import Any, cast
@@ -606,7 +606,7 @@ def add_tokens(
     fingerprint = _fingerprint(
         kind="add", tokens=tokens, type=type, purchase_id=purchase_id, admin_id=admin_id, paid_cents=paid_cents,
         currency=currency, stripe_payment_intent_id=stripe_payment_intent_id, description=description,
-        **({"expires_at": expires_at, "lot_kind": lot_kind} if expires_at else {}),
+        **({"expires_at": expires_at.astimezone(UTC).isoformat(), "lot_kind": lot_kind} if expires_at else {}),
     )  # fmt: skip
     party = Party(user_id, account_id, actor_id, api_key_id)
     parameters = (
@@ -640,24 +640,38 @@ def add_tokens(
             return earlier
         raise InvalidExpiry("The end of these tokens must lie in the future.")
     parameters |= {"lot_kind": lot_kind.value, "lot_rank": lot_kind.rank, "lot_expires_at": expires_at}
-    return post_once(statements.ADD_LOT, parameters, replay)
+    try:
+        return post_once(statements.ADD_LOT, parameters, replay)
+    except IntegrityError as error:
+        if "lot_ends_after_it_began" in str(error):  # while it waited for the account's lock
+            raise InvalidExpiry("The end of these tokens must lie in the future.") from error
+        raise
 
 
-def expire_lots(*, limit: int = 1_000) -> int:
-    """Book away what is left of the lots that have ended (law 15), the longest ended first. Returns of how many
-    accounts.
+def expire_lots(*, limit: int = 1_000) -> list[Posting]:
+    """Book away what is left of the lots that have ended (law 15), the longest ended first, of `limit` accounts at
+    most. Returns a posting for each.
 
     One ledger row for each lot, also when two sweeps or a settlement meet: each statement of the ledger books what it
-    finds ended. What a running operation still holds stays with it, and the last one to close books the rest.
+    finds ended. What a running operation still holds stays with it, and the last one to close books the rest. An
+    account that cannot be booked is logged, and the others go on.
     """
     now = database.now()
-    ended = TokenAccount.objects.filter(next_lot_ends_at__lte=now).order_by("next_lot_ends_at")
-    expired = 0
-    for account in ended.only("lots")[:limit]:
-        if any(lot.expires_at <= now and not lot.held_tokens for lot in account.lot_balances):
-            post(statements.EXPIRE, _fields(Party(account_id=account.pk)) | {"type": "", "paid_cents": None})
-            expired += 1
-    return expired
+    ended = TokenAccount.objects.filter(next_lot_ends_at__lte=now).order_by("next_lot_ends_at").only("lots")
+    postings: list[Posting] = []
+    for account in ended.iterator():
+        if len(postings) == limit:
+            break
+        try:
+            if any(lot.expires_at <= now and not lot.held_tokens for lot in account.lot_balances):
+                postings.append(
+                    post(statements.EXPIRE, _fields(Party(account_id=account.pk)) | {"type": "", "paid_cents": None})
+                )
+        except DATABASE_AWAY:
+            raise
+        except Exception:
+            logger.exception("What has ended of an account's lots cannot be booked", account_id=account.pk)
+    return postings
 
 
 # --- Helpers --------------------------------------------------------------------------------------------------------

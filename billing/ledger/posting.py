@@ -57,6 +57,7 @@ def post(statement: statements.Statement, parameters: Mapping[str, Any], *, need
         reserved_tokens=row.new_reserved,
         available_tokens=row.new_available,
         status=row.new_status,
+        expired_tokens=row.expired_tokens,
         usage_id=row.usage_id,
         transaction_id=row.transaction_id,
         needs_recharge=row.needs_recharge,

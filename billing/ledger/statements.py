@@ -44,33 +44,34 @@ ENTRY = """, entry AS (
     INSERT INTO billing_tokentransaction (
         account_id, user_id, api_key_id, workspace_id, sequence, type, amount, balance_before, balance_after, usage_id,
         purchase_id, admin_id, paid_cents, currency, stripe_payment_intent_id,
-        idempotency_key, request_fingerprint, description, metadata «, lot_amounts»
+        idempotency_key, request_fingerprint, description, metadata «, lot_amounts, created_at»
     )
-    SELECT id, actor_id, api_key_id, workspace_id, sequence + 1, %(type)s::text, amount, balance, balance + amount,
-           usage_id,
+    SELECT id, actor_id, api_key_id, workspace_id, sequence + 1 «+ coalesce(expiry_count, 0)», %(type)s::text, amount,
+           balance «- coalesce(expired_tokens, 0)», balance «- coalesce(expired_tokens, 0)» + amount, usage_id,
            %(purchase_id)s::bigint, %(admin_id)s::bigint, %(paid_cents)s::bigint, %(currency)s::text,
            %(stripe_payment_intent_id)s::text, %(entry_key)s::text, %(entry_fingerprint)s::text,
-           %(description)s::text, %(metadata)s::jsonb «, amounts»
+           %(description)s::text, %(metadata)s::jsonb «, amounts, at»
       FROM posting
      WHERE amount <> 0
     RETURNING id
 )"""
 
-# What is left of lots that have ended, and that nothing held can claim any more, leaves the balance: a row for each.
+# What is left of lots that have ended, and that nothing held can claim any more, leaves the balance: a row for each,
+# before that of the operation, which so tells where the balance stands at the end (a repetition is answered from it).
 EXPIRIES = """«, expiry AS (
     INSERT INTO billing_tokentransaction (
         account_id, user_id, workspace_id, sequence, type, amount, balance_before, balance_after, lot_id, lot_amounts,
-        description
+        description, created_at
     )
-    SELECT id, user_id, workspace_id, sequence + (amount <> 0)::int + number, 'expiry', -tokens,
-           balance + amount - before, balance + amount - before - tokens, lot_id,
-           jsonb_build_object(lot_id, -tokens), 'Ended without being used'
+    SELECT id, user_id, workspace_id, sequence + number, 'expiry', -tokens, balance - before, balance - before - tokens,
+           lot_id, jsonb_build_object(lot_id, -tokens), 'Ended without being used', at
       FROM (
         SELECT posting.*, lot_id, tokens, row_number() OVER by_lot AS number,
                coalesce(sum(tokens) OVER (by_lot ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0) AS before
           FROM posting, jsonb_to_recordset(expiries) AS ended(lot_id bigint, tokens bigint)
         WINDOW by_lot AS (ORDER BY lot_id)
       ) AS ended
+    RETURNING id
 )»"""
 
 UPDATED_ACCOUNT = """, updated AS (
@@ -121,7 +122,7 @@ OUTCOME = """
 SELECT account.id AS account_id, account.user_id, account.available, account.status,
        account.status_reason, updated.balance AS new_balance, updated.reserved AS new_reserved,
        updated.available AS new_available, updated.status AS new_status, updated.needs_recharge, posting.amount,
-       posting.usage_id, entry.id AS transaction_id
+       «coalesce(posting.expired_tokens, 0)»‹0› AS expired_tokens, posting.usage_id, entry.id AS transaction_id
   FROM account
   LEFT JOIN posting ON true
   LEFT JOIN updated ON true
@@ -315,8 +316,10 @@ EXPIRE = Statement.of(
     SELECT account.*, «moved.*,» 0::bigint AS amount, 0::bigint AS reserved_change, NULL::bigint AS usage_id
       FROM account {lots_moved("release", "0")}
 )""",  # noqa: S608 – our own constants, no input
-    NO_ENTRY_ROW,
     EXPIRIES,
+    """, entry AS (
+    SELECT max(id) AS id FROM expiry
+)""",
     UPDATED_ACCOUNT,
     OUTCOME,
     for_lots_alone=True,

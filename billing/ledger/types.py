@@ -188,6 +188,7 @@ class Posting:
     usage_id: int | None = None
     transaction_id: int | None = None
     is_replay: bool = False
+    expired_tokens: int = 0  # of lots that had ended, booked away beside it
     needs_recharge: bool = False  # auto-recharge is on and the available tokens are below its threshold
 
 

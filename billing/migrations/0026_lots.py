@@ -14,13 +14,13 @@ from django.db import migrations, models
 
 
 # `lots` of an account is an array in the order of spending:
-#   id, rank (of its kind), given, remaining, held (by operations), ends, ended (met after its end while something is
-#   still held of it)
+#   id, rank (of its kind), given, remaining, held (by operations; more than remains after a debt took it), ends,
+#   ended (met after its end while something is still held of it)
 FUNCTIONS = r"""
 CREATE FUNCTION billing_ended_tokens(lots jsonb, at timestamptz) RETURNS bigint
 LANGUAGE sql STABLE STRICT PARALLEL SAFE
 BEGIN ATOMIC
-    SELECT coalesce(sum(remaining - held), 0)::bigint
+    SELECT coalesce(sum(greatest(remaining - held, 0)), 0)::bigint
       FROM jsonb_to_recordset(lots) AS lot(remaining bigint, held bigint, ends timestamptz)
      WHERE ends <= at;
 END;
@@ -28,8 +28,8 @@ END;
 CREATE FUNCTION billing_lots_are_sound(lots jsonb, balance bigint) RETURNS boolean
 LANGUAGE sql IMMUTABLE STRICT PARALLEL SAFE
 BEGIN ATOMIC
-    SELECT bool_and(0 <= held AND held <= remaining AND 0 < remaining AND remaining <= given)
-           AND (balance >= sum(remaining) OR bool_and(coalesce(ended, false)))
+    SELECT bool_and(coalesce(0 <= held AND 0 <= remaining AND remaining <= given AND 0 < remaining + held, false))
+           AND (balance >= sum(remaining) OR bool_and(remaining = 0 OR coalesce(ended, false)))
       FROM jsonb_to_recordset(lots) AS lot(given bigint, remaining bigint, held bigint, ended boolean);
 END;
 
@@ -43,7 +43,7 @@ DECLARE
     own_hold CONSTANT integer := 1;  -- of the operation that is settled or released, also of lots that have ended
     free CONSTANT integer := 2;  -- of live lots, what nobody holds
     plain CONSTANT integer := 3;
-    others_hold CONSTANT integer := 4;  -- of live lots; only a debt takes it
+    others_hold CONSTANT integer := 4;  -- of live lots; only a debt takes it, and their holds stay as they are
     steps integer[] := CASE verb  -- who pays, in this order; what is missing then is a debt
         WHEN 'hold' THEN ARRAY[free]
         WHEN 'debit' THEN ARRAY[free, plain, others_hold]
@@ -58,6 +58,7 @@ DECLARE
     held bigint[];
     own bigint[];
     moved bigint[];
+    ended boolean[];
     plain_tokens bigint := balance;
     lot jsonb;
     step integer;
@@ -69,9 +70,10 @@ BEGIN
         ends[i] := (lot ->> 'ends')::timestamptz;
         remaining[i] := (lot -> 'remaining')::bigint;
         held[i] := (lot -> 'held')::bigint;
+        ended[i] := ends[i] <= at OR coalesce((lot -> 'ended')::boolean, false);  -- also when the clock steps back
         own[i] := 0;
         IF verb IN ('settle', 'release') THEN
-            own[i] := least(held[i], coalesce((holds -> ids[i])::bigint, 0));
+            own[i] := coalesce((holds -> ids[i])::bigint, 0);
             held[i] := held[i] - own[i];
         END IF;
         moved[i] := 0;
@@ -85,18 +87,15 @@ BEGIN
         END IF;
         FOR i IN 1 .. lot_count LOOP
             EXIT WHEN tokens = 0;
-            CONTINUE WHEN step <> own_hold AND ends[i] <= at;
+            CONTINUE WHEN step <> own_hold AND ended[i];
             part := least(tokens, CASE step
-                WHEN own_hold THEN own[i] WHEN free THEN remaining[i] - held[i] - own[i] ELSE held[i] END);
+                WHEN own_hold THEN least(own[i], remaining[i])
+                WHEN free THEN greatest(remaining[i] - held[i], 0)
+                ELSE remaining[i] END);
             tokens := tokens - part;
             moved[i] := moved[i] + part;
             IF spends THEN
                 remaining[i] := remaining[i] - part;
-                CASE step
-                    WHEN own_hold THEN own[i] := own[i] - part;
-                    WHEN others_hold THEN held[i] := held[i] - part;
-                    ELSE NULL;
-                END CASE;
             ELSE
                 held[i] := held[i] + part;
             END IF;
@@ -113,8 +112,8 @@ BEGIN
         ELSIF spends AND moved[i] > 0 THEN
             amounts := coalesce(amounts, '{}') || jsonb_build_object(ids[i], -moved[i]);
         END IF;
-        CONTINUE WHEN remaining[i] = 0;
-        IF ends[i] <= at AND held[i] = 0 THEN
+        CONTINUE WHEN remaining[i] = 0 AND held[i] = 0;
+        IF ended[i] AND held[i] = 0 THEN
             expiries := coalesce(expiries, '[]')
                 || jsonb_build_object('lot_id', ids[i]::bigint, 'tokens', remaining[i]);
             expired_tokens := expired_tokens + remaining[i];
@@ -122,10 +121,10 @@ BEGIN
             CONTINUE;
         END IF;
         lots_after := coalesce(lots_after, '[]') || (lots -> (i - 1) || jsonb_build_object(
-            'remaining', remaining[i], 'held', held[i], 'ended', ends[i] <= at));
+            'remaining', remaining[i], 'held', held[i], 'ended', ended[i]));
         next_end := least(next_end, ends[i]);
-        IF ends[i] <= at THEN
-            ended_tokens := ended_tokens + remaining[i] - held[i];
+        IF ended[i] THEN
+            ended_tokens := ended_tokens + greatest(remaining[i] - held[i], 0);
         END IF;
     END LOOP;
 END $$;
@@ -144,14 +143,15 @@ BEGIN
                                                       tokens bigint) USING (id)
     ), raising AS (
         SELECT *, greatest(0, least(asked, given - remaining, billing_raise_lots.tokens - coalesce(sum(asked) OVER (
-                      ORDER BY ends, rank, id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)))::bigint AS amount
+                      ORDER BY ends DESC, rank DESC, id DESC ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+                   ), 0)))::bigint AS amount
           FROM lot
     )
     SELECT jsonb_agg(jsonb_build_object('id', id, 'rank', rank, 'given', given, 'remaining', remaining + amount,
                                         'held', held, 'ends', ends, 'ended', ended) ORDER BY ends, rank, id)
-               FILTER (WHERE remaining + amount > 0),
+               FILTER (WHERE remaining + amount + held > 0),
            jsonb_object_agg(id, amount) FILTER (WHERE amount > 0),
-           min(ends) FILTER (WHERE remaining + amount > 0)
+           min(ends) FILTER (WHERE remaining + amount + held > 0)
       INTO lots_after, amounts, next_end
       FROM raising;
 END $$;

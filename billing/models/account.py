@@ -5,6 +5,7 @@ from django.db import models
 from django.db.models import F, Q, Value
 from django.db.models.expressions import Case, Func, When
 from django.db.models.functions import Coalesce
+from django.utils import timezone
 
 from billing.pricing import display_price
 from kit import database
@@ -28,6 +29,8 @@ class WithheldBonus(models.TextChoices):
     WAITS = "waits", "Waits for an admin: a disposable address"
     DISPOSABLE = "disposable", "None for a disposable address"
 
+
+CLOCKS_DIFFER_AT_MOST = timedelta(hours=1)
 
 # `TokenAccount.available`, for queries.
 AVAILABLE_TOKENS = (
@@ -214,10 +217,11 @@ class TokenAccount(models.Model):
     @property
     def ended_tokens(self) -> int:
         """What is left of ended lots and nothing held can claim: still in the balance until the sweep books it."""
-        if self.next_lot_ends_at is None:
+        if self.next_lot_ends_at is None or self.next_lot_ends_at > timezone.now() + CLOCKS_DIFFER_AT_MOST:
             return 0
         now = database.now()
-        return sum(lot.remaining_tokens - lot.held_tokens for lot in self.lot_balances if lot.expires_at <= now)
+        ended = (lot for lot in self.lot_balances if lot.expires_at <= now)
+        return sum(max(0, lot.remaining_tokens - lot.held_tokens) for lot in ended)
 
     @property
     def lot_balances(self) -> list[LotBalance]:

@@ -18,7 +18,7 @@ from django.db import transaction
 from django.db.models import Count, Sum
 
 from billing import ledger
-from billing.models import PaymentReversal, Purchase, TokenTransaction
+from billing.models import PaymentReversal, Purchase, TokenLot, TokenTransaction
 from billing.notifications import messages
 from billing.payments import customers, gateway
 from billing.payments.objects import AskAgain, Asked, Dispute, Held, Refund
@@ -303,7 +303,8 @@ def _settle_reversals(purchase: Purchase, cause: PaymentReversal) -> int:
         return 0
     number = posted["rows"] + 1
     common = {
-        "user_id": purchase.user_id,
+        "account_id": purchase.account_id,
+        "actor_id": purchase.user_id,
         "type": TokenTransaction.Type.REFUND,
         "purchase_id": purchase.pk,
         # The ledger's sum of these is what the buyer has spent, all in all.
@@ -318,17 +319,43 @@ def _settle_reversals(purchase: Purchase, cause: PaymentReversal) -> int:
         # The money is gone, spent tokens or not: it may leave a debt.
         ledger.deduct_tokens(tokens=-change_tokens, may_leave_debt=True, **common)
     else:
-        ledger.add_tokens(tokens=change_tokens, from_lots=_taken_of_lots(purchase), **common)
+        ledger.add_tokens(tokens=change_tokens, from_lots=_taken_last(purchase, change_tokens), **common)
     return change_tokens
 
 
-def _taken_of_lots(purchase: Purchase) -> dict[int, int]:
-    """What the reversals of a purchase have taken of which lot, and not given back: {lot id: tokens}."""
-    taken: Counter[int] = Counter()
-    rows = TokenTransaction.objects.filter(purchase=purchase, type=TokenTransaction.Type.REFUND)
-    for lot_amounts in rows.values_list("lot_amounts", flat=True):
-        taken.subtract({int(lot_id): tokens for lot_id, tokens in (lot_amounts or {}).items()})
-    return dict(+taken)
+def _taken_last(purchase: Purchase, tokens: int) -> dict[int, int]:
+    """What of the last `tokens` that reversals of a purchase took, and that were not given back, came from which lot:
+    {lot id: tokens}. Each took plain tokens first, then lots in the order of their ends, then left a debt."""
+    taken: list[tuple[int | None, int]] = []  # the last one taken at the end; None: plain tokens, or a debt
+    rows = TokenTransaction.objects.filter(purchase=purchase, type=TokenTransaction.Type.REFUND).order_by("sequence")
+    ends = dict(TokenLot.objects.filter(account_id=purchase.account_id).values_list("pk", "expires_at"))
+    for row in rows:
+        if row.amount > 0:
+            _take_back(taken, row.amount)
+            continue
+        of_lots = {int(lot_id): -amount for lot_id, amount in (row.lot_amounts or {}).items()}
+        debt = max(0, -row.balance_after) - max(0, -row.balance_before)
+        taken.append((None, -row.amount - sum(of_lots.values()) - debt))
+        taken += [(lot_id, of_lots[lot_id]) for lot_id in sorted(of_lots, key=lambda lot_id: (ends[lot_id], lot_id))]
+        taken.append((None, debt))
+    came_from: Counter[int] = Counter()
+    for lot_id, amount in _take_back(taken, tokens):
+        if lot_id is not None:
+            came_from[lot_id] += amount
+    return dict(came_from)
+
+
+def _take_back(taken: list[tuple[int | None, int]], tokens: int) -> list[tuple[int | None, int]]:
+    """Take the last `tokens` off `taken`, and return them."""
+    returned = []
+    while tokens and taken:
+        lot_id, amount = taken.pop()
+        part = min(amount, tokens)
+        if part < amount:
+            taken.append((lot_id, amount - part))
+        returned.append((lot_id, part))
+        tokens -= part
+    return returned
 
 
 def returned_cents_of(purchase: Purchase) -> int:

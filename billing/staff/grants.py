@@ -365,9 +365,10 @@ def give_waiting_bonus(*, admin: User, user_id: int) -> TokenAccount:
         account = TokenAccount.objects.select_for_update().filter(user_id=user_id).first()
         if account is None or account.bonus_withheld != WithheldBonus.WAITS:
             raise GrantNotPossible("No welcome bonus waits here any more.")
-        before_tokens = account.balance
+        before_tokens, sequence = account.balance, account.sequence
         account = ledger.initialize_account(user_id=user_id, may_be_disposable=True)
-        if given_tokens := account.balance - before_tokens:
+        bonus = TokenTransaction.objects.filter(account=account, type="bonus", sequence__gt=sequence).first()
+        if given_tokens := bonus.amount if bonus else 0:
             audit.write(
                 action=Action.WELCOME_BONUS,
                 summary=f"Welcome bonus of {given_tokens:,} tokens given to a disposable address",

@@ -551,13 +551,36 @@ LAWS: Mapping[str, tuple[Check, ...]] = {
                      FROM billing_tokenusage, jsonb_each_text(lot_holds)
                     WHERE status = 'reserved' AND lot_holds IS NOT NULL GROUP BY 1
                  ) AS open ON open.lot_id = lot.id
-                WHERE account.lots IS NOT NULL AND lot.held > coalesce(open.held, 0)""",
+                WHERE account.lots IS NOT NULL AND lot.held <> coalesce(open.held, 0)""",
         ),
         Check(
             "Plain tokens are below zero only when no lot is left",
             ACCOUNTS,
             """SELECT id AS account, balance, lots FROM billing_tokenaccount
                 WHERE lots IS NOT NULL AND NOT billing_lots_are_sound(lots, balance)""",
+        ),
+        Check(
+            "Lots stand in the order of spending, and the first one's end beside them",
+            ACCOUNTS,
+            """SELECT account.id AS account, next_lot_ends_at, lots FROM billing_tokenaccount AS account, LATERAL (
+                   SELECT min(ends) AS first_end,
+                          array_agg(id ORDER BY place) = array_agg(id ORDER BY ends, rank, id) AS is_ordered,
+                          bool_or(ended AND ends > clock_timestamp() + interval '1 hour') AS ended_early
+                     FROM ROWS FROM (jsonb_to_recordset(lots) AS (id bigint, rank integer, ends timestamptz,
+                                                                  ended boolean))
+                          WITH ORDINALITY AS lot(id, rank, ends, ended, place)
+                 ) AS course
+                WHERE lots IS NOT NULL AND (first_end <> next_lot_ends_at OR NOT is_ordered OR ended_early)""",
+        ),
+        Check(
+            "Each lot came with a ledger row",
+            "billing_tokenlot",
+            """SELECT lot.account_id AS account, lot.id AS lot FROM billing_tokenlot AS lot
+                WHERE NOT EXISTS (
+                  SELECT FROM billing_tokentransaction AS entry
+                   WHERE entry.account_id = lot.account_id
+                     AND lot.source = entry.account_id || ':' || entry.idempotency_key
+                     AND entry.amount = lot.tokens)""",
         ),
     ),
     "15": (
@@ -572,7 +595,8 @@ LAWS: Mapping[str, tuple[Check, ...]] = {
                  LEFT JOIN billing_tokenusage AS usage ON usage.id = entry.usage_id
                 WHERE entry.lot_amounts IS NOT NULL AND value::bigint < 0 AND entry.type <> 'expiry'
                   AND entry.created_at > lot.expires_at + interval '1 second'
-                  AND NOT coalesce(usage.lot_holds ? key, false)""",
+                  AND NOT coalesce(usage.lot_holds ? key AND usage.created_at < lot.expires_at
+                                    AND -value::bigint <= (usage.lot_holds ->> key)::bigint, false)""",
         ),
         Check(
             "No lot was booked as ended before its end",

@@ -23,12 +23,13 @@ def follow_debit(posting: Posting) -> None:
     crossed. Repeated, it says nothing twice."""
     if posting.needs_recharge:
         enqueue_on_commit("billing.tasks.auto_recharge", None, posting.account_id)
-    if posting.amount_tokens < 0 and posting.transaction_id is not None:
+    if (posting.amount_tokens < 0 and posting.transaction_id is not None) or posting.expired_tokens:
         transaction.on_commit(partial(_notice_crossing, posting))
 
 
 def _notice_crossing(posting: Posting) -> None:
-    before_tokens, after_tokens = posting.balance_tokens - posting.amount_tokens, posting.balance_tokens
+    after_tokens = posting.available_tokens + posting.reserved_tokens  # the balance without what has ended
+    before_tokens = after_tokens - min(posting.amount_tokens, 0) + posting.expired_tokens
     try:
         low_tokens, critical_tokens = _thresholds()
         if before_tokens >= critical_tokens > after_tokens:
@@ -38,7 +39,7 @@ def _notice_crossing(posting: Posting) -> None:
         else:
             return
         account = TokenAccount.objects.select_related("user", "workspace").get(pk=posting.account_id)
-        tell(account, key=str(posting.transaction_id))
+        tell(account, key=str(posting.transaction_id or f"usage-{posting.usage_id}"))
     except Exception:  # the debit is done; its answer must not depend on a notice
         logger.exception(
             "A low balance was not noticed",

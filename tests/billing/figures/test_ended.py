@@ -44,7 +44,7 @@ def test_what_ended_is_in_every_sum(
     used, unused = give_lot(payer, 500, days=1), give_lot(payer, 100, days=2)
     record(payer, 150)
     end(used, unused)
-    assert ledger.expire_lots() == 1
+    assert len(ledger.expire_lots()) == 1
     account = TokenAccount.objects.get(user=payer)
     booked_at = timezone.now()
     owed = sum(TokenAccount.objects.values_list("balance", flat=True))

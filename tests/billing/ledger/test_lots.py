@@ -1,5 +1,6 @@
 """Lots, tokens with an end, through the ledger's public functions. Numbers in docstrings are rows of FAULTS.md."""
 
+from collections.abc import Callable
 from datetime import datetime, timedelta
 from itertools import count
 from typing import Any
@@ -14,10 +15,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from accounts.models import User
-from billing import ledger
+from billing import ledger, tasks
 from billing.ledger import Posting
-from billing.models import TokenAccount, TokenLot, TokenTransaction
+from billing.models import Notification, Purchase, TokenAccount, TokenLot, TokenTransaction
 from billing.models.lot import LotKind
+from billing.payments import refunds
+from kit import database
 from tests.billing.ledger.test_ledger import buy, claw_back, give, record, release, reserve, settle
 from tests.conftest import MakeUser
 
@@ -46,7 +49,7 @@ def give_lot(
 def end(*lots: TokenLot) -> None:
     """Let time go on until the lots are over, for them alone: nobody could wait for it."""
     for lot in lots:
-        ended_at = timezone.now() - timedelta(seconds=1)
+        ended_at = database.now()
         with pgtrigger.ignore("billing.TokenLot:lot_append_only"):
             TokenLot.objects.filter(source=lot.source).update(
                 expires_at=ended_at, created_at=ended_at - timedelta(days=lot.pk % 7 + 1)
@@ -155,9 +158,9 @@ def test_an_ended_lot_is_not_available_before_and_after_it_is_booked(payer: User
     with pytest.raises(ledger.InsufficientTokens):
         record(payer, 10_301)
 
-    assert ledger.expire_lots() == 1
+    assert len(ledger.expire_lots()) == 1
     assert expiries(payer) == [500]
-    assert ledger.expire_lots() == 0
+    assert len(ledger.expire_lots()) == 0
     assert (left(payer), available(payer)) == ([(300, 0)], 10_300)
     end(second)
     paid = record(payer, 40)  # any posting books what it finds ended
@@ -172,14 +175,14 @@ def test_a_hold_made_before_the_end_is_paid_by_the_lot_and_what_comes_back_ends_
     held, other = reserve(payer, 300), reserve(payer, 100)
     assert left(payer) == [(500, 400)]
     end(lot)
-    assert ledger.expire_lots() == 0  # what runs may still need it
+    assert len(ledger.expire_lots()) == 0  # what runs may still need it
     assert available(payer) == 10_000
     paid = settle(held, 40)  # × 1.5
     assert (moves(paid), expiries(payer)) == ({str(lot.pk): -60}, [])
     assert available(payer) == 10_000
     release(other)
     assert (expiries(payer), left(payer), plain(payer)) == ([440], [], 10_000)
-    assert ledger.expire_lots() == 0
+    assert len(ledger.expire_lots()) == 0
     call_command("verify_ledger")
 
 
@@ -222,11 +225,99 @@ def test_a_debt_takes_what_operations_hold_of_lots_before_plain_tokens_go_below_
     give_lot(payer, 500)
     held = reserve(payer, 400)
     record(payer, 10_450, may_leave_debt=True)
-    assert (left(payer), plain(payer)) == ([(50, 50)], 0)
+    assert (left(payer), plain(payer)) == ([(50, 400)], 0)  # the hold stays, should the tokens come back
     paid = settle(held, 200)  # 300: 50 are there
     assert (paid.amount_tokens, left(payer), plain(payer)) == (-300, [], -250)
     assert TokenAccount.objects.get(user=payer).has_debt
     call_command("verify_ledger")
+
+
+def fail_back(purchase: Purchase, tokens: int) -> Posting:
+    """A refund of so many tokens that did not go through."""
+    return ledger.add_tokens(
+        user_id=purchase.user_id, tokens=tokens, type="refund", description="Refund failed", purchase_id=purchase.pk,
+        idempotency_key=f"back-{next(_keys)}", from_lots=refunds._taken_last(purchase, tokens),
+    )  # fmt: skip
+
+
+def test_a_hold_keeps_its_lot_though_a_refund_took_it_and_failed(payer: User) -> None:
+    """82, 84"""
+    purchase = buy(payer, 100)
+    record(payer, 10_100)
+    lot = give_lot(payer, 100)
+    held = reserve(payer, 60)
+    claw_back(purchase, 100)
+    fail_back(purchase, 100)
+    assert left(payer) == [(100, 60)]
+    end(lot)
+    assert ledger.expire_lots() == []
+    paid = settle(held, 40)
+    assert (moves(paid), expiries(payer)) == ({str(lot.pk): -60}, [40])
+    account = TokenAccount.objects.get(user=payer)
+    assert (account.balance, account.status, account.lots) == (0, "active", None)
+
+
+def test_what_comes_back_goes_where_the_last_of_it_was_taken(payer: User) -> None:
+    """84: rounds of refunds that fail, with lots and a debt between them."""
+    purchase = buy(payer, 5_000)
+    record(payer, 14_800)
+    give_lot(payer, 300, days=2)
+    give_lot(payer, 600, days=9)
+    claw_back(purchase, 700)  # 200 plain, 300 of the first, 200 of the second
+    claw_back(purchase, 300)
+    assert left(payer) == [(100, 0)]
+    fail_back(purchase, 300)
+    assert (left(payer), plain(payer)) == ([(400, 0)], 0)
+    record(payer, 800, may_leave_debt=True)
+    fail_back(purchase, 700)  # 400 of it pay the debt
+    assert (left(payer), plain(payer)) == ([(100, 0), (200, 0)], 0)
+    give(payer, 1_000)
+    claw_back(purchase, 200)
+    fail_back(purchase, 200)
+    assert (left(payer), plain(payer)) == ([(100, 0), (200, 0)], 1_000)
+
+
+def test_a_repetition_answers_as_the_first_time_when_a_lot_ended_beside_it(payer: User) -> None:
+    """55, 83"""
+    repeated: tuple[Callable[[], Posting], ...] = (
+        lambda: record(payer, 100, key="debit"),
+        lambda: ledger.add_tokens(
+            user_id=payer.pk, tokens=50, type="bonus", description="Test", idempotency_key="credit"
+        ),
+    )
+    for first_of in repeated:
+        end(give_lot(payer, 500))
+        first, again = first_of(), first_of()
+        assert (first.expired_tokens, again.is_replay) == (500, True)
+        assert (first.balance_tokens, first.available_tokens) == (again.balance_tokens, again.available_tokens)
+    call_command("verify_ledger")
+
+
+def test_the_sweep_goes_on_behind_what_cannot_be_booked_and_what_is_held(make_user: MakeUser) -> None:
+    """83"""
+    people = [make_user(f"sweep-{number}") for number in range(4)]
+    lots = [give_lot(user, 100, days=1) for user in people]
+    for user in people[:2]:
+        reserve(user, 50)
+    end(*lots)
+    broken = TokenAccount.objects.get(user=people[2])
+    assert broken.lots
+    with connection.cursor() as cursor:
+        cursor.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        cursor.execute("ALTER TABLE billing_tokenaccount DROP CONSTRAINT account_lots_are_sound")
+    TokenAccount.objects.filter(pk=broken.pk).update(lots=[{"id": broken.lots[0]["id"]}])
+    assert [posting.user_id for posting in ledger.expire_lots(limit=1)] == [people[3].pk]
+
+
+def test_the_end_of_a_lot_can_be_what_makes_the_balance_low(
+    payer: User, django_capture_on_commit_callbacks: Any
+) -> None:
+    record(payer, 9_400)  # 600 are left; low is 1,000
+    with django_capture_on_commit_callbacks(execute=True):
+        lot = give_lot(payer, 1_000)
+        end(lot)
+        tasks.expire_lots()
+    assert Notification.objects.filter(user=payer, kind="low_balance").count() == 1
 
 
 def test_the_database_refuses_lots_that_cannot_be(payer: User) -> None:
@@ -234,7 +325,7 @@ def test_the_database_refuses_lots_that_cannot_be(payer: User) -> None:
     lot = give_lot(payer, 100)
     account = TokenAccount.objects.get(user=payer)
     assert account.lots
-    for changes in ({"remaining": 101}, {"remaining": -1}, {"held": 101}, {"held": -1}, {"remaining": 0}):
+    for changes in ({"remaining": 101}, {"remaining": -1}, {"held": -1}, {"remaining": 0}):
         with pytest.raises(DatabaseError), transaction.atomic():
             TokenAccount.objects.filter(pk=account.pk).update(lots=[account.lots[0] | changes])
     with pytest.raises(DatabaseError), transaction.atomic():
@@ -357,12 +448,12 @@ def test_the_ledger_does_what_the_model_does(make_user: MakeUser) -> None:
                         -settle(posting, used[0]).amount_tokens if used and used[0] else release(posting).amount_tokens
                     )
                     model.close(number, cost)
-                case "end", number if number < len(lots):
+                case "end", number if number < len(lots) and not model.lots[number][2]:
                     end(lots[number])
                     model.lots[number][2] = True
                     model.lots[number][3] = TokenLot.objects.get(pk=lots[number].pk).expires_at
                 case ("sweep",):
-                    counts["expired"] += ledger.expire_lots()
+                    ledger.expire_lots()
                     model.expire()
             assert plain(user) == model.plain
             assert left(user) == [(model.lots[lot][1], model.held(lot)) for lot in model.order() if model.lots[lot][1]]
@@ -370,4 +461,5 @@ def test_the_ledger_does_what_the_model_does(make_user: MakeUser) -> None:
 
     runs()
     call_command("verify_ledger")
+    counts["expired"] = TokenTransaction.objects.filter(type="expiry").count()
     assert min(counts.values()) > 10, counts

@@ -210,6 +210,13 @@ def test_a_team_buys_with_its_own_card(
     assert bought is not None
     entry = TokenTransaction.objects.get(purchase=bought)
     assert (bought.state, bought.user_id, entry.account_id, entry.user_id) == ("paid", None, acme.pk, None)
+    # What is refunded leaves the account that it had come to.
+    before_tokens = TokenAccount.objects.get(pk=acme.pk).balance
+    stripe.control(f"payments/{purchase.stripe_payment_intent_id}/refund")
+    deliver(event_of(stripe, "charge.refunded"))
+    entry = TokenTransaction.objects.get(type="refund")
+    assert (entry.account_id, entry.user_id, entry.amount) == (acme.pk, alice.pk, -package.tokens)
+    assert TokenAccount.objects.get(pk=acme.pk).balance == before_tokens - package.tokens
     assert {TokenAccount.objects.get(user=user).balance for user in (alice, bob)} == {10_000}
 
 

@@ -157,6 +157,27 @@ TAMPERING: list[tuple[str, str]] = [
         "UPDATE billing_tokenusage SET lot_holds = NULL WHERE status = 'reserved'",
     ),
     (
+        "Lots stand in the order of spending, and the first one's end beside them",
+        "UPDATE billing_tokenaccount SET next_lot_ends_at = next_lot_ends_at + interval '1 year'",
+    ),
+    (
+        "Lots stand in the order of spending, and the first one's end beside them",
+        "UPDATE billing_tokenaccount SET lots = jsonb_set(lots, '{{0,ended}}', 'true') WHERE id = {busy}",
+    ),
+    (
+        "Each lot came with a ledger row",
+        "UPDATE billing_tokentransaction SET idempotency_key = 'x' WHERE idempotency_key = 'lot-2'",
+    ),
+    (
+        "What is held of lots is what open reservations hold of them",
+        "UPDATE billing_tokenaccount SET lots = jsonb_set(lots, '{{0,held}}', '0') WHERE id = {busy}",
+    ),
+    (
+        "After its end a lot pays for nothing but operations held before",
+        """UPDATE billing_tokenlot SET expires_at = now() - interval '1 minute', created_at = now() - interval '1 day';
+           UPDATE billing_tokenusage SET lot_holds = '{{}}' WHERE status = 'reserved'""",
+    ),
+    (
         "Plain tokens are below zero only when no lot is left",
         "UPDATE billing_tokenaccount SET balance = 79, reserved = 0 WHERE id = {busy}",
     ),
