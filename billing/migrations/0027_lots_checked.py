@@ -13,6 +13,8 @@ class Migration(migrations.Migration):
     ]
 
     operations = [
+        # What an interrupted run has left of an index is made anew.
+        migrations.RunSQL("DROP INDEX CONCURRENTLY IF EXISTS account_by_next_lot_end", migrations.RunSQL.noop),
         AddIndexConcurrently(
             model_name="tokenaccount",
             index=models.Index(
@@ -23,8 +25,9 @@ class Migration(migrations.Migration):
         ),
         migrations.SeparateDatabaseAndState(
             database_operations=[
+                migrations.RunSQL("DROP INDEX CONCURRENTLY IF EXISTS ledger_one_expiry_per_lot", migrations.RunSQL.noop),
                 migrations.RunSQL(
-                    """CREATE UNIQUE INDEX CONCURRENTLY IF NOT EXISTS ledger_one_expiry_per_lot
+                    """CREATE UNIQUE INDEX CONCURRENTLY ledger_one_expiry_per_lot
                            ON billing_tokentransaction (lot_id) WHERE type = 'expiry'""",
                     "DROP INDEX CONCURRENTLY ledger_one_expiry_per_lot",
                 ),
