@@ -72,7 +72,7 @@ def found(request: SignedInRequest) -> HttpResponse:
         else:
             enter(request, team.pk)
             messages.success(
-                request, f"{team.name} is founded, and you work in it now. Buy its first tokens, and invite."
+                request, f"{team.name} is ready, and you are working in it now. Buy its first tokens and invite people."
             )
             return redirect("team:members", team.pk)
     return render(request, "team/found.html", {"form": form}, status=400 if form.errors else 200)
