@@ -132,7 +132,7 @@ urlpatterns = [
     path("accounts/api-keys/", accounts.views.keys, name="api-keys"),
     path("accounts/api-keys/<int:pk>/revoke/", accounts.views.revoke_key, name="api-key-revoke"),
     re_path(
-        r"^accounts/password/reset/key/(?P<uidb36>[0-9A-Za-z]+)-(?P<key>.+)/$",
+        r"accounts/password/reset/key/(?P<uidb36>[0-9A-Za-z]+)-(?P<key>.+)/$",
         accounts.views.ResetFromKeyView.as_view(),
     ),
     path("accounts/", include("allauth.urls")),

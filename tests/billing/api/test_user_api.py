@@ -155,6 +155,7 @@ def test_own_balance(program: Program, alice: User, bob: User) -> None:
         "reserved_tokens": 0,
         "available_tokens": 10_000,
         "status": "active",
+        "lots": [],
     }
 
 
